@@ -1,0 +1,1 @@
+//! `adapter_config.json`: read completely, or refused by the key's name.

@@ -1,0 +1,309 @@
+//! Adapters: from PEFT files to weights that a batch can use.
+//!
+//! `config.rs` reads `adapter_config.json`; `load.rs` checks files against the base model and packs them; `registry.rs` knows
+//! names, versions, leases and the host tier. Device residency is the worker's ([`crate::worker`]).
+
+use std::sync::Arc;
+
+use half::bf16;
+
+pub mod config;
+pub mod load;
+pub mod registry;
+
+pub use registry::{AdapterInfo, AdapterLease, AdapterState, LoadRequest, UnloadReport};
+
+/// Content identity of an adapter: SHA-256 over its effective configuration and its tensors. Equal bytes, equal version.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct VersionId(pub [u8; 32]);
+
+impl std::fmt::Display for VersionId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl std::fmt::Debug for VersionId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "VersionId({self})")
+    }
+}
+
+/// A projection of a decoder layer that an adapter can change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Projection {
+    /// `self_attn.q_proj`
+    Q,
+    /// `self_attn.k_proj`
+    K,
+    /// `self_attn.v_proj`
+    V,
+    /// `self_attn.o_proj`
+    O,
+    /// `mlp.gate_proj`
+    Gate,
+    /// `mlp.up_proj`
+    Up,
+    /// `mlp.down_proj`
+    Down,
+}
+
+impl Projection {
+    /// All, in packing order.
+    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+
+    /// The last component of its module path.
+    pub fn module_name(self) -> &'static str {
+        match self {
+            Self::Q => "q_proj",
+            Self::K => "k_proj",
+            Self::V => "v_proj",
+            Self::O => "o_proj",
+            Self::Gate => "gate_proj",
+            Self::Up => "up_proj",
+            Self::Down => "down_proj",
+        }
+    }
+
+    /// `self_attn` or `mlp`.
+    pub fn parent(self) -> &'static str {
+        match self {
+            Self::Q | Self::K | Self::V | Self::O => "self_attn",
+            Self::Gate | Self::Up | Self::Down => "mlp",
+        }
+    }
+}
+
+/// A module that an adapter can change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ModuleId {
+    /// A projection of layer `layer`.
+    Layer {
+        /// From 0.
+        layer: u16,
+        /// Which.
+        projection: Projection,
+    },
+    /// The input embedding. `a` is `[lora_rank, vocab]` (column `t` belongs to token `t`), `b_t` is `[lora_rank, hidden]`.
+    EmbedTokens,
+    /// The output head.
+    LmHead,
+}
+
+/// dtype of packed adapter weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PackedDtype {
+    /// 4 bytes.
+    F32,
+    /// 2 bytes.
+    Bf16,
+}
+
+impl PackedDtype {
+    /// Bytes of one element.
+    pub fn size_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+/// Where one module's pair lies in [`HostAdapter::blob`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PackedModule {
+    /// The module.
+    pub id: ModuleId,
+    /// Rows of A.
+    pub lora_rank: u32,
+    /// Input width (the vocabulary for `EmbedTokens`).
+    pub d_in: u32,
+    /// Output width.
+    pub d_out: u32,
+    /// α/r or α/√r; multiplies the delta, not folded into the weights.
+    pub scaling: f32,
+    /// Byte offset of A `[lora_rank, d_in]`, row-major; a multiple of 64. For `EmbedTokens` A is stored token-major, `[vocab, lora_rank]`.
+    pub a_offset_bytes: usize,
+    /// Byte offset of Bᵀ `[lora_rank, d_out]`, row-major; a multiple of 64.
+    pub b_t_offset_bytes: usize,
+}
+
+/// A validated adapter, packed into one buffer that one copy moves to a device. Immutable.
+pub struct HostAdapter {
+    /// Content identity.
+    pub version: VersionId,
+    /// dtype of every weight in `blob`.
+    pub dtype: PackedDtype,
+    /// Sorted by `id`: layer by layer in [`Projection::ALL`]'s order, then `EmbedTokens`, then `LmHead`.
+    /// The A's of q, k, v (and of gate, up) of a layer are neighbours in `blob`.
+    pub modules: Vec<PackedModule>,
+    /// All weights; 64-byte aligned.
+    pub blob: AlignedBytes,
+    /// Largest `lora_rank`.
+    pub max_lora_rank: u32,
+}
+
+impl std::fmt::Debug for HostAdapter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostAdapter")
+            .field("version", &self.version)
+            .field("modules", &self.modules.len())
+            .field("bytes", &self.bytes())
+            .finish()
+    }
+}
+
+impl HostAdapter {
+    /// Bytes of its weights, on the host and on a device alike.
+    pub fn bytes(&self) -> usize {
+        self.blob.as_bytes().len()
+    }
+
+    /// The pair of a module, if the adapter has one.
+    pub fn module(&self, id: ModuleId) -> Option<&PackedModule> {
+        self.modules
+            .binary_search_by_key(&id, |module| module.id)
+            .ok()
+            .map(|index| &self.modules[index])
+    }
+
+    /// A of a module, as f32. Panics unless `dtype` is `F32`.
+    pub fn a_f32(&self, module: &PackedModule) -> &[f32] {
+        assert_eq!(self.dtype, PackedDtype::F32, "packed dtype");
+        let len = (module.lora_rank * module.d_in) as usize;
+        bytemuck::cast_slice(&self.blob.as_bytes()[module.a_offset_bytes..module.a_offset_bytes + 4 * len])
+    }
+
+    /// Bᵀ of a module, as f32. Panics unless `dtype` is `F32`.
+    pub fn b_t_f32(&self, module: &PackedModule) -> &[f32] {
+        assert_eq!(self.dtype, PackedDtype::F32, "packed dtype");
+        let len = (module.lora_rank * module.d_out) as usize;
+        bytemuck::cast_slice(&self.blob.as_bytes()[module.b_t_offset_bytes..module.b_t_offset_bytes + 4 * len])
+    }
+
+    /// A of a module, as bf16. Panics unless `dtype` is `Bf16`.
+    pub fn a_bf16(&self, module: &PackedModule) -> &[bf16] {
+        assert_eq!(self.dtype, PackedDtype::Bf16, "packed dtype");
+        let len = (module.lora_rank * module.d_in) as usize;
+        bytemuck::cast_slice(&self.blob.as_bytes()[module.a_offset_bytes..module.a_offset_bytes + 2 * len])
+    }
+
+    /// Bᵀ of a module, as bf16. Panics unless `dtype` is `Bf16`.
+    pub fn b_t_bf16(&self, module: &PackedModule) -> &[bf16] {
+        assert_eq!(self.dtype, PackedDtype::Bf16, "packed dtype");
+        let len = (module.lora_rank * module.d_out) as usize;
+        bytemuck::cast_slice(&self.blob.as_bytes()[module.b_t_offset_bytes..module.b_t_offset_bytes + 2 * len])
+    }
+}
+
+/// Bytes at a 64-byte boundary.
+pub struct AlignedBytes {
+    storage: Vec<CacheLine>,
+    len: usize,
+}
+
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct CacheLine([u8; 64]);
+
+impl AlignedBytes {
+    /// `len` zero bytes.
+    pub fn zeroed(len: usize) -> Self {
+        Self {
+            storage: vec![CacheLine([0; 64]); len.div_ceil(64)],
+            len,
+        }
+    }
+
+    /// All of them.
+    pub fn as_bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.storage)[..self.len]
+    }
+
+    /// All of them, to be written.
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.storage)[..self.len]
+    }
+}
+
+/// One thing wrong with an adapter or with what was asked of one. The variants are the API's error classes.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+pub enum AdapterError {
+    /// LoRA is off.
+    #[error("LoRA is not enabled. Please set `--enable-lora`")]
+    NotEnabled,
+    /// No such name.
+    #[error("LoRA adapter '{name}' has never been loaded. All loaded adapters: {}", .loaded.join(", "))]
+    Unknown {
+        /// Asked for.
+        name: String,
+        /// What there is.
+        loaded: Vec<String>,
+    },
+    /// The name is taken.
+    #[error("LoRA adapter '{name}' is already loaded")]
+    AlreadyLoaded {
+        /// The name.
+        name: String,
+    },
+    /// A name that may not be.
+    #[error("adapter name {name:?} {reason}")]
+    BadName {
+        /// The name.
+        name: String,
+        /// Why not.
+        reason: String,
+    },
+    /// Does not fit the base model or the server's limits.
+    #[error("LoRA adapter is incompatible: {reason}")]
+    Incompatible {
+        /// Expected and got.
+        reason: String,
+    },
+    /// A key of the configuration that changes the result and is not applied.
+    #[error("adapter_config.json: `{key}` is not supported: {reason}")]
+    Unsupported {
+        /// The key.
+        key: String,
+        /// What it was and what is possible.
+        reason: String,
+    },
+    /// Files that are missing, damaged or wrong.
+    #[error("{file}: {reason}")]
+    BadFile {
+        /// Which file.
+        file: String,
+        /// What and where.
+        reason: String,
+    },
+    /// Too many pins.
+    #[error(
+        "adapter '{name}' cannot be pinned: {pinned} of at most {limit} adapters are pinned (max-loras-per-batch - 1), more would cause starvation of the others"
+    )]
+    TooManyPinned {
+        /// The name.
+        name: String,
+        /// Pinned now.
+        pinned: usize,
+        /// At most.
+        limit: usize,
+    },
+    /// `max_loaded_loras` is reached and nothing may leave.
+    #[error("no adapter can be evicted: all {loaded} loaded adapters (limit {limit}) are pinned or in use")]
+    NothingToEvict {
+        /// Loaded now.
+        loaded: usize,
+        /// At most.
+        limit: usize,
+    },
+}
+
+/// An adapter's weights with the name that they were asked for under.
+#[derive(Clone, Debug)]
+pub struct ResolvedAdapter {
+    /// The name.
+    pub name: Arc<str>,
+    /// The weights.
+    pub weights: Arc<HostAdapter>,
+}

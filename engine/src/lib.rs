@@ -1,0 +1,166 @@
+//! The engine of polylora: token ids in, token ids out; no text and no HTTP.
+//!
+//! Read this file first: [`InferenceEngine`] is all that the gateway sees.
+
+use std::{future::Future, pin::Pin, sync::Arc};
+
+pub mod adapter;
+pub mod backend;
+pub mod batch;
+pub mod decoder;
+pub mod request;
+
+pub use adapter::{AdapterError, AdapterInfo, AdapterLease, LoadRequest, UnloadReport};
+pub use request::{
+    Constraint, FinishReason, GenerationRequest, LogprobsParams, PromptLogprobsParams, RequestError, RequestId, SamplingParams, SubmitError,
+    TokenEvent, TokenLogprobs,
+};
+
+/// A boxed future, so that the trait stays object-safe.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// What the gateway sees: token ids in, events out. Object-safe; no HTTP, no tensors, no text.
+pub trait InferenceEngine: Send + Sync + 'static {
+    /// The model and the limits; fixed.
+    fn describe(&self) -> &EngineDescription;
+
+    /// Admits the request or refuses at once; never waits for room.
+    /// The stream ends with exactly one `Finished` or `Failed`. Dropping it cancels: blocks and lease are free at the next step.
+    ///
+    /// # Errors
+    /// See [`SubmitError`]; nothing was queued.
+    fn submit(&self, request: GenerationRequest) -> Result<TokenStream, SubmitError>;
+
+    /// Gives a lease on an adapter by name, after bringing it to the host if it is only registered. Does not block the thread;
+    /// other requests go on.
+    fn acquire_adapter<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<AdapterLease, AdapterError>>;
+    /// Reads, checks, packs and registers an adapter; nothing is registered on an error.
+    fn load_adapter(&self, request: LoadRequest) -> BoxFuture<'_, Result<AdapterInfo, AdapterError>>;
+    /// Forgets a name at once; requests that hold a lease finish on it. Resolves when the last has ended.
+    fn unload_adapter<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<UnloadReport, AdapterError>>;
+    /// Pins or unpins.
+    ///
+    /// # Errors
+    /// `Unknown`, `TooManyPinned`.
+    fn pin_adapter(&self, name: &str, pinned: bool) -> Result<(), AdapterError>;
+    /// Every registered adapter, least recently used first.
+    fn list_adapters(&self) -> Vec<AdapterInfo>;
+    /// One registered adapter.
+    fn adapter_info(&self, name: &str) -> Option<AdapterInfo>;
+
+    /// A snapshot; takes no lock that a step holds.
+    fn stats(&self) -> EngineStats;
+    /// Drops every cached prefix that no running sequence uses. False (and nothing done) while requests run or wait.
+    fn flush_cache(&self) -> BoxFuture<'_, bool>;
+    /// Ends every request with `FinishReason::Aborted`.
+    fn abort_all(&self);
+    /// Stops taking requests, waits for the running ones up to `timeout`, then ends the rest with `ShuttingDown`.
+    fn shutdown(&self, timeout: std::time::Duration) -> BoxFuture<'_, ()>;
+}
+
+/// Facts about an engine.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct EngineDescription {
+    /// `LlamaForCausalLM`, …
+    pub architecture: String,
+    /// `cpu`, `cuda:0 (NVIDIA H100 80GB HBM3)`, `mock`.
+    pub device: String,
+    /// What is computed in: `float32`, `bfloat16`.
+    pub dtype: String,
+    /// Width of the logits.
+    pub vocab_size: usize,
+    /// Most tokens of prompt and output together.
+    pub context_length: usize,
+    /// Tokens that end generation unless `ignore_eos`.
+    pub eos_token_ids: Vec<u32>,
+    /// KV blocks.
+    pub num_blocks: usize,
+    /// Positions per block.
+    pub block_size: usize,
+    /// Whether adapters may be used.
+    pub lora_enabled: bool,
+    /// Distinct adapters of one step.
+    pub max_loras_per_batch: usize,
+    /// Adapters in host memory, if bounded.
+    pub max_loaded_loras: Option<usize>,
+    /// Sequences running at once.
+    pub max_running_requests: usize,
+    /// Requests waiting at once.
+    pub max_queued_requests: usize,
+}
+
+/// A snapshot of an engine's counters and gauges. Counters only grow.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct EngineStats {
+    /// False once the device failed.
+    pub healthy: bool,
+    /// Sequences in the batch.
+    pub running: usize,
+    /// Requests waiting, preempted ones included.
+    pub waiting: usize,
+    /// KV blocks held by running sequences.
+    pub used_blocks: usize,
+    /// KV blocks holding cached prefixes that nobody uses.
+    pub cached_blocks: usize,
+    /// All KV blocks.
+    pub total_blocks: usize,
+    /// Steps run.
+    pub steps_total: u64,
+    /// Prompt tokens computed or found cached.
+    pub prompt_tokens_total: u64,
+    /// Of those, found in the prefix cache.
+    pub cached_tokens_total: u64,
+    /// Output tokens.
+    pub output_tokens_total: u64,
+    /// Sequences pushed back for want of blocks.
+    pub preemptions_total: u64,
+    /// Requests that ended in any way.
+    pub finished_total: u64,
+    /// Bytes of adapters on the device.
+    pub device_adapter_bytes: usize,
+    /// Bytes that adapters on the device may take.
+    pub device_adapter_capacity_bytes: usize,
+    /// Bytes of adapters in host memory.
+    pub host_adapter_bytes: usize,
+    /// Names of adapters with running sequences, sorted.
+    pub running_adapters: Vec<Arc<str>>,
+    /// Names of adapters with only waiting requests, sorted.
+    pub waiting_adapters: Vec<Arc<str>>,
+    /// Times that a batch found its adapter on the device.
+    pub device_hits_total: u64,
+    /// Times that an adapter had to be uploaded.
+    pub device_misses_total: u64,
+    /// Adapters that left the device for others.
+    pub device_evictions_total: u64,
+}
+
+/// The events of one request. Dropping it cancels the request.
+pub struct TokenStream {
+    /// Identity of the request.
+    pub request_id: RequestId,
+    events: tokio::sync::mpsc::UnboundedReceiver<TokenEvent>,
+}
+
+impl TokenStream {
+    /// A stream and the end that the engine writes to. The channel holds at most `max_tokens + 2` events, since that is all
+    /// that a request makes: a slow reader can't grow it without bound. The engine sees a dropped stream by `is_closed`.
+    pub fn channel(request_id: RequestId) -> (tokio::sync::mpsc::UnboundedSender<TokenEvent>, Self) {
+        let (sender, events) = tokio::sync::mpsc::unbounded_channel();
+        (sender, Self { request_id, events })
+    }
+
+    /// The next event; `None` after the terminal one.
+    pub async fn next(&mut self) -> Option<TokenEvent> {
+        self.events.recv().await
+    }
+
+    /// The same, for use in `Stream` implementations.
+    pub fn poll_next(&mut self, context: &mut std::task::Context<'_>) -> std::task::Poll<Option<TokenEvent>> {
+        self.events.poll_recv(context)
+    }
+
+    /// The same, blocking the thread; not to be called in async code.
+    pub fn blocking_next(&mut self) -> Option<TokenEvent> {
+        self.events.blocking_recv()
+    }
+}
