@@ -1,1 +1,3 @@
+//! Compiles the CUDA kernels when the feature `cuda` is on.
+
 fn main() {}

@@ -7,10 +7,22 @@ use std::{future::Future, pin::Pin, sync::Arc};
 pub mod adapter;
 pub mod backend;
 pub mod batch;
+pub mod block_pool;
 pub mod decoder;
+pub mod files;
+pub mod llm;
+pub mod mock;
 pub mod request;
+pub mod sampling;
+pub mod scheduler;
+pub mod sequence;
+pub mod weights;
+pub mod worker;
 
 pub use adapter::{AdapterError, AdapterInfo, AdapterLease, LoadRequest, UnloadReport};
+pub use files::{EmbeddedFile, FileSource};
+pub use llm::{EngineConfig, EvictionPolicy, LlmEngine, LoraConfig};
+pub use mock::MockEngine;
 pub use request::{
     Constraint, FinishReason, GenerationRequest, LogprobsParams, PromptLogprobsParams, RequestError, RequestId, SamplingParams, SubmitError,
     TokenEvent, TokenLogprobs,

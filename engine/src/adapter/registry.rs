@@ -1,17 +1,18 @@
 //! Names, versions, leases and the host tier.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use super::{HostAdapter, VersionId};
+use crate::files::FileSource;
 
 /// What `load` is asked to do.
 #[derive(Clone, Debug)]
 pub struct LoadRequest {
     /// The name to register.
     pub name: String,
-    /// A directory with `adapter_config.json` and `adapter_model.safetensors`.
-    pub path: PathBuf,
-    /// What to show as its path (the Hub id, for instance).
+    /// A folder with `adapter_config.json` and `adapter_model.safetensors`.
+    pub files: FileSource,
+    /// What to show as its path (the directory, the Hub id, `demo:NAME`).
     pub source: String,
     /// Loaded to the device at once, never evicted.
     pub pinned: bool,

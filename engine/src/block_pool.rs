@@ -1,0 +1,1 @@
+//! KV blocks: allocate, share by prefix, free.

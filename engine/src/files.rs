@@ -1,0 +1,126 @@
+//! Where the files of a model or an adapter come from: a directory, or the binary itself.
+
+use std::{
+    fs::File,
+    io,
+    ops::Deref,
+    path::{Path, PathBuf},
+};
+
+/// A file carried in the binary.
+#[derive(Clone, Copy, Debug)]
+pub struct EmbeddedFile {
+    /// Its name, without a folder.
+    pub name: &'static str,
+    /// Its content.
+    pub bytes: &'static [u8],
+}
+
+/// A folder of files.
+#[derive(Clone, Debug)]
+pub enum FileSource {
+    /// On disk.
+    Directory(PathBuf),
+    /// In the binary.
+    Embedded(&'static [EmbeddedFile]),
+}
+
+/// The content of one file.
+#[derive(Debug)]
+pub enum FileBytes {
+    /// Mapped from disk.
+    Mapped(memmap2::Mmap),
+    /// In the binary.
+    Static(&'static [u8]),
+    /// An empty file (which cannot be mapped).
+    Empty,
+}
+
+impl Deref for FileBytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Static(bytes) => bytes,
+            Self::Empty => &[],
+        }
+    }
+}
+
+impl FileSource {
+    /// Whether there is a file of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        match self {
+            Self::Directory(directory) => directory.join(name).is_file(),
+            Self::Embedded(files) => files.iter().any(|file| file.name == name),
+        }
+    }
+
+    /// Opens a file; on disk it is memory-mapped.
+    ///
+    /// # Errors
+    /// `NotFound`, or what the system says.
+    pub fn open(&self, name: &str) -> io::Result<FileBytes> {
+        match self {
+            Self::Directory(directory) => {
+                let file = File::open(directory.join(name))?;
+                if file.metadata()?.len() == 0 {
+                    return Ok(FileBytes::Empty);
+                }
+                // SAFETY: the map is read-only. Should another process truncate the file while it is mapped, reads past the new end
+                // raise SIGBUS, as for every program that maps its model; adapters are therefore read through `read` instead.
+                Ok(FileBytes::Mapped(unsafe { memmap2::Mmap::map(&file)? }))
+            }
+            Self::Embedded(files) => files
+                .iter()
+                .find(|file| file.name == name)
+                .map(|file| FileBytes::Static(file.bytes))
+                .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no file {name}"))),
+        }
+    }
+
+    /// Reads a whole file into memory, at most `max_bytes` of it.
+    ///
+    /// # Errors
+    /// `NotFound`; `FileTooLarge` when it is longer than `max_bytes`; or what the system says.
+    pub fn read(&self, name: &str, max_bytes: u64) -> io::Result<Vec<u8>> {
+        use io::Read;
+        let too_large = |len: u64| {
+            io::Error::new(
+                io::ErrorKind::FileTooLarge,
+                format!("{name} has {len} bytes, at most {max_bytes} are read"),
+            )
+        };
+        match self {
+            Self::Directory(directory) => {
+                let file = File::open(directory.join(name))?;
+                let len = file.metadata()?.len();
+                if len > max_bytes {
+                    return Err(too_large(len));
+                }
+                let mut bytes = Vec::with_capacity(usize::try_from(len).map_err(io::Error::other)?);
+                // The file may grow between the two calls: the bound is kept on what is read, too.
+                file.take(max_bytes + 1).read_to_end(&mut bytes)?;
+                if bytes.len() as u64 > max_bytes {
+                    return Err(too_large(bytes.len() as u64));
+                }
+                Ok(bytes)
+            }
+            Self::Embedded(_) => {
+                let bytes = self.open(name)?;
+                if bytes.len() as u64 > max_bytes {
+                    return Err(too_large(bytes.len() as u64));
+                }
+                Ok(bytes.to_vec())
+            }
+        }
+    }
+
+    /// The folder on disk, if it is one.
+    pub fn directory(&self) -> Option<&Path> {
+        match self {
+            Self::Directory(directory) => Some(directory),
+            Self::Embedded(_) => None,
+        }
+    }
+}

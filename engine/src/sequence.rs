@@ -1,0 +1,1 @@
+//! One stream of tokens: its states and its counters.
