@@ -102,10 +102,23 @@ pub struct StepOutput {
 /// What one sample row gave.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SampleOutput {
-    /// The chosen token, if asked for. `None` with `choose` set means that nothing was allowed.
+    /// The chosen token, if asked for. `None` with `choose` set: see `failure`.
     pub token_id: Option<u32>,
     /// Its log-probabilities, if asked for.
     pub logprobs: Option<TokenLogprobs>,
     /// The prompt token's, if asked for.
     pub prompt_logprobs: Option<TokenLogprobs>,
+    /// Why nothing came of this row. It concerns its request alone, which is to end with an error; the step itself went well.
+    pub failure: Option<SampleFailure>,
+}
+
+/// Why a row gave no token or no log-probabilities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SampleFailure {
+    /// Mask and forbidden tokens left nothing that could be chosen.
+    #[error("every token is forbidden")]
+    NothingAllowed,
+    /// A logit is NaN or +∞: a broken model, or an adapter whose deltas overflow.
+    #[error("the model gave logits that are not finite")]
+    NotFinite,
 }
