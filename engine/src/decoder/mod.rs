@@ -1,5 +1,10 @@
-//! One decoder, described as data.
+//! One decoder, described as data: [`DecoderConfig`] says what differs, [`DecoderTensor`] what the checkpoint holds,
+//! [`RopeTables`] how positions turn q and k.
 
 pub mod config;
+pub mod rope;
+pub mod tensors;
 
-pub use config::{Activation, DecoderConfig, RopeScaling};
+pub use config::{Activation, ConfigError, DecoderConfig, RopeScaling};
+pub use rope::RopeTables;
+pub use tensors::{DecoderTensor, LayerTensor};
