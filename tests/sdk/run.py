@@ -1,0 +1,30 @@
+#!/usr/bin/env python3
+"""Run the SDK tests and SGLang's walk-through against a built server.
+
+    pip install -r tests/sdk/requirements.txt && npm install --prefix tests/sdk
+    python tests/sdk/run.py --server target/debug/polylora
+"""
+import argparse
+import os
+import subprocess
+import sys
+import unittest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", required=True, help="the polylora binary")
+    os.environ["POLYLORA"] = os.path.abspath(parser.parse_args().server)
+    sys.path.insert(0, HERE)
+    from server import Server
+    result = unittest.TextTestRunner(verbosity=2).run(unittest.defaultTestLoader.discover(HERE))
+    with Server() as server:
+        node = subprocess.run(["node", "--test", os.path.join(HERE, "openai.test.mjs")], env={**os.environ, "POLYLORA_URL": server.url})
+    if not result.wasSuccessful() or node.returncode:
+        sys.exit("SDK tests failed")
+
+
+if __name__ == "__main__":
+    main()
