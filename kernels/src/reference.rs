@@ -1,1 +1,130 @@
-//! Each operation on the CPU, plainly, sums in f32 or better: what tests compare with.
+//! Each operation on the CPU, plainly, summed in f64: what tests compare with. Row-major f32 in and out; nothing here is fast.
+
+/// `y[m, n] = x[m, k] · w[n, k]ᵀ (+ bias[n])`.
+pub fn gemm(x: &[f32], m: usize, w: &[f32], n: usize, k: usize, bias: Option<&[f32]>) -> Vec<f32> {
+    assert_eq!((x.len(), w.len()), (m * k, n * k));
+    let mut y = Vec::with_capacity(m * n);
+    for x in x.chunks_exact(k) {
+        for (column, w) in w.chunks_exact(k).enumerate() {
+            y.push((dot(x, w) + bias.map_or(0.0, |bias| f64::from(bias[column]))) as f32);
+        }
+    }
+    y
+}
+
+/// First half of the LoRA product for the rows of one segment: `v[rows, lora_rank] = x[rows, d_in] · a[lora_rank, d_in]ᵀ`.
+pub fn lora_shrink(x: &[f32], d_in: usize, a: &[f32], lora_rank: usize) -> Vec<f32> {
+    gemm(x, x.len() / d_in, a, lora_rank, d_in, None)
+}
+
+/// Second half: `y[rows, y_offset .. y_offset + d_out] += scaling · v[rows, lora_rank] · b[d_out, lora_rank]ᵀ`, with `y` in rows of `y_stride`.
+#[expect(clippy::too_many_arguments, reason = "plain shapes")]
+pub fn lora_expand(v: &[f32], lora_rank: usize, b: &[f32], d_out: usize, scaling: f32, y: &mut [f32], y_stride: usize, y_offset: usize) {
+    assert_eq!(b.len(), d_out * lora_rank);
+    for (v, y) in v.chunks_exact(lora_rank).zip(y.chunks_exact_mut(y_stride)) {
+        for (y, b) in y[y_offset..][..d_out].iter_mut().zip(b.chunks_exact(lora_rank)) {
+            *y = (f64::from(*y) + f64::from(scaling) * dot(v, b)) as f32;
+        }
+    }
+}
+
+/// Causal attention of one sequence: `q [rows, num_heads, head_dim]` are the last rows of a context whose
+/// `k`, `v` are `[context_len, num_kv_heads, head_dim]`; the output has q's shape. A row sees the last `window` positions up to its own.
+#[expect(clippy::too_many_arguments, reason = "plain shapes")]
+pub fn attention(
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    num_heads: usize,
+    num_kv_heads: usize,
+    head_dim: usize,
+    scale: f32,
+    window: Option<usize>,
+) -> Vec<f32> {
+    let num_rows = q.len() / (num_heads * head_dim);
+    let context_len = k.len() / (num_kv_heads * head_dim);
+    let group = num_heads / num_kv_heads;
+    let mut out = Vec::with_capacity(q.len());
+    for (vector, q) in q.chunks_exact(head_dim).enumerate() {
+        let (row, kv_head) = (vector / num_heads, vector % num_heads / group);
+        let end = context_len - num_rows + row + 1;
+        let visible = window.map_or(0, |window| end.saturating_sub(window))..end;
+        let at = |position: usize| (position * num_kv_heads + kv_head) * head_dim;
+        let scores: Vec<f64> = visible
+            .clone()
+            .map(|position| f64::from(scale) * dot(q, &k[at(position)..][..head_dim]))
+            .collect();
+        let weights = softmax(&scores);
+        for element in 0..head_dim {
+            let sum: f64 = visible
+                .clone()
+                .zip(&weights)
+                .map(|(position, weight)| weight * f64::from(v[at(position) + element]))
+                .sum();
+            out.push(sum as f32);
+        }
+    }
+    out
+}
+
+/// `x / sqrt(mean(x²) + eps) · weight` for each row of `weight.len()`.
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let mut out = Vec::with_capacity(x.len());
+    for x in x.chunks_exact(weight.len()) {
+        let scale = 1.0 / (dot(x, x) / x.len() as f64 + f64::from(eps)).sqrt();
+        out.extend(
+            x.iter()
+                .zip(weight)
+                .map(|(x, weight)| (f64::from(*x) * scale * f64::from(*weight)) as f32),
+        );
+    }
+    out
+}
+
+/// Rotary embedding, NeoX layout: `x [m, num_heads, head_dim]`, `cos`, `sin` `[max_positions, head_dim / 2]`.
+pub fn rope(x: &[f32], num_heads: usize, head_dim: usize, positions: &[u32], cos: &[f32], sin: &[f32]) -> Vec<f32> {
+    let half = head_dim / 2;
+    let mut out = x.to_vec();
+    for (vector, head) in out.chunks_exact_mut(head_dim).enumerate() {
+        let position = positions[vector / num_heads] as usize;
+        for i in 0..half {
+            let (a, b) = (f64::from(head[i]), f64::from(head[i + half]));
+            let (cos, sin) = (f64::from(cos[position * half + i]), f64::from(sin[position * half + i]));
+            head[i] = (a * cos - b * sin) as f32;
+            head[i + half] = (b * cos + a * sin) as f32;
+        }
+    }
+    out
+}
+
+/// `silu(gate) · up` with `gate_up [m, 2 · ffn]`, the gate first.
+pub fn silu_mul(gate_up: &[f32], ffn: usize) -> Vec<f32> {
+    gated(gate_up, ffn, |gate| gate / (1.0 + (-gate).exp()))
+}
+
+/// `gelu(gate) · up` in the tanh form, with `gate_up [m, 2 · ffn]`, the gate first.
+pub fn gelu_tanh_mul(gate_up: &[f32], ffn: usize) -> Vec<f32> {
+    gated(gate_up, ffn, |gate| {
+        let inner = (2.0 / std::f64::consts::PI).sqrt() * (gate + 0.044715 * gate.powi(3));
+        0.5 * gate * (1.0 + inner.tanh())
+    })
+}
+
+/// `e^x / Σ e^x`.
+pub fn softmax(x: &[f64]) -> Vec<f64> {
+    let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let exps: Vec<f64> = x.iter().map(|x| (x - max).exp()).collect();
+    let sum: f64 = exps.iter().sum();
+    exps.into_iter().map(|exp| exp / sum).collect()
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+}
+
+fn gated(gate_up: &[f32], ffn: usize, activation: impl Fn(f64) -> f64) -> Vec<f32> {
+    let rows = gate_up.chunks_exact(2 * ffn).map(|row| row.split_at(ffn));
+    rows.flat_map(|(gate, up)| gate.iter().zip(up))
+        .map(|(gate, up)| (activation(f64::from(*gate)) * f64::from(*up)) as f32)
+        .collect()
+}
