@@ -1,4 +1,26 @@
 //! Adapter files to [`HostAdapter`](super::HostAdapter)s, checked against the base model.
+//!
+//! Everything that a file says is either applied as PEFT applies it or an error that names it. Files are read into memory within a
+//! bound that follows from the configuration and the base model; nothing in them can do worse than an `Err`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use half::bf16;
+use safetensors::Dtype;
+use sha2::{Digest, Sha256};
+
+use super::{
+    AdapterError, AlignedBytes, BaseWeights, HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, ReplacedWeight, VersionId,
+    config::{BiasMode, CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfig, Resolution, ResolvedModule, module_path},
+    tensors::{Element, MAX_HEADER_BYTES, Role, Tensor, WEIGHTS_FILE, WeightFiles, bad, read_file},
+};
+use crate::{decoder::DecoderConfig, files::FileSource};
+
+/// Tokens that an adapter's tokenizer adds.
+const ADDED_TOKENS_FILE: &str = "added_tokens.json";
 
 /// What an adapter covers and how: shown by the load answer and by `polylora adapters inspect`.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
@@ -7,8 +29,12 @@ pub struct CoverageReport {
     pub modules: Vec<ModuleCoverage>,
     /// Layers with at least one module, ascending.
     pub layers: Vec<u16>,
-    /// Keys of the configuration that have no effect on inference.
+    /// Modules that the adapter brings whole.
+    pub replaced_modules: Vec<String>,
+    /// Keys of the configuration that have no effect on inference, and entries of its lists that match nothing.
     pub keys_without_effect: Vec<String>,
+    /// Tensors that change nothing: copies of the base model's own weights.
+    pub tensors_without_effect: Vec<String>,
 }
 
 /// One covered module.
@@ -22,4 +48,987 @@ pub struct ModuleCoverage {
     pub lora_alpha: f32,
     /// α/r or α/√r.
     pub scaling: f32,
+}
+
+/// What a backend can apply beyond A and B. All off unless the backend says otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoraFeatures {
+    /// Scales and biases on outputs: DoRA, `lora_bias`, `bias`.
+    pub output_terms: bool,
+    /// Whole embeddings and heads: `modules_to_save`.
+    pub replaced_weights: bool,
+}
+
+/// What an adapter must keep to, and what its weights are packed for.
+#[derive(Clone)]
+pub struct LoraLimits {
+    /// Largest rank accepted; `None` accepts every rank.
+    pub max_lora_rank: Option<u32>,
+    /// Modules accepted (`q_proj`, …, `embed_tokens`, `lm_head`); `None` accepts all.
+    pub target_modules: Option<BTreeSet<String>>,
+    /// dtype of the packed weights.
+    pub dtype: PackedDtype,
+    /// What the backend can apply.
+    pub features: LoraFeatures,
+    /// The base model's weights. Without them DoRA and trained biases are refused, and saved copies of base weights are taken on trust.
+    pub base: Option<Arc<dyn BaseWeights>>,
+    /// Most bytes of weight files, whatever the configuration says.
+    pub max_file_bytes: u64,
+    /// Threads that pack one adapter.
+    pub pack_threads: usize,
+}
+
+impl std::fmt::Debug for LoraLimits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LoraLimits")
+            .field("max_lora_rank", &self.max_lora_rank)
+            .field("target_modules", &self.target_modules)
+            .field("dtype", &self.dtype)
+            .field("features", &self.features)
+            .finish_non_exhaustive()
+    }
+}
+
+impl LoraLimits {
+    /// No limit on rank and modules, no features beyond A and B.
+    pub fn new(dtype: PackedDtype) -> Self {
+        Self {
+            max_lora_rank: None,
+            target_modules: None,
+            dtype,
+            features: LoraFeatures::default(),
+            base: None,
+            max_file_bytes: 32 << 30,
+            pack_threads: 2,
+        }
+    }
+
+    fn check(&self, resolution: &Resolution) -> Result<(), AdapterError> {
+        let incompatible = |reason| Err(AdapterError::Incompatible { reason });
+        let name_of = |id| match id {
+            ModuleId::Layer { projection, .. } => projection.module_name(),
+            ModuleId::EmbedTokens => "embed_tokens",
+            ModuleId::LmHead => "lm_head",
+        };
+        for id in resolution.modules.iter().map(|module| module.id).chain(resolution.saved.iter().copied()) {
+            if let Some(allowed) = &self.target_modules
+                && !allowed.contains(name_of(id))
+            {
+                return incompatible(format!(
+                    "it changes `{}`, this server takes adapters on {} (--lora-target-modules)",
+                    name_of(id),
+                    allowed.iter().map(String::as_str).collect::<Vec<_>>().join(", ")
+                ));
+            }
+        }
+        for module in &resolution.modules {
+            if let Some(max) = self.max_lora_rank
+                && module.lora_rank > max
+            {
+                return incompatible(format!(
+                    "`{}` has lora_rank {}, at most {max} here (--max-lora-rank)",
+                    module_path(module.id),
+                    module.lora_rank
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads `adapter_config.json` alone: what `--max-lora-rank` and `--lora-target-modules` are inferred from.
+///
+/// # Errors
+/// As `load_adapter`.
+pub fn inspect_config(files: &FileSource, decoder: &DecoderConfig) -> Result<Resolution, AdapterError> {
+    PeftConfig::parse(&read_file(files, CONFIG_FILE, MAX_CONFIG_BYTES)?)?.resolve(decoder)
+}
+
+/// Reads, checks and packs an adapter.
+///
+/// # Errors
+/// `BadFile`, `Unsupported`, `Incompatible`: what and where, expected and got.
+pub fn load_adapter(files: &FileSource, decoder: &DecoderConfig, limits: &LoraLimits) -> Result<(HostAdapter, CoverageReport), AdapterError> {
+    let config = PeftConfig::parse(&read_file(files, CONFIG_FILE, MAX_CONFIG_BYTES)?)?;
+    let resolution = config.resolve(decoder)?;
+    limits.check(&resolution)?;
+    refuse_added_tokens(files, decoder)?;
+    let weights = WeightFiles::read(files, max_weight_bytes(&resolution, decoder).min(limits.max_file_bytes))?;
+    let mut loader = Loader {
+        decoder,
+        limits,
+        config: &config,
+        tensors: weights.tensors(decoder.num_layers)?,
+        report: CoverageReport {
+            keys_without_effect: resolution.without_effect.clone(),
+            ..CoverageReport::default()
+        },
+        pieces: Vec::new(),
+        blob_bytes: 0,
+    };
+    let replaced = loader.plan_replaced(&resolution)?;
+    let modules = loader.plan_modules(&resolution)?;
+    loader.check_leftovers()?;
+    loader.finish(&resolution, modules, replaced)
+}
+
+fn refuse_added_tokens(files: &FileSource, decoder: &DecoderConfig) -> Result<(), AdapterError> {
+    if !files.contains(ADDED_TOKENS_FILE) {
+        return Ok(());
+    }
+    let bytes = read_file(files, ADDED_TOKENS_FILE, MAX_CONFIG_BYTES)?;
+    let tokens: BTreeMap<String, u64> =
+        serde_json::from_slice(&bytes).map_err(|error| bad(ADDED_TOKENS_FILE, format!("expected an object from token to id: {error}")))?;
+    match tokens.iter().find(|(_, id)| **id >= decoder.vocab_size as u64) {
+        None => Ok(()),
+        Some((token, id)) => Err(AdapterError::Unsupported {
+            key: ADDED_TOKENS_FILE.into(),
+            reason: format!("it adds {token:?} as {id}, the base model's vocabulary has {} tokens", decoder.vocab_size),
+        }),
+    }
+}
+
+/// Input and output width of a module.
+pub fn module_shape(decoder: &DecoderConfig, id: ModuleId) -> (usize, usize) {
+    let q_dim = decoder.num_heads * decoder.head_dim;
+    let kv_dim = decoder.num_kv_heads * decoder.head_dim;
+    let (hidden, intermediate) = (decoder.hidden_size, decoder.intermediate_size);
+    match id {
+        ModuleId::Layer { projection, .. } => match projection {
+            Projection::Q => (hidden, q_dim),
+            Projection::K | Projection::V => (hidden, kv_dim),
+            Projection::O => (q_dim, hidden),
+            Projection::Gate | Projection::Up => (hidden, intermediate),
+            Projection::Down => (intermediate, hidden),
+        },
+        ModuleId::EmbedTokens => (decoder.vocab_size, hidden),
+        ModuleId::LmHead => (hidden, decoder.vocab_size),
+    }
+}
+
+/// What the files of an honest adapter hold at most, in f32.
+fn max_weight_bytes(resolution: &Resolution, decoder: &DecoderConfig) -> u64 {
+    let pairs = resolution.modules.iter().fold(0u64, |sum, module| {
+        let (d_in, d_out) = module_shape(decoder, module.id);
+        let pair = (d_in as u64 + d_out as u64).saturating_mul(u64::from(module.lora_rank));
+        sum.saturating_add(pair)
+    });
+    let embeddings = 2 * decoder.vocab_size as u64 * decoder.hidden_size as u64;
+    let vectors = 16 * decoder.num_layers as u64 * (decoder.hidden_size as u64 + decoder.intermediate_size as u64) + 4 * decoder.vocab_size as u64;
+    pairs
+        .saturating_add(embeddings)
+        .saturating_add(vectors)
+        .saturating_mul(4)
+        .saturating_add(MAX_HEADER_BYTES)
+}
+
+fn has_base_bias(decoder: &DecoderConfig, id: ModuleId) -> bool {
+    match id {
+        ModuleId::Layer { projection, .. } => match projection {
+            Projection::Q | Projection::K | Projection::V => decoder.qkv_bias,
+            Projection::O => decoder.o_bias,
+            Projection::Gate | Projection::Up | Projection::Down => decoder.mlp_bias,
+        },
+        ModuleId::EmbedTokens | ModuleId::LmHead => false,
+    }
+}
+
+/// A run of bytes of the blob and where they come from.
+struct Piece<'a> {
+    offset: usize,
+    bytes: usize,
+    source: Source<'a>,
+}
+
+enum Source<'a> {
+    /// Values in the file's order.
+    Copy(Tensor<'a>),
+    /// `[rows, columns]` in the file, `[columns, rows]` in the blob.
+    Transpose(Tensor<'a>, usize, usize),
+    /// Worked out at load; always f32.
+    Values(Vec<f32>),
+}
+
+struct Loader<'a> {
+    decoder: &'a DecoderConfig,
+    limits: &'a LoraLimits,
+    config: &'a PeftConfig,
+    /// Those not yet used.
+    tensors: BTreeMap<(ModuleId, Role), Tensor<'a>>,
+    report: CoverageReport,
+    /// Ascending by offset.
+    pieces: Vec<Piece<'a>>,
+    blob_bytes: usize,
+}
+
+/// The tensors of one pair and where they come from in the file.
+struct Pair<'a> {
+    a: Source<'a>,
+    b_t: Source<'a>,
+}
+
+/// `[d_out]` each; see [`HostAdapter`] for the formula.
+struct OutputTerms {
+    scale: Option<Vec<f32>>,
+    bias: Option<Vec<f32>>,
+}
+
+impl<'a> Loader<'a> {
+    fn take(&mut self, id: ModuleId, role: Role, form: &str, shape: &[usize]) -> Result<Tensor<'a>, AdapterError> {
+        let tensor = self.tensors.remove(&(id, role)).ok_or_else(|| {
+            bad(
+                WEIGHTS_FILE,
+                format!(
+                    "tensor base_model.model.{}.{form} is missing, adapter_config.json asks for it",
+                    module_path(id)
+                ),
+            )
+        })?;
+        tensor.check(shape)?;
+        Ok(tensor)
+    }
+
+    fn push(&mut self, bytes: usize, source: Source<'a>) -> usize {
+        let offset = self.blob_bytes.next_multiple_of(64);
+        self.blob_bytes = offset + bytes;
+        self.pieces.push(Piece { offset, bytes, source });
+        offset
+    }
+
+    fn element_bytes(&self) -> usize {
+        self.limits.dtype.size_bytes()
+    }
+
+    /// Whole weights: those of `modules_to_save`, and copies of the base's own, which must equal them.
+    fn plan_replaced(&mut self, resolution: &Resolution) -> Result<Vec<ReplacedWeight>, AdapterError> {
+        let shape = [self.decoder.vocab_size, self.decoder.hidden_size];
+        if !resolution.saved.is_empty() && !self.limits.features.replaced_weights {
+            return Err(AdapterError::Unsupported {
+                key: "modules_to_save".into(),
+                reason: format!("it holds `{}`, this backend does not replace weights", module_path(resolution.saved[0])),
+            });
+        }
+        let mut replaced = Vec::new();
+        for &id in &resolution.saved {
+            let tensor = self.take(id, Role::Weight, "weight", &shape)?;
+            self.report.replaced_modules.push(module_path(id));
+            if resolution.saved_head_is_embedding {
+                self.report.replaced_modules.push(module_path(ModuleId::LmHead));
+                if let Some(head) = self.tensors.remove(&(ModuleId::LmHead, Role::Weight)) {
+                    head.check(&shape)?;
+                    if head.to_f32()? != tensor.to_f32()? {
+                        return Err(AdapterError::Unsupported {
+                            key: "ensure_weight_tying".into(),
+                            reason: format!("tensor {} differs from {}", head.name, tensor.name),
+                        });
+                    }
+                }
+            }
+            let bytes = shape[0] * shape[1] * self.element_bytes();
+            let offset_bytes = self.push(bytes, Source::Copy(tensor));
+            replaced.push(ReplacedWeight { id, offset_bytes });
+            if resolution.saved_head_is_embedding {
+                replaced.push(ReplacedWeight {
+                    id: ModuleId::LmHead,
+                    offset_bytes,
+                });
+            }
+        }
+        for id in [ModuleId::EmbedTokens, ModuleId::LmHead] {
+            if let Some(tensor) = self.tensors.remove(&(id, Role::Weight)) {
+                tensor.check(&shape)?;
+                self.check_base_copy(id, &tensor)?;
+            }
+        }
+        Ok(replaced)
+    }
+
+    /// PEFT saves the base's embedding beside a pair on it, and loads it back over the base's.
+    fn check_base_copy(&mut self, id: ModuleId, tensor: &Tensor<'a>) -> Result<(), AdapterError> {
+        let Some(base) = &self.limits.base else {
+            self.report
+                .tensors_without_effect
+                .push(format!("{}: taken to equal the base model's, not compared", tensor.name));
+            return Ok(());
+        };
+        let hidden = self.decoder.hidden_size;
+        let values = tensor.to_f32()?;
+        let mut row = vec![0.0; hidden];
+        for (index, saved) in values.chunks_exact(hidden).enumerate() {
+            base.read_row(id, index, &mut row);
+            // A copy saved in another dtype is the rounded one.
+            let rounded = |value: f32| match tensor.view.dtype() {
+                Dtype::F16 => half::f16::from_f32(value).to_f32(),
+                Dtype::BF16 => bf16::from_f32(value).to_f32(),
+                _ => value,
+            };
+            if let Some(column) = (0..hidden).find(|&column| saved[column] != row[column] && saved[column] != rounded(row[column])) {
+                return Err(AdapterError::Incompatible {
+                    reason: format!(
+                        "tensor {} is not a copy of the base model's (row {index}, column {column}: expected {}, got {}); a trained one \
+                         must be named in `modules_to_save`",
+                        tensor.name, row[column], saved[column]
+                    ),
+                });
+            }
+        }
+        self.report.tensors_without_effect.push(tensor.name.clone());
+        Ok(())
+    }
+
+    /// Lays out every module's weights: per layer A of q, k, v, then their Bᵀ, then o, then A of gate and up, and so on.
+    fn plan_modules(&mut self, resolution: &Resolution) -> Result<Vec<PackedModule>, AdapterError> {
+        self.refuse_output_terms(resolution)?;
+        let mut packed = Vec::new();
+        let mut rest = resolution.modules.as_slice();
+        while let Some(first) = rest.first() {
+            let group_len = rest.iter().take_while(|module| group(module.id) == group(first.id)).count();
+            let (members, after) = rest.split_at(group_len);
+            rest = after;
+            let pairs = members.iter().map(|module| self.take_pair(module)).collect::<Result<Vec<_>, _>>()?;
+            let mut outputs = Vec::new();
+            for (module, pair) in members.iter().zip(&pairs) {
+                outputs.push(self.output_terms(module, pair)?);
+            }
+            let (a_sources, b_sources): (Vec<_>, Vec<_>) = pairs.into_iter().map(|pair| (pair.a, pair.b_t)).unzip();
+            let widths: Vec<(usize, usize)> = members.iter().map(|module| module_shape(self.decoder, module.id)).collect();
+            let elements = self.element_bytes();
+            let mut a_offsets = Vec::new();
+            for ((module, source), (d_in, _)) in members.iter().zip(a_sources).zip(&widths) {
+                a_offsets.push(self.push(module.lora_rank as usize * d_in * elements, source));
+            }
+            let mut b_offsets = Vec::new();
+            for ((module, source), (_, d_out)) in members.iter().zip(b_sources).zip(&widths) {
+                b_offsets.push(self.push(module.lora_rank as usize * d_out * elements, source));
+            }
+            for (index, (module, OutputTerms { scale, bias })) in members.iter().zip(outputs).enumerate() {
+                let (d_in, d_out) = widths[index];
+                packed.push(PackedModule {
+                    id: module.id,
+                    lora_rank: module.lora_rank,
+                    d_in: narrow(d_in)?,
+                    d_out: narrow(d_out)?,
+                    scaling: module.scaling as f32,
+                    a_offset_bytes: a_offsets[index],
+                    b_t_offset_bytes: b_offsets[index],
+                    output_scale_offset_bytes: scale.map(|values| self.push(4 * d_out, Source::Values(values))),
+                    output_bias_offset_bytes: bias.map(|values| self.push(4 * d_out, Source::Values(values))),
+                });
+                self.report.modules.push(ModuleCoverage {
+                    module: module_path(module.id),
+                    lora_rank: module.lora_rank,
+                    lora_alpha: module.lora_alpha as f32,
+                    scaling: module.scaling as f32,
+                });
+            }
+        }
+        self.plan_bare_biases(resolution, &mut packed)?;
+        packed.sort_by_key(|module| module.id);
+        Ok(packed)
+    }
+
+    fn take_pair(&mut self, module: &ResolvedModule) -> Result<Pair<'a>, AdapterError> {
+        let (d_in, d_out) = module_shape(self.decoder, module.id);
+        let rank = module.lora_rank as usize;
+        if !(module.scaling as f32).is_finite() {
+            return Err(AdapterError::Incompatible {
+                reason: format!("`{}`: the scaling {} is not a finite f32", module_path(module.id), module.scaling),
+            });
+        }
+        if module.tied_to_embedding {
+            return self.take_tied_pair(module, d_in, d_out);
+        }
+        if module.id == ModuleId::EmbedTokens {
+            let a = self.take(module.id, Role::A, "lora_embedding_A", &[rank, d_in])?;
+            let b = self.take(module.id, Role::B, "lora_embedding_B", &[d_out, rank])?;
+            return Ok(Pair {
+                a: Source::Transpose(a, rank, d_in),
+                b_t: Source::Transpose(b, d_out, rank),
+            });
+        }
+        let a = self.take(module.id, Role::A, "lora_A.weight", &[rank, d_in])?;
+        let b = self.take(module.id, Role::B, "lora_B.weight", &[d_out, rank])?;
+        Ok(Pair {
+            a: Source::Copy(a),
+            b_t: Source::Transpose(b, d_out, rank),
+        })
+    }
+
+    /// The head's pair under `ensure_weight_tying`: A is the embedding's Bᵀ, B its Aᵀ. The embedding comes before the head in order,
+    /// so its pair is planned already; a copy in the file must be the same.
+    fn take_tied_pair(&mut self, module: &ResolvedModule, d_in: usize, d_out: usize) -> Result<Pair<'a>, AdapterError> {
+        let rank = module.lora_rank as usize;
+        let mut sources = self.pieces.iter().rev().filter_map(|piece| match &piece.source {
+            Source::Transpose(tensor, rows, columns) if tensor.name.contains("lora_embedding_") => Some((tensor.clone(), *rows, *columns)),
+            _ => None,
+        });
+        // In the order in which they were pushed: A, then B.
+        let (Some((b, ..)), Some((a, ..))) = (sources.next(), sources.next()) else {
+            return Err(AdapterError::Internal {
+                reason: "the embedding's pair was not planned before the head's".into(),
+            });
+        };
+        drop(sources);
+        for (role, own, of_embedding, rows, columns) in [(Role::A, "lora_A", &b, d_in, rank), (Role::B, "lora_B", &a, rank, d_out)] {
+            let Some(tensor) = self.tensors.remove(&(module.id, role)) else {
+                continue;
+            };
+            tensor.check(&[columns, rows])?;
+            let (values, expected) = (tensor.to_f32()?, of_embedding.to_f32()?);
+            let differs = (0..rows).any(|row| (0..columns).any(|column| expected[row * columns + column] != values[column * rows + row]));
+            if differs {
+                return Err(AdapterError::Unsupported {
+                    key: "ensure_weight_tying".into(),
+                    reason: format!("{own} of the head ({}) is not the transposed {}", tensor.name, of_embedding.name),
+                });
+            }
+        }
+        Ok(Pair {
+            a: Source::Transpose(b, d_in, rank),
+            b_t: Source::Copy(a),
+        })
+    }
+
+    fn trained_biases(&self, resolution: &Resolution) -> Vec<ModuleId> {
+        match self.config.bias {
+            BiasMode::None => Vec::new(),
+            BiasMode::LoraOnly => resolution
+                .modules
+                .iter()
+                .map(|module| module.id)
+                .filter(|&id| has_base_bias(self.decoder, id))
+                .collect(),
+            BiasMode::All => (0..self.decoder.num_layers as u16)
+                .flat_map(|layer| Projection::ALL.map(|projection| ModuleId::Layer { layer, projection }))
+                .filter(|&id| has_base_bias(self.decoder, id))
+                .collect(),
+        }
+    }
+
+    fn refuse_output_terms(&mut self, resolution: &Resolution) -> Result<(), AdapterError> {
+        let trains_bias = !self.trained_biases(resolution).is_empty();
+        if self.config.bias != BiasMode::None && !trains_bias {
+            self.report.keys_without_effect.push("bias".into());
+        }
+        if self.config.lora_bias && resolution.modules.iter().any(|module| module.id == ModuleId::EmbedTokens) {
+            return Err(AdapterError::Unsupported {
+                key: "lora_bias".into(),
+                reason: "PEFT refuses it on embeddings".into(),
+            });
+        }
+        for (key, is_on, needs_base) in [
+            ("use_dora", self.config.use_dora, true),
+            ("bias", trains_bias, true),
+            ("lora_bias", self.config.lora_bias, false),
+        ] {
+            let missing = if !self.limits.features.output_terms {
+                "this backend does not apply it"
+            } else if needs_base && self.limits.base.is_none() {
+                "the base model's weights are needed to apply it"
+            } else {
+                continue;
+            };
+            if is_on {
+                return Err(AdapterError::Unsupported {
+                    key: key.into(),
+                    reason: missing.into(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Scale and bias on a module's output; see [`HostAdapter`] for the formula.
+    fn output_terms(&mut self, module: &ResolvedModule, pair: &Pair<'a>) -> Result<OutputTerms, AdapterError> {
+        let id = module.id;
+        let (_, d_out) = module_shape(self.decoder, id);
+        let scale = if self.config.use_dora {
+            let magnitude = self.take(id, Role::Magnitude, "lora_magnitude_vector", &[d_out])?;
+            Some(self.dora_scale(module, pair, &magnitude)?)
+        } else {
+            None
+        };
+        let mut bias = None;
+        if has_base_bias(self.decoder, id) && (scale.is_some() || self.config.bias != BiasMode::None) {
+            let old = self.base_bias(id, d_out)?;
+            let new = if self.config.bias == BiasMode::None {
+                old.clone()
+            } else {
+                self.take(id, Role::Bias, "base_layer.bias", &[d_out])?.to_f32()?
+            };
+            // DoRA scales the product alone, and the base's output that is scaled here has its bias in it.
+            let scale_of = |index: usize| scale.as_ref().map_or(1.0, |scale| scale[index]);
+            bias = Some((0..d_out).map(|index| new[index] - scale_of(index) * old[index]).collect::<Vec<f32>>());
+        }
+        if self.config.lora_bias {
+            let own = self.take(id, Role::BBias, "lora_B.bias", &[d_out])?.to_f32()?;
+            let scaling = module.scaling as f32;
+            let sum = bias.get_or_insert_with(|| vec![0.0; d_out]);
+            sum.iter_mut().zip(own).for_each(|(sum, own)| *sum += scaling * own);
+        }
+        Ok(OutputTerms { scale, bias })
+    }
+
+    fn base(&self) -> Result<&'a Arc<dyn BaseWeights>, AdapterError> {
+        self.limits.base.as_ref().ok_or_else(|| AdapterError::Internal {
+            reason: "output terms were planned without the base model's weights".into(),
+        })
+    }
+
+    fn base_bias(&self, id: ModuleId, d_out: usize) -> Result<Vec<f32>, AdapterError> {
+        let bias = self.base()?.bias(id).filter(|bias| bias.len() == d_out);
+        bias.ok_or_else(|| AdapterError::Internal {
+            reason: format!("the base model's bias of `{}` can't be read", module_path(id)),
+        })
+    }
+
+    /// DoRA's output scale `m / ‖W + scaling·B·A‖` (arXiv:2402.09353, eq. 5), the norm over each output's row. An embedding's norm is
+    /// over the vocabulary, one per hidden column, as PEFT has it.
+    fn dora_scale(&self, module: &ResolvedModule, pair: &Pair<'a>, magnitude: &Tensor<'a>) -> Result<Vec<f32>, AdapterError> {
+        let (d_in, d_out) = module_shape(self.decoder, module.id);
+        let rank = module.lora_rank as usize;
+        let scaling = module.scaling as f32;
+        let base = self.base()?;
+        let magnitude = magnitude.to_f32()?;
+        let a = source_values(&pair.a)?;
+        let b_t = source_values(&pair.b_t)?;
+        let norms = if module.id == ModuleId::EmbedTokens {
+            let mut sums = vec![0.0f64; d_out];
+            let mut row = vec![0.0; d_out];
+            for token in 0..d_in {
+                base.read_row(module.id, token, &mut row);
+                for k in 0..rank {
+                    axpy(scaling * a[token * rank + k], &b_t[k * d_out..(k + 1) * d_out], &mut row);
+                }
+                sums.iter_mut().zip(&row).for_each(|(sum, value)| *sum += f64::from(*value).powi(2));
+            }
+            sums.into_iter().map(|sum| sum.sqrt() as f32).collect()
+        } else {
+            row_norms(self.limits.pack_threads, d_out, d_in, &|output, row| {
+                base.read_row(module.id, output, row);
+                for k in 0..rank {
+                    axpy(scaling * b_t[k * d_out + output], &a[k * d_in..(k + 1) * d_in], row);
+                }
+            })
+        };
+        let scales: Vec<f32> = magnitude.iter().zip(&norms).map(|(magnitude, norm)| magnitude / norm).collect();
+        match scales.iter().position(|scale| !scale.is_finite()) {
+            None => Ok(scales),
+            Some(index) => Err(AdapterError::Incompatible {
+                reason: format!(
+                    "`{}`: DoRA's scale of output {index} is {} / {}",
+                    module_path(module.id),
+                    magnitude[index],
+                    norms[index]
+                ),
+            }),
+        }
+    }
+
+    /// Trained biases of modules without a pair (`bias = "all"`).
+    fn plan_bare_biases(&mut self, resolution: &Resolution, packed: &mut Vec<PackedModule>) -> Result<(), AdapterError> {
+        let with_pair: BTreeSet<ModuleId> = resolution.modules.iter().map(|module| module.id).collect();
+        for id in self.trained_biases(resolution) {
+            if with_pair.contains(&id) {
+                continue;
+            }
+            let (d_in, d_out) = module_shape(self.decoder, id);
+            let new = self.take(id, Role::Bias, "bias", &[d_out])?.to_f32()?;
+            let old = self.base_bias(id, d_out)?;
+            let values = new.iter().zip(&old).map(|(new, old)| new - old).collect();
+            let offset = self.push(4 * d_out, Source::Values(values));
+            packed.push(PackedModule {
+                id,
+                lora_rank: 0,
+                d_in: narrow(d_in)?,
+                d_out: narrow(d_out)?,
+                scaling: 0.0,
+                a_offset_bytes: 0,
+                b_t_offset_bytes: 0,
+                output_scale_offset_bytes: None,
+                output_bias_offset_bytes: Some(offset),
+            });
+        }
+        Ok(())
+    }
+
+    /// Whatever was not asked for by the configuration.
+    fn check_leftovers(&self) -> Result<(), AdapterError> {
+        let Some(((id, role), tensor)) = self.tensors.first_key_value() else {
+            return Ok(());
+        };
+        let count = self.tensors.len();
+        let others = if count > 1 {
+            format!(" (and {} more)", count - 1)
+        } else {
+            String::new()
+        };
+        let why = match role {
+            Role::A | Role::B => format!("adapter_config.json puts no pair on `{}`", module_path(*id)),
+            Role::BBias => "`lora_bias` is not set".into(),
+            Role::Magnitude => "`use_dora` is not set".into(),
+            Role::Weight => format!("`{}` is not in `modules_to_save`", module_path(*id)),
+            Role::Bias => format!("the bias of `{}` is not trained by `bias`", module_path(*id)),
+        };
+        Err(bad(WEIGHTS_FILE, format!("tensor {} would not be used: {why}{others}", tensor.name)))
+    }
+
+    fn finish(
+        mut self,
+        resolution: &Resolution,
+        modules: Vec<PackedModule>,
+        replaced: Vec<ReplacedWeight>,
+    ) -> Result<(HostAdapter, CoverageReport), AdapterError> {
+        let mut blob = AlignedBytes::zeroed(self.blob_bytes.next_multiple_of(64));
+        let digests = fill(&self.pieces, &mut blob, self.limits.dtype, self.limits.pack_threads)?;
+        let version = version(&modules, &replaced, self.limits.dtype, &self.pieces, &digests);
+        let mut layers: Vec<u16> = modules
+            .iter()
+            .filter_map(|module| match module.id {
+                ModuleId::Layer { layer, .. } => Some(layer),
+                _ => None,
+            })
+            .collect();
+        layers.dedup();
+        self.report.layers = layers;
+        let max_lora_rank = resolution.modules.iter().map(|module| module.lora_rank).max().unwrap_or(0);
+        let adapter = HostAdapter {
+            version,
+            dtype: self.limits.dtype,
+            modules,
+            blob,
+            max_lora_rank,
+            replaced,
+        };
+        Ok((adapter, self.report))
+    }
+}
+
+/// The first of the modules whose A's are neighbours in the blob.
+fn group(id: ModuleId) -> ModuleId {
+    match id {
+        ModuleId::Layer { layer, projection } => {
+            let projection = match projection {
+                Projection::Q | Projection::K | Projection::V => Projection::Q,
+                Projection::Gate | Projection::Up => Projection::Gate,
+                Projection::O | Projection::Down => projection,
+            };
+            ModuleId::Layer { layer, projection }
+        }
+        ModuleId::EmbedTokens | ModuleId::LmHead => id,
+    }
+}
+
+fn narrow(width: usize) -> Result<u32, AdapterError> {
+    u32::try_from(width).map_err(|_| AdapterError::Internal {
+        reason: format!("a width of {width}"),
+    })
+}
+
+fn axpy(factor: f32, x: &[f32], y: &mut [f32]) {
+    y.iter_mut().zip(x).for_each(|(y, x)| *y += factor * x);
+}
+
+/// The values of a source, in the blob's order.
+fn source_values(source: &Source<'_>) -> Result<Vec<f32>, AdapterError> {
+    Ok(match source {
+        Source::Copy(tensor) => tensor.to_f32()?,
+        Source::Values(values) => values.clone(),
+        Source::Transpose(tensor, rows, columns) => {
+            let values = tensor.to_f32()?;
+            let mut transposed = vec![0.0; values.len()];
+            for row in 0..*rows {
+                for column in 0..*columns {
+                    transposed[column * rows + row] = values[row * columns + column];
+                }
+            }
+            transposed
+        }
+    })
+}
+
+/// ‖row‖ of each of `rows` rows that `read_row` writes, on several threads.
+fn row_norms(threads: usize, rows: usize, columns: usize, read_row: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Vec<f32> {
+    let mut norms = vec![0.0f32; rows];
+    let chunk = rows.div_ceil(threads.max(1)).max(1);
+    std::thread::scope(|scope| {
+        for (index, norms) in norms.chunks_mut(chunk).enumerate() {
+            scope.spawn(move || {
+                let mut row = vec![0.0f32; columns];
+                for (offset, norm) in norms.iter_mut().enumerate() {
+                    read_row(index * chunk + offset, &mut row);
+                    let sum: f64 = row.iter().map(|value| f64::from(*value) * f64::from(*value)).sum();
+                    *norm = sum.sqrt() as f32;
+                }
+            });
+        }
+    });
+    norms
+}
+
+/// Writes every piece into the blob and gives the digest of each.
+fn fill(pieces: &[Piece<'_>], blob: &mut AlignedBytes, dtype: PackedDtype, threads: usize) -> Result<Vec<[u8; 32]>, AdapterError> {
+    let mut rest = blob.as_bytes_mut();
+    let mut at = 0;
+    let mut jobs = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        let (_, from) = rest.split_at_mut(piece.offset - at);
+        let (own, after) = from.split_at_mut(piece.bytes);
+        at = piece.offset + piece.bytes;
+        rest = after;
+        jobs.push((piece, own));
+    }
+    // Small adapters aren't worth a thread; large ones are cut into runs of about equal bytes.
+    const BYTES_WORTH_A_THREAD: usize = 4 << 20;
+    let threads = threads.clamp(1, (at / BYTES_WORTH_A_THREAD).max(1));
+    let bytes_per_thread = at.div_ceil(threads).max(1);
+    let mut runs: Vec<Vec<(&Piece<'_>, &mut [u8])>> = Vec::new();
+    let mut filled = usize::MAX;
+    for job in jobs {
+        if filled >= bytes_per_thread {
+            runs.push(Vec::new());
+            filled = 0;
+        }
+        filled += job.0.bytes;
+        runs.last_mut().expect("a run was pushed above").push(job);
+    }
+    let run = |run: Vec<(&Piece<'_>, &mut [u8])>| -> Result<Vec<[u8; 32]>, AdapterError> {
+        run.into_iter()
+            .map(|(piece, bytes)| {
+                write_source(&piece.source, bytes, dtype)?;
+                Ok(Sha256::digest(&*bytes).into())
+            })
+            .collect()
+    };
+    if runs.len() <= 1 {
+        return runs.into_iter().next().map_or(Ok(Vec::new()), run);
+    }
+    let results: Vec<Result<Vec<[u8; 32]>, AdapterError>> = std::thread::scope(|scope| {
+        let handles: Vec<_> = runs.into_iter().map(|jobs| scope.spawn(|| run(jobs))).collect();
+        handles
+            .into_iter()
+            .map(|handle| {
+                handle.join().unwrap_or_else(|_| {
+                    Err(AdapterError::Internal {
+                        reason: "packing panicked".into(),
+                    })
+                })
+            })
+            .collect()
+    });
+    let mut digests = Vec::with_capacity(pieces.len());
+    for result in results {
+        digests.extend(result?);
+    }
+    Ok(digests)
+}
+
+fn write_source(source: &Source<'_>, bytes: &mut [u8], dtype: PackedDtype) -> Result<(), AdapterError> {
+    match (source, dtype) {
+        (Source::Values(values), _) => {
+            bytemuck::cast_slice_mut::<u8, f32>(bytes).copy_from_slice(values);
+            Ok(())
+        }
+        (Source::Copy(tensor) | Source::Transpose(tensor, ..), PackedDtype::F32) => {
+            write_tensor::<f32>(tensor, transpose_shape(source), bytemuck::cast_slice_mut(bytes))
+        }
+        (Source::Copy(tensor) | Source::Transpose(tensor, ..), PackedDtype::Bf16) => {
+            write_tensor::<bf16>(tensor, transpose_shape(source), bytemuck::cast_slice_mut(bytes))
+        }
+    }
+}
+
+fn transpose_shape(source: &Source<'_>) -> Option<(usize, usize)> {
+    match source {
+        Source::Transpose(_, rows, columns) => Some((*rows, *columns)),
+        Source::Copy(_) | Source::Values(_) => None,
+    }
+}
+
+/// An element of the blob.
+trait Packed: Copy {
+    fn pack(value: f32) -> Self;
+    fn is_usable(self) -> bool;
+}
+
+impl Packed for f32 {
+    fn pack(value: f32) -> Self {
+        value
+    }
+    fn is_usable(self) -> bool {
+        self.is_finite()
+    }
+}
+
+impl Packed for bf16 {
+    fn pack(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+    fn is_usable(self) -> bool {
+        self.is_finite()
+    }
+}
+
+fn write_tensor<P: Packed>(tensor: &Tensor<'_>, transpose: Option<(usize, usize)>, to: &mut [P]) -> Result<(), AdapterError> {
+    match tensor.view.dtype() {
+        Dtype::F32 => write_elements::<f32, P>(tensor, transpose, to),
+        Dtype::F16 => write_elements::<half::f16, P>(tensor, transpose, to),
+        _ => write_elements::<bf16, P>(tensor, transpose, to),
+    }
+}
+
+fn write_elements<E: Element, P: Packed>(tensor: &Tensor<'_>, transpose: Option<(usize, usize)>, to: &mut [P]) -> Result<(), AdapterError> {
+    let from = tensor.view.data();
+    let mut usable = true;
+    match transpose {
+        None => {
+            for (to, from) in to.iter_mut().zip(from.chunks_exact(E::BYTES)) {
+                *to = P::pack(E::decode(from));
+                usable &= to.is_usable();
+            }
+        }
+        Some((rows, columns)) => {
+            // By blocks of rows, so that a line of the destination is written while it is in the cache.
+            const BLOCK: usize = 64;
+            for block in (0..rows).step_by(BLOCK) {
+                let end = rows.min(block + BLOCK);
+                for column in 0..columns {
+                    for (row, to) in (block..end).zip(&mut to[column * rows + block..column * rows + end]) {
+                        let at = (row * columns + column) * E::BYTES;
+                        *to = P::pack(E::decode(&from[at..at + E::BYTES]));
+                        usable &= to.is_usable();
+                    }
+                }
+            }
+        }
+    }
+    if usable {
+        return Ok(());
+    }
+    // Rare: look again for the place, in the file's order.
+    let mut elements = from.chunks_exact(E::BYTES).map(E::decode).enumerate();
+    match elements.find(|(_, value)| !P::pack(*value).is_usable()) {
+        Some((index, value)) => Err(tensor.not_finite(index, value)),
+        None => Ok(()),
+    }
+}
+
+/// SHA-256 over what the adapter does: shapes and scalings of its modules, and a digest of each run of packed weights. File names,
+/// adapter names, tensor order, the file's dtype and keys without effect leave it as it is.
+fn version(modules: &[PackedModule], replaced: &[ReplacedWeight], dtype: PackedDtype, pieces: &[Piece<'_>], digests: &[[u8; 32]]) -> VersionId {
+    use std::fmt::Write;
+    let by_offset: BTreeMap<usize, &[u8; 32]> = pieces.iter().map(|piece| piece.offset).zip(digests).collect();
+    // The fixed part is hashed as text: unambiguous, and independent of how the structs lie in memory.
+    let mut shapes = format!("polylora adapter 1, {} bytes an element\n", dtype.size_bytes());
+    let mut offsets = Vec::new();
+    for module in modules {
+        let _ = writeln!(
+            shapes,
+            "{} {} {} {} {:08x}",
+            module_path(module.id),
+            module.lora_rank,
+            module.d_in,
+            module.d_out,
+            module.scaling.to_bits()
+        );
+        let has_pair = module.lora_rank > 0;
+        offsets.extend([
+            has_pair.then_some(module.a_offset_bytes),
+            has_pair.then_some(module.b_t_offset_bytes),
+            module.output_scale_offset_bytes,
+            module.output_bias_offset_bytes,
+        ]);
+    }
+    for weight in replaced {
+        let _ = writeln!(shapes, "{} replaced", module_path(weight.id));
+        offsets.push(Some(weight.offset_bytes));
+    }
+    let mut hash = Sha256::new();
+    hash.update((shapes.len() as u64).to_le_bytes());
+    hash.update(shapes.as_bytes());
+    for offset in offsets {
+        match offset.and_then(|offset| by_offset.get(&offset)) {
+            Some(digest) => hash.update(digest.as_slice()),
+            None => hash.update([0u8; 32]),
+        }
+    }
+    VersionId(hash.finalize().into())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::adapter::testing::{AdapterFiles, limits, source, tensor_name, tiny_decoder};
+
+    fn layer(layer: u16, projection: Projection) -> ModuleId {
+        ModuleId::Layer { layer, projection }
+    }
+
+    #[test]
+    fn packs_what_the_file_holds() {
+        let decoder = tiny_decoder();
+        let files = AdapterFiles::simple(&decoder, 1);
+        let directory = files.write();
+        let (adapter, report) = load_adapter(&source(&directory), &decoder, &limits()).unwrap();
+        assert_eq!(adapter.modules.len(), 6);
+        assert_eq!(report.layers, [0, 1, 2]);
+        for module in &adapter.modules {
+            assert_eq!((module.lora_rank, module.scaling), (2, 2.0));
+            let a = files.tensors[&tensor_name(module.id, "lora_A.weight")].values();
+            let b = files.tensors[&tensor_name(module.id, "lora_B.weight")].values();
+            assert_eq!(adapter.a_f32(module), a);
+            let (rank, d_out) = (module.lora_rank as usize, module.d_out as usize);
+            for row in 0..d_out {
+                for k in 0..rank {
+                    assert_eq!(adapter.b_t_f32(module)[k * d_out + row], b[row * rank + k]);
+                }
+            }
+            assert_eq!((module.a_offset_bytes % 64, module.b_t_offset_bytes % 64), (0, 0));
+        }
+        assert!(adapter.module(layer(1, Projection::V)).is_some());
+        assert!(adapter.module(layer(1, Projection::K)).is_none());
+    }
+
+    #[test]
+    fn refuses_a_pair_that_is_half_there() {
+        let decoder = tiny_decoder();
+        let mut files = AdapterFiles::new(&decoder, json!({"target_modules": ["up_proj"]}), 1);
+        let name = tensor_name(layer(2, Projection::Up), "lora_B.weight");
+        files.tensors.remove(&name).unwrap();
+        let directory = files.write();
+        let error = load_adapter(&source(&directory), &decoder, &limits()).unwrap_err();
+        assert!(error.to_string().contains(&format!("{name} is missing")), "{error}");
+    }
+
+    #[test]
+    fn version_is_the_contents() {
+        let decoder = tiny_decoder();
+        let version = |files: &AdapterFiles| load_adapter(&source(&files.write()), &decoder, &limits()).unwrap().0.version;
+        let plain = AdapterFiles::simple(&decoder, 1);
+        let mut half = plain.clone();
+        for tensor in half.tensors.values_mut() {
+            *tensor = tensor.cast(Dtype::BF16);
+        }
+        let mut renamed = plain.clone();
+        renamed.tensors = renamed
+            .tensors
+            .into_iter()
+            .map(|(name, tensor)| (name.replace(".weight", ".other.weight"), tensor))
+            .collect();
+        let same = version(&plain);
+        assert_eq!(version(&half), same, "the file's dtype");
+        assert_eq!(version(&renamed), same, "the adapter's name in the file");
+        assert_eq!(version(&plain.clone().with("lora_dropout", json!(0.5))), same, "a key without effect");
+        assert_ne!(version(&plain.clone().with("lora_alpha", json!(5))), same, "another scaling");
+        assert_ne!(version(&AdapterFiles::simple(&decoder, 2)), same, "other weights");
+        let mut swapped = plain.clone();
+        let q = tensor_name(layer(0, Projection::Q), "lora_A.weight");
+        let other = tensor_name(layer(1, Projection::Q), "lora_A.weight");
+        let (first, second) = (swapped.tensors[&q].clone(), swapped.tensors[&other].clone());
+        swapped.tensors.insert(q, second);
+        swapped.tensors.insert(other, first);
+        assert_ne!(version(&swapped), same, "the same tensors at other places");
+    }
 }

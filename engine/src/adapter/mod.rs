@@ -1,7 +1,7 @@
 //! Adapters: from PEFT files to weights that a batch can use.
 //!
-//! `config.rs` reads `adapter_config.json`; `load.rs` checks files against the base model and packs them; `registry.rs` knows
-//! names, versions, leases and the host tier. Device residency is the worker's ([`crate::worker`]).
+//! `config.rs` reads `adapter_config.json`, `tensors.rs` the weight files; `load.rs` checks both against the base model and packs
+//! them; `registry.rs` knows names, versions, leases and the host tier. Device residency is the worker's ([`crate::worker`]).
 
 use std::sync::Arc;
 
@@ -10,8 +10,13 @@ use half::bf16;
 pub mod config;
 pub mod load;
 pub mod registry;
+pub mod tensors;
+#[cfg(test)]
+pub(crate) mod testing;
 
-pub use registry::{AdapterInfo, AdapterLease, AdapterState, LoadRequest, UnloadReport};
+pub use config::{module_path, module_paths};
+pub use load::{CoverageReport, LoraFeatures, LoraLimits, ModuleCoverage, load_adapter};
+pub use registry::{AdapterInfo, AdapterLease, AdapterRegistry, AdapterState, LoadRequest, RegistryConfig, RegistryStats, ResidentSet, UnloadReport};
 
 /// Content identity of an adapter: SHA-256 over its effective configuration and its tensors. Equal bytes, equal version.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -127,9 +132,33 @@ pub struct PackedModule {
     pub a_offset_bytes: usize,
     /// Byte offset of Bᵀ `[lora_rank, d_out]`, row-major; a multiple of 64.
     pub b_t_offset_bytes: usize,
+    /// Byte offset of `[d_out]` f32, whatever the dtype; a multiple of 64. See [`HostAdapter`] for its place in the formula (DoRA).
+    pub output_scale_offset_bytes: Option<usize>,
+    /// Byte offset of `[d_out]` f32, whatever the dtype; a multiple of 64 (biases that the adapter trained).
+    pub output_bias_offset_bytes: Option<usize>,
+}
+
+/// A weight that the adapter brings whole, in place of the base model's (`modules_to_save`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReplacedWeight {
+    /// `EmbedTokens` or `LmHead`.
+    pub id: ModuleId,
+    /// Byte offset of `[vocab, hidden]`, row-major, in the adapter's dtype; a multiple of 64. Both may name the same bytes.
+    pub offset_bytes: usize,
+}
+
+/// Reads the base model's own weights, for what is worked out from them at load: DoRA's norms, trained biases, saved copies.
+pub trait BaseWeights: Send + Sync {
+    /// Writes row `row` of a module's weight `[d_out, d_in]` as f32; `[vocab, hidden]` for `EmbedTokens` and `LmHead`.
+    fn read_row(&self, id: ModuleId, row: usize, out: &mut [f32]);
+    /// A module's bias `[d_out]` as f32, if it has one.
+    fn bias(&self, id: ModuleId) -> Option<Vec<f32>>;
 }
 
 /// A validated adapter, packed into one buffer that one copy moves to a device. Immutable.
+///
+/// A module's output becomes `y ← output_scale ⊙ (y + scaling · (x·Aᵀ)·Bᵀ) + output_bias`, where `y` is the base's output with its
+/// bias; most adapters have neither scale (all ones) nor bias (all zeros). A module with a bias alone has `lora_rank` 0.
 pub struct HostAdapter {
     /// Content identity.
     pub version: VersionId,
@@ -142,6 +171,8 @@ pub struct HostAdapter {
     pub blob: AlignedBytes,
     /// Largest `lora_rank`.
     pub max_lora_rank: u32,
+    /// Weights used in place of the base model's; sorted by `id`. A module in here may not be in `modules`.
+    pub replaced: Vec<ReplacedWeight>,
 }
 
 impl std::fmt::Debug for HostAdapter {
@@ -171,29 +202,48 @@ impl HostAdapter {
     /// A of a module, as f32. Panics unless `dtype` is `F32`.
     pub fn a_f32(&self, module: &PackedModule) -> &[f32] {
         assert_eq!(self.dtype, PackedDtype::F32, "packed dtype");
-        let len = (module.lora_rank * module.d_in) as usize;
+        let len = module.lora_rank as usize * module.d_in as usize;
         bytemuck::cast_slice(&self.blob.as_bytes()[module.a_offset_bytes..module.a_offset_bytes + 4 * len])
     }
 
     /// Bᵀ of a module, as f32. Panics unless `dtype` is `F32`.
     pub fn b_t_f32(&self, module: &PackedModule) -> &[f32] {
         assert_eq!(self.dtype, PackedDtype::F32, "packed dtype");
-        let len = (module.lora_rank * module.d_out) as usize;
+        let len = module.lora_rank as usize * module.d_out as usize;
         bytemuck::cast_slice(&self.blob.as_bytes()[module.b_t_offset_bytes..module.b_t_offset_bytes + 4 * len])
     }
 
     /// A of a module, as bf16. Panics unless `dtype` is `Bf16`.
     pub fn a_bf16(&self, module: &PackedModule) -> &[bf16] {
         assert_eq!(self.dtype, PackedDtype::Bf16, "packed dtype");
-        let len = (module.lora_rank * module.d_in) as usize;
+        let len = module.lora_rank as usize * module.d_in as usize;
         bytemuck::cast_slice(&self.blob.as_bytes()[module.a_offset_bytes..module.a_offset_bytes + 2 * len])
     }
 
     /// Bᵀ of a module, as bf16. Panics unless `dtype` is `Bf16`.
     pub fn b_t_bf16(&self, module: &PackedModule) -> &[bf16] {
         assert_eq!(self.dtype, PackedDtype::Bf16, "packed dtype");
-        let len = (module.lora_rank * module.d_out) as usize;
+        let len = module.lora_rank as usize * module.d_out as usize;
         bytemuck::cast_slice(&self.blob.as_bytes()[module.b_t_offset_bytes..module.b_t_offset_bytes + 2 * len])
+    }
+
+    /// The scale on a module's output, if it has one.
+    pub fn output_scale(&self, module: &PackedModule) -> Option<&[f32]> {
+        module.output_scale_offset_bytes.map(|offset| self.f32_at(offset, module.d_out))
+    }
+
+    /// The bias on a module's output, if it has one.
+    pub fn output_bias(&self, module: &PackedModule) -> Option<&[f32]> {
+        module.output_bias_offset_bytes.map(|offset| self.f32_at(offset, module.d_out))
+    }
+
+    fn f32_at(&self, offset: usize, len: u32) -> &[f32] {
+        bytemuck::cast_slice(&self.blob.as_bytes()[offset..offset + 4 * len as usize])
+    }
+
+    /// The weight that replaces a module's, if there is one.
+    pub fn replaced(&self, id: ModuleId) -> Option<&ReplacedWeight> {
+        self.replaced.iter().find(|weight| weight.id == id)
     }
 }
 
@@ -288,6 +338,30 @@ pub enum AdapterError {
         pinned: usize,
         /// At most.
         limit: usize,
+    },
+    /// The name has another version than the one that was to be replaced.
+    #[error("adapter '{name}' has version {got}, not {expected}")]
+    VersionConflict {
+        /// The name.
+        name: String,
+        /// The version that the caller expected.
+        expected: String,
+        /// The version that it has; `none` when it was never read.
+        got: String,
+    },
+    /// Too many loads wait.
+    #[error("{waiting} adapter loads wait, at most {limit} may")]
+    TooManyLoads {
+        /// Waiting now.
+        waiting: usize,
+        /// At most.
+        limit: usize,
+    },
+    /// A fault of the server's own.
+    #[error("loading the adapter failed: {reason}")]
+    Internal {
+        /// What failed.
+        reason: String,
     },
     /// `max_loaded_loras` is reached and nothing may leave.
     #[error("no adapter can be evicted: all {loaded} loaded adapters (limit {limit}) are pinned or in use")]

@@ -1,9 +1,41 @@
 //! Names, versions, leases and the host tier.
+//!
+//! The registry knows every adapter by name, brings those that are asked for into host memory on a pool of loader threads, and hands
+//! out leases. Nothing here blocks the caller: waiting is a future, woken by a loader or by the last lease's `Drop`, and needs no
+//! async runtime. What lies on the device is the worker's business; it tells by [`ResidentSet`].
+//!
+//! Invariants, tested below: a lease counts once, however it is cloned and wherever it is dropped; the sum of leases is zero when all
+//! are gone; no more than `max_loaded_loras` adapters have weights here, leased and pinned ones included; a name is registered
+//! completely or not at all.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
-use super::{HostAdapter, VersionId};
-use crate::files::FileSource;
+use parking_lot::{Condvar, Mutex, RwLock};
+use tokio::sync::oneshot;
+
+use super::{
+    AdapterError, HostAdapter, ResolvedAdapter, VersionId,
+    config::CONFIG_FILE,
+    load::{CoverageReport, LoraLimits, load_adapter},
+};
+use crate::{BoxFuture, decoder::DecoderConfig, files::FileSource, llm::EvictionPolicy};
+
+/// Longest name, in bytes.
+const MAX_NAME_BYTES: usize = 256;
+/// Names listed in an `Unknown` error; a server may have thousands.
+const NAMES_IN_ERROR: usize = 32;
+/// A failed load is not tried again for this long; doubled with each failure in a row.
+const FIRST_BACK_OFF: Duration = Duration::from_secs(1);
+/// The longest such time.
+const LONGEST_BACK_OFF: Duration = Duration::from_secs(60);
 
 /// What `load` is asked to do.
 #[derive(Clone, Debug)]
@@ -56,7 +88,7 @@ pub struct AdapterInfo {
     /// Requests that asked for it since it was registered.
     pub requests_total: u64,
     /// Coverage, keys without effect, and the like: what `inspect` shows.
-    pub report: Option<Arc<super::load::CoverageReport>>,
+    pub report: Option<Arc<CoverageReport>>,
 }
 
 /// What unloading found.
@@ -108,5 +140,1170 @@ impl AdapterLease {
     /// The packed weights.
     pub fn weights(&self) -> &Arc<HostAdapter> {
         &self.weights
+    }
+}
+
+/// Limits and policies of a registry.
+#[derive(Clone, Debug)]
+pub struct RegistryConfig {
+    /// What an adapter must keep to.
+    pub limits: LoraLimits,
+    /// Names that the base model is served under: no adapter may have them.
+    pub base_names: Vec<String>,
+    /// Adapters in host memory; `None` is unbounded.
+    pub max_loaded_loras: Option<usize>,
+    /// Pinned adapters: `max_loras_per_batch - 1`.
+    pub max_pinned: usize,
+    /// Which adapter leaves host memory first.
+    pub eviction: EvictionPolicy,
+    /// Threads that read, check and pack.
+    pub loader_threads: usize,
+    /// Loads that may wait for a thread.
+    pub max_queued_loads: usize,
+    /// Folders whose subfolders are adapters, found by name at first use.
+    pub adapter_dirs: Vec<PathBuf>,
+}
+
+impl RegistryConfig {
+    /// Two loader threads, LRU, no bound on host memory, seven pins.
+    pub fn new(limits: LoraLimits) -> Self {
+        Self {
+            limits,
+            base_names: Vec::new(),
+            max_loaded_loras: None,
+            max_pinned: 7,
+            eviction: EvictionPolicy::Lru,
+            loader_threads: 2,
+            max_queued_loads: 1024,
+            adapter_dirs: Vec::new(),
+        }
+    }
+}
+
+/// A snapshot of the registry's counters and gauges. Counters only grow.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct RegistryStats {
+    /// Names.
+    pub registered: usize,
+    /// Names whose weights are in host memory.
+    pub loaded: usize,
+    /// Names that are pinned.
+    pub pinned: usize,
+    /// Leases, those on forgotten names included.
+    pub leases: usize,
+    /// Bytes of weights in host memory; what several names share counts once, what only leases hold counts too.
+    pub host_bytes: usize,
+    /// Loads that wait for a thread or run.
+    pub loading: usize,
+    /// Loads that succeeded.
+    pub loads_total: u64,
+    /// Loads that failed.
+    pub load_failures_total: u64,
+    /// Time spent in loads.
+    pub load_seconds_total: f64,
+    /// Adapters that left host memory for others.
+    pub evictions_total: u64,
+    /// Acquisitions that found the weights in host memory.
+    pub hits_total: u64,
+    /// Acquisitions that had to wait for a load.
+    pub misses_total: u64,
+}
+
+/// Which versions are usable on the device. The worker writes, the registry reads.
+#[derive(Debug, Default)]
+pub struct ResidentSet {
+    versions: RwLock<HashSet<VersionId>>,
+}
+
+impl ResidentSet {
+    /// A version became usable.
+    pub fn insert(&self, version: VersionId) {
+        self.versions.write().insert(version);
+    }
+
+    /// A version left.
+    pub fn remove(&self, version: &VersionId) {
+        self.versions.write().remove(version);
+    }
+
+    /// Whether a version is usable.
+    pub fn contains(&self, version: &VersionId) -> bool {
+        self.versions.read().contains(version)
+    }
+
+    /// How many are usable.
+    pub fn len(&self) -> usize {
+        self.versions.read().len()
+    }
+
+    /// Whether none is.
+    pub fn is_empty(&self) -> bool {
+        self.versions.read().is_empty()
+    }
+}
+
+/// Counts the leases on one name's one version and wakes who waits for the last to end.
+#[derive(Default)]
+struct Hold {
+    leases: AtomicUsize,
+    waiters: Mutex<Vec<oneshot::Sender<()>>>,
+}
+
+impl Hold {
+    fn count(&self) -> usize {
+        self.leases.load(Ordering::Acquire)
+    }
+
+    /// Resolves when no lease is left.
+    async fn released(&self) {
+        loop {
+            let receiver = {
+                let mut waiters = self.waiters.lock();
+                // Checked under the lock that the last lease takes to wake: no wake-up is lost.
+                if self.count() == 0 {
+                    return;
+                }
+                let (sender, receiver) = oneshot::channel();
+                waiters.push(sender);
+                receiver
+            };
+            // An error means that the sender was dropped after its message, or with the hold: look again.
+            let _ = receiver.await;
+        }
+    }
+}
+
+/// One lease's part in a [`Hold`].
+struct HoldGuard {
+    hold: Arc<Hold>,
+    total: Arc<AtomicUsize>,
+}
+
+impl HoldGuard {
+    fn new(hold: &Arc<Hold>, total: &Arc<AtomicUsize>) -> Self {
+        hold.leases.fetch_add(1, Ordering::AcqRel);
+        total.fetch_add(1, Ordering::AcqRel);
+        Self {
+            hold: hold.clone(),
+            total: total.clone(),
+        }
+    }
+}
+
+impl Drop for HoldGuard {
+    fn drop(&mut self) {
+        self.total.fetch_sub(1, Ordering::AcqRel);
+        if self.hold.leases.fetch_sub(1, Ordering::AcqRel) == 1 {
+            for waiter in self.hold.waiters.lock().drain(..) {
+                // Whoever waited may have gone.
+                let _ = waiter.send(());
+            }
+        }
+    }
+}
+
+/// What is known of a version once it was read; stays when its weights leave.
+#[derive(Clone)]
+struct Facts {
+    version: VersionId,
+    report: Arc<CoverageReport>,
+    max_lora_rank: u32,
+    target_modules: Vec<String>,
+    bytes: usize,
+}
+
+/// A failure and when the next attempt is due.
+struct Failure {
+    error: AdapterError,
+    retry_at: Instant,
+    back_off: Duration,
+}
+
+type LeaseSender = oneshot::Sender<Result<AdapterLease, AdapterError>>;
+
+/// Weights of a registered name.
+enum Tier {
+    Registered,
+    Loading(Vec<LeaseSender>),
+    Host(Arc<HostAdapter>),
+}
+
+struct Entry {
+    name: Arc<str>,
+    files: FileSource,
+    source: String,
+    pinned: bool,
+    tier: Tier,
+    facts: Option<Facts>,
+    hold: Arc<Hold>,
+    /// Holds of versions that this name had before and that requests still run on.
+    previous: Vec<Arc<Hold>>,
+    /// Tells this registration from an earlier one of the same name.
+    registration: u64,
+    /// Ticks of the registry's clock.
+    last_used: u64,
+    loaded_at: u64,
+    requests_total: u64,
+    failure: Option<Failure>,
+}
+
+#[derive(Default)]
+struct State {
+    entries: HashMap<Arc<str>, Entry>,
+    /// Weights by content, as long as anything holds them.
+    versions: HashMap<VersionId, Weak<HostAdapter>>,
+    /// Names that a `load` is working on, and who waits for it.
+    claimed: HashMap<String, Vec<oneshot::Sender<()>>>,
+    clock: u64,
+    /// Names whose weights are on the host.
+    loaded: HashSet<Arc<str>>,
+    loads_total: u64,
+    load_failures_total: u64,
+    load_time: Duration,
+    evictions_total: u64,
+    hits_total: u64,
+    misses_total: u64,
+}
+
+/// What a loader thread is to do.
+enum Job {
+    /// Bring a registered adapter to the host.
+    Fetch { name: Arc<str>, registration: u64, files: FileSource },
+    /// Read and register.
+    Load {
+        request: LoadRequest,
+        expected_version: Option<String>,
+        done: oneshot::Sender<Result<AdapterInfo, AdapterError>>,
+        _claim: Claim,
+    },
+    /// Look for a name in the adapter folders.
+    Discover { name: String, done: oneshot::Sender<bool> },
+}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    running: usize,
+    closed: bool,
+}
+
+struct Shared {
+    config: RegistryConfig,
+    decoder: Arc<DecoderConfig>,
+    state: Mutex<State>,
+    queue: Mutex<Queue>,
+    wake: Condvar,
+    residents: Arc<ResidentSet>,
+    leases: Arc<AtomicUsize>,
+    pins_changed: AtomicUsize,
+}
+
+/// Every adapter by name; see the module's description. Dropping it ends the loader threads; leases stay good.
+pub struct AdapterRegistry {
+    shared: Arc<Shared>,
+    loaders: Vec<std::thread::JoinHandle<()>>,
+}
+
+/// The right to register a name; given back on drop, which wakes the next in line.
+struct Claim {
+    shared: Arc<Shared>,
+    name: String,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let waiters = self.shared.state.lock().claimed.remove(&self.name).unwrap_or_default();
+        for waiter in waiters {
+            let _ = waiter.send(());
+        }
+    }
+}
+
+impl AdapterRegistry {
+    /// An empty registry with its loader threads.
+    pub fn new(config: RegistryConfig, decoder: Arc<DecoderConfig>) -> Self {
+        let shared = Arc::new(Shared {
+            decoder,
+            state: Mutex::default(),
+            queue: Mutex::default(),
+            wake: Condvar::new(),
+            residents: Arc::default(),
+            leases: Arc::default(),
+            pins_changed: AtomicUsize::new(0),
+            config,
+        });
+        let loaders = (0..shared.config.loader_threads.max(1))
+            .map(|index| {
+                let shared = shared.clone();
+                std::thread::Builder::new()
+                    .name(format!("adapter-loader-{index}"))
+                    .spawn(move || shared.run_loader())
+                    .expect("the system gives a thread at start")
+            })
+            .collect();
+        Self { shared, loaders }
+    }
+
+    /// The limits that it was made with.
+    pub fn config(&self) -> &RegistryConfig {
+        &self.shared.config
+    }
+
+    /// Where the worker tells which versions are on the device.
+    pub fn residents(&self) -> &Arc<ResidentSet> {
+        &self.shared.residents
+    }
+
+    /// Registers a name without reading its files: they are read at first use. A pinned one is read at once, in the background.
+    ///
+    /// # Errors
+    /// `BadName`, `AlreadyLoaded`, `TooManyPinned`, `TooManyLoads`.
+    pub fn register(&self, request: LoadRequest) -> Result<(), AdapterError> {
+        let shared = &self.shared;
+        shared.check_name(&request.name)?;
+        let mut state = shared.state.lock();
+        if state.entries.contains_key(request.name.as_str()) || state.claimed.contains_key(&request.name) {
+            return Err(AdapterError::AlreadyLoaded { name: request.name });
+        }
+        let pinned = request.pinned;
+        shared.check_pins(&state, &request.name, pinned)?;
+        let name: Arc<str> = request.name.as_str().into();
+        state.insert(request, None);
+        if pinned {
+            shared.pins_changed.fetch_add(1, Ordering::Release);
+            shared.fetch(&mut state, &name, None)?;
+        }
+        Ok(())
+    }
+
+    /// Reads, checks, packs and registers an adapter. With `replace`, a name that is taken gets the new version atomically: requests
+    /// in flight end on the old one. Once a loader has the request it is carried out, even if the future is dropped.
+    ///
+    /// # Errors
+    /// Any of [`AdapterError`] but `Unknown`; nothing was registered, and a version that was to be replaced is as before.
+    pub fn load(&self, request: LoadRequest) -> BoxFuture<'_, Result<AdapterInfo, AdapterError>> {
+        self.load_expecting(request, None)
+    }
+
+    /// As `load`; a name that is replaced must have the version `expected` (hex), as of the moment of the swap.
+    ///
+    /// # Errors
+    /// As `load`; `VersionConflict`.
+    pub fn load_expecting(&self, request: LoadRequest, expected: Option<String>) -> BoxFuture<'_, Result<AdapterInfo, AdapterError>> {
+        Box::pin(async move {
+            self.shared.check_name(&request.name)?;
+            let claim = self.claim(&request.name).await;
+            {
+                // Refused before its files are read, where that is possible already; checked again at the end.
+                let state = self.shared.state.lock();
+                self.shared.check_load(&state, &request, expected.as_deref())?;
+            }
+            let (done, result) = oneshot::channel();
+            self.shared.enqueue(Job::Load {
+                request,
+                expected_version: expected,
+                done,
+                _claim: claim,
+            })?;
+            result.await.unwrap_or_else(|_| Err(loader_gone()))
+        })
+    }
+
+    /// Loads of one name come one after the other, so that of two at once the second sees what the first did.
+    async fn claim(&self, name: &str) -> Claim {
+        loop {
+            let wait = {
+                let mut state = self.shared.state.lock();
+                match state.claimed.get_mut(name) {
+                    None => {
+                        state.claimed.insert(name.to_owned(), Vec::new());
+                        return Claim {
+                            shared: self.shared.clone(),
+                            name: name.to_owned(),
+                        };
+                    }
+                    Some(waiters) => {
+                        let (sender, receiver) = oneshot::channel();
+                        waiters.push(sender);
+                        receiver
+                    }
+                }
+            };
+            let _ = wait.await;
+        }
+    }
+
+    /// Gives a lease on an adapter, bringing it to the host first if it is only registered: one load, however many wait for it.
+    ///
+    /// # Errors
+    /// `Unknown`; what the load gave; `NothingToEvict`.
+    pub fn acquire<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<AdapterLease, AdapterError>> {
+        Box::pin(async move {
+            loop {
+                let wait = match self.shared.acquire(name)? {
+                    Acquired::Lease(lease) => return Ok(lease),
+                    Acquired::Loading(receiver) => receiver,
+                    Acquired::Unknown => {
+                        if self.discover(name).await? {
+                            continue;
+                        }
+                        return Err(self.shared.unknown(&self.shared.state.lock(), name));
+                    }
+                };
+                return wait.await.unwrap_or_else(|_| Err(loader_gone()));
+            }
+        })
+    }
+
+    /// A lease if the adapter is in host memory now.
+    pub fn try_acquire(&self, name: &str) -> Option<AdapterLease> {
+        let mut state = self.shared.state.lock();
+        self.shared.lease(&mut state, name, true)
+    }
+
+    /// Looks for an unknown name in the adapter folders and registers it if it is there.
+    async fn discover(&self, name: &str) -> Result<bool, AdapterError> {
+        if self.shared.config.adapter_dirs.is_empty() || self.shared.check_name(name).is_err() || !is_folder_name(name) {
+            return Ok(false);
+        }
+        let (done, found) = oneshot::channel();
+        self.shared.enqueue(Job::Discover { name: name.to_owned(), done })?;
+        Ok(found.await.unwrap_or(false))
+    }
+
+    /// Registers every subfolder of the adapter folders that has an `adapter_config.json` and isn't known yet; gives their names.
+    /// Reads folders: not to be called in async code.
+    pub fn scan_adapter_dirs(&self) -> Vec<String> {
+        let mut added = Vec::new();
+        for directory in &self.shared.config.adapter_dirs {
+            let Ok(children) = std::fs::read_dir(directory) else { continue };
+            let mut names: Vec<String> = children
+                .filter_map(|child| child.ok()?.file_name().into_string().ok())
+                .filter(|name| is_folder_name(name))
+                .collect();
+            names.sort();
+            added.extend(names.into_iter().filter(|name| self.shared.register_folder(directory, name)));
+        }
+        added
+    }
+
+    /// Forgets a name at once; requests that hold a lease finish on it. Resolves when the last has ended.
+    ///
+    /// # Errors
+    /// `Unknown`.
+    pub fn unload<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<UnloadReport, AdapterError>> {
+        Box::pin(async move {
+            let start = Instant::now();
+            let holds = self.shared.forget(name)?;
+            let waited_for = holds.iter().map(|hold| hold.count()).sum();
+            for hold in &holds {
+                hold.released().await;
+            }
+            Ok(UnloadReport {
+                name: name.to_owned(),
+                waited_for,
+                waited: start.elapsed(),
+            })
+        })
+    }
+
+    /// Pins or unpins. A pinned adapter that is only registered is read in the background at once.
+    ///
+    /// # Errors
+    /// `Unknown`, `TooManyPinned`, `TooManyLoads`.
+    pub fn pin(&self, name: &str, pinned: bool) -> Result<(), AdapterError> {
+        let shared = &self.shared;
+        let mut state = shared.state.lock();
+        let Some((key, entry)) = state.entries.get_key_value(name) else {
+            return Err(shared.unknown(&state, name));
+        };
+        let key = key.clone();
+        if entry.pinned == pinned {
+            return Ok(());
+        }
+        shared.check_pins(&state, name, pinned)?;
+        if pinned {
+            shared.fetch(&mut state, &key, None)?;
+        }
+        if let Some(entry) = state.entries.get_mut(name) {
+            entry.pinned = pinned;
+        }
+        drop(state);
+        shared.pins_changed.fetch_add(1, Ordering::Release);
+        Ok(())
+    }
+
+    /// Pinned adapters whose weights are here: the worker keeps them on the device.
+    pub fn pinned(&self) -> Vec<ResolvedAdapter> {
+        let state = self.shared.state.lock();
+        let mut pinned: Vec<_> = state
+            .entries
+            .values()
+            .filter(|entry| entry.pinned)
+            .filter_map(|entry| match &entry.tier {
+                Tier::Host(weights) => Some(ResolvedAdapter {
+                    name: entry.name.clone(),
+                    weights: weights.clone(),
+                }),
+                _ => None,
+            })
+            .collect();
+        pinned.sort_by(|a, b| a.name.cmp(&b.name));
+        pinned
+    }
+
+    /// Grows whenever what `pinned` gives may have changed: cheap to ask at every step.
+    pub fn pins_generation(&self) -> usize {
+        self.shared.pins_changed.load(Ordering::Acquire)
+    }
+
+    /// Every registered adapter, least recently used first; those never used come first, in order of registration.
+    pub fn list(&self) -> Vec<AdapterInfo> {
+        let state = self.shared.state.lock();
+        let mut entries: Vec<&Entry> = state.entries.values().collect();
+        entries.sort_by_key(|entry| (entry.last_used, entry.registration));
+        entries.into_iter().map(|entry| self.shared.info(entry)).collect()
+    }
+
+    /// One registered adapter.
+    pub fn info(&self, name: &str) -> Option<AdapterInfo> {
+        let state = self.shared.state.lock();
+        state.entries.get(name).map(|entry| self.shared.info(entry))
+    }
+
+    /// Counters and gauges.
+    pub fn stats(&self) -> RegistryStats {
+        let (waiting, running) = {
+            let queue = self.shared.queue.lock();
+            (queue.jobs.len(), queue.running)
+        };
+        let state = self.shared.state.lock();
+        let versions: Vec<Arc<HostAdapter>> = state.versions.values().filter_map(Weak::upgrade).collect();
+        RegistryStats {
+            registered: state.entries.len(),
+            loaded: state.loaded.len(),
+            pinned: state.entries.values().filter(|entry| entry.pinned).count(),
+            leases: self.shared.leases.load(Ordering::Acquire),
+            host_bytes: versions.iter().map(|weights| weights.bytes()).sum(),
+            loading: waiting + running,
+            loads_total: state.loads_total,
+            load_failures_total: state.load_failures_total,
+            load_seconds_total: state.load_time.as_secs_f64(),
+            evictions_total: state.evictions_total,
+            hits_total: state.hits_total,
+            misses_total: state.misses_total,
+        }
+    }
+}
+
+impl Drop for AdapterRegistry {
+    fn drop(&mut self) {
+        let jobs = {
+            let mut queue = self.shared.queue.lock();
+            queue.closed = true;
+            std::mem::take(&mut queue.jobs)
+        };
+        // Outside the queue's lock: a job's claim takes the state's.
+        drop(jobs);
+        self.shared.wake.notify_all();
+        for loader in self.loaders.drain(..) {
+            // A loader catches its jobs' panics; one that died anyway has nothing left to give.
+            let _ = loader.join();
+        }
+    }
+}
+
+enum Acquired {
+    Lease(AdapterLease),
+    Loading(oneshot::Receiver<Result<AdapterLease, AdapterError>>),
+    Unknown,
+}
+
+impl State {
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    /// Adds an entry under a free name.
+    fn insert(&mut self, request: LoadRequest, content: Option<(Arc<HostAdapter>, Facts)>) {
+        let tick = self.tick();
+        let name: Arc<str> = request.name.as_str().into();
+        let (tier, facts) = match content {
+            None => (Tier::Registered, None),
+            Some((weights, facts)) => {
+                self.loaded.insert(name.clone());
+                (Tier::Host(weights), Some(facts))
+            }
+        };
+        let entry = Entry {
+            name: name.clone(),
+            files: request.files,
+            source: request.source,
+            pinned: request.pinned,
+            tier,
+            facts,
+            hold: Arc::default(),
+            previous: Vec::new(),
+            registration: tick,
+            last_used: 0,
+            loaded_at: tick,
+            requests_total: 0,
+            failure: None,
+        };
+        self.entries.insert(name, entry);
+    }
+
+    /// One copy for equal content, whoever holds the other.
+    fn share(&mut self, weights: HostAdapter) -> Arc<HostAdapter> {
+        if let Some(same) = self.versions.get(&weights.version).and_then(Weak::upgrade) {
+            return same;
+        }
+        if self.versions.len() > 2 * self.loaded.len() + 64 {
+            self.versions.retain(|_, weights| weights.strong_count() > 0);
+        }
+        let weights = Arc::new(weights);
+        self.versions.insert(weights.version, Arc::downgrade(&weights));
+        weights
+    }
+}
+
+impl Shared {
+    fn check_name(&self, name: &str) -> Result<(), AdapterError> {
+        check_adapter_name(name, &self.config.base_names)
+    }
+
+    fn check_pins(&self, state: &State, name: &str, pinned: bool) -> Result<(), AdapterError> {
+        if !pinned {
+            return Ok(());
+        }
+        let others = state.entries.values().filter(|entry| entry.pinned && entry.name.as_ref() != name).count();
+        if others < self.config.max_pinned {
+            return Ok(());
+        }
+        Err(AdapterError::TooManyPinned {
+            name: name.to_owned(),
+            pinned: others,
+            limit: self.config.max_pinned,
+        })
+    }
+
+    fn check_load(&self, state: &State, request: &LoadRequest, expected: Option<&str>) -> Result<(), AdapterError> {
+        let name = || request.name.clone();
+        let existing = state.entries.get(request.name.as_str());
+        if existing.is_some() && !request.replace {
+            return Err(AdapterError::AlreadyLoaded { name: name() });
+        }
+        if let Some(expected) = expected {
+            let got = existing.and_then(|entry| entry.facts.as_ref()).map(|facts| facts.version.to_string());
+            if got.as_deref() != Some(expected) {
+                return Err(AdapterError::VersionConflict {
+                    name: name(),
+                    expected: expected.to_owned(),
+                    got: got.unwrap_or_else(|| "none".into()),
+                });
+            }
+        }
+        self.check_pins(state, &request.name, request.pinned)
+    }
+
+    fn unknown(&self, state: &State, name: &str) -> AdapterError {
+        let mut names: Vec<&Arc<str>> = state.entries.keys().collect();
+        let more = names.len().saturating_sub(NAMES_IN_ERROR);
+        if more > 0 {
+            names.select_nth_unstable(NAMES_IN_ERROR);
+            names.truncate(NAMES_IN_ERROR);
+        }
+        names.sort();
+        let mut loaded: Vec<String> = names.into_iter().map(|name| name.to_string()).collect();
+        if more > 0 {
+            loaded.push(format!("and {more} more"));
+        }
+        AdapterError::Unknown {
+            name: name.to_owned(),
+            loaded,
+        }
+    }
+
+    fn info(&self, entry: &Entry) -> AdapterInfo {
+        let facts = entry.facts.as_ref();
+        let on_device = facts.is_some_and(|facts| self.residents.contains(&facts.version));
+        let state = match entry.tier {
+            _ if on_device => AdapterState::Device,
+            Tier::Host(_) => AdapterState::Host,
+            Tier::Registered | Tier::Loading(_) => AdapterState::Registered,
+        };
+        AdapterInfo {
+            name: entry.name.clone(),
+            source: entry.source.clone(),
+            state,
+            version: facts.map(|facts| facts.version.to_string()),
+            max_lora_rank: facts.map_or(0, |facts| facts.max_lora_rank),
+            target_modules: facts.map_or_else(Vec::new, |facts| facts.target_modules.clone()),
+            bytes: facts.map_or(0, |facts| facts.bytes),
+            pinned: entry.pinned,
+            leases: entry.hold.count() + entry.previous.iter().map(|hold| hold.count()).sum::<usize>(),
+            requests_total: entry.requests_total,
+            report: facts.map(|facts| facts.report.clone()),
+        }
+    }
+
+    /// A lease on an entry that is on the host; `counts` if it is a request's own, and not one that waited for a load.
+    fn lease(&self, state: &mut State, name: &str, counts: bool) -> Option<AdapterLease> {
+        let tick = state.tick();
+        let entry = state.entries.get_mut(name)?;
+        let Tier::Host(weights) = &entry.tier else { return None };
+        entry.last_used = tick;
+        let lease = AdapterLease {
+            name: entry.name.clone(),
+            weights: weights.clone(),
+            _hold: Some(Arc::new(HoldGuard::new(&entry.hold, &self.leases))),
+        };
+        if counts {
+            entry.requests_total += 1;
+            state.hits_total += 1;
+        }
+        Some(lease)
+    }
+
+    fn acquire(&self, name: &str) -> Result<Acquired, AdapterError> {
+        let mut state = self.state.lock();
+        if let Some(lease) = self.lease(&mut state, name, true) {
+            return Ok(Acquired::Lease(lease));
+        }
+        let Some((key, _)) = state.entries.get_key_value(name) else {
+            return Ok(Acquired::Unknown);
+        };
+        let key = key.clone();
+        let (sender, receiver) = oneshot::channel();
+        self.fetch(&mut state, &key, Some(sender))?;
+        state.misses_total += 1;
+        if let Some(entry) = state.entries.get_mut(name) {
+            entry.requests_total += 1;
+        }
+        Ok(Acquired::Loading(receiver))
+    }
+
+    /// Sees to it that a registered adapter is being loaded. Does nothing for one on the host.
+    fn fetch(&self, state: &mut State, name: &Arc<str>, waiter: Option<LeaseSender>) -> Result<(), AdapterError> {
+        let Some(entry) = state.entries.get_mut(name) else { return Ok(()) };
+        match &mut entry.tier {
+            Tier::Host(_) => return Ok(()),
+            Tier::Loading(waiters) => {
+                waiters.extend(waiter);
+                return Ok(());
+            }
+            Tier::Registered => {}
+        }
+        if let Some(failure) = &entry.failure
+            && Instant::now() < failure.retry_at
+        {
+            return Err(failure.error.clone());
+        }
+        self.enqueue(Job::Fetch {
+            name: name.clone(),
+            registration: entry.registration,
+            files: entry.files.clone(),
+        })?;
+        entry.tier = Tier::Loading(waiter.into_iter().collect());
+        Ok(())
+    }
+
+    fn enqueue(&self, job: Job) -> Result<(), AdapterError> {
+        let refused = {
+            let mut queue = self.queue.lock();
+            if queue.closed {
+                Some((job, loader_gone()))
+            } else if queue.jobs.len() >= self.config.max_queued_loads {
+                let waiting = queue.jobs.len();
+                let limit = self.config.max_queued_loads;
+                Some((job, AdapterError::TooManyLoads { waiting, limit }))
+            } else {
+                queue.jobs.push_back(job);
+                None
+            }
+        };
+        match refused {
+            None => {
+                self.wake.notify_one();
+                Ok(())
+            }
+            // The job is dropped outside the queue's lock: its claim takes the state's.
+            Some((_, error)) => Err(error),
+        }
+    }
+
+    fn forget(&self, name: &str) -> Result<Vec<Arc<Hold>>, AdapterError> {
+        let (entry, error) = {
+            let mut state = self.state.lock();
+            let Some(entry) = state.entries.remove(name) else {
+                return Err(self.unknown(&state, name));
+            };
+            state.loaded.remove(name);
+            let error = matches!(entry.tier, Tier::Loading(_)).then(|| self.unknown(&state, name));
+            (entry, error)
+        };
+        if entry.pinned {
+            self.pins_changed.fetch_add(1, Ordering::Release);
+        }
+        if let (Tier::Loading(waiters), Some(error)) = (entry.tier, error) {
+            for waiter in waiters {
+                let _ = waiter.send(Err(error.clone()));
+            }
+        }
+        let mut holds = entry.previous;
+        holds.push(entry.hold);
+        Ok(holds)
+    }
+
+    fn register_folder(&self, directory: &Path, name: &str) -> bool {
+        let folder = directory.join(name);
+        if self.check_name(name).is_err() || !folder.join(CONFIG_FILE).is_file() {
+            return false;
+        }
+        let mut state = self.state.lock();
+        if state.entries.contains_key(name) {
+            return false;
+        }
+        let request = LoadRequest {
+            name: name.to_owned(),
+            source: folder.display().to_string(),
+            files: FileSource::Directory(folder),
+            pinned: false,
+            replace: false,
+        };
+        state.insert(request, None);
+        true
+    }
+
+    // The loader threads.
+
+    fn run_loader(&self) {
+        loop {
+            let job = {
+                let mut queue = self.queue.lock();
+                loop {
+                    if let Some(job) = queue.jobs.pop_front() {
+                        queue.running += 1;
+                        break job;
+                    }
+                    if queue.closed {
+                        return;
+                    }
+                    self.wake.wait(&mut queue);
+                }
+            };
+            self.run_job(job);
+            self.queue.lock().running -= 1;
+        }
+    }
+
+    fn run_job(&self, job: Job) {
+        match job {
+            Job::Fetch { name, registration, files } => {
+                let loaded = self.read(&files);
+                self.finish_fetch(&name, registration, loaded);
+            }
+            Job::Load {
+                request,
+                expected_version,
+                done,
+                _claim,
+            } => {
+                let loaded = self.read(&request.files);
+                let result = loaded.and_then(|loaded| self.finish_load(request, expected_version.as_deref(), loaded));
+                if result.is_err() {
+                    self.state.lock().load_failures_total += 1;
+                }
+                // The claim first: who hears the answer may load the same name at once.
+                drop(_claim);
+                let _ = done.send(result);
+            }
+            Job::Discover { name, done } => {
+                let directories = &self.config.adapter_dirs;
+                let found = directories.iter().any(|directory| self.register_folder(directory, &name));
+                // Another request may have found it first.
+                let known = found || self.state.lock().entries.contains_key(name.as_str());
+                let _ = done.send(known);
+            }
+        }
+    }
+
+    /// Reads and packs; a panic is an error like another.
+    fn read(&self, files: &FileSource) -> Result<(HostAdapter, Facts), AdapterError> {
+        let start = Instant::now();
+        let load = || load_adapter(files, &self.decoder, &self.config.limits);
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(load)).unwrap_or_else(|panic| {
+            let text = panic
+                .downcast_ref::<&str>()
+                .map(|text| (*text).to_owned())
+                .or_else(|| panic.downcast_ref::<String>().cloned())
+                .unwrap_or_else(|| "a panic without a message".into());
+            tracing::error!(panic = %text, "a loader panicked");
+            Err(AdapterError::Internal { reason: text })
+        });
+        self.state.lock().load_time += start.elapsed();
+        result.map(|(weights, report)| {
+            let facts = Facts {
+                version: weights.version,
+                max_lora_rank: weights.max_lora_rank,
+                target_modules: target_modules(&report),
+                bytes: weights.bytes(),
+                report: Arc::new(report),
+            };
+            (weights, facts)
+        })
+    }
+
+    fn finish_fetch(&self, name: &Arc<str>, registration: u64, loaded: Result<(HostAdapter, Facts), AdapterError>) {
+        let mut state = self.state.lock();
+        // Forgotten or replaced meanwhile: whoever waited has had an answer.
+        let is_current = |entry: &Entry| entry.registration == registration && matches!(entry.tier, Tier::Loading(_));
+        if !state.entries.get(name).is_some_and(is_current) {
+            return;
+        }
+        let loaded = loaded.and_then(|loaded| self.make_room(&mut state).map(|()| loaded));
+        let tick = state.tick();
+        let content = match loaded {
+            Ok((weights, facts)) => Ok((state.share(weights), facts)),
+            Err(error) => Err(error),
+        };
+        let Some(entry) = state.entries.get_mut(name) else { return };
+        let Tier::Loading(waiters) = std::mem::replace(&mut entry.tier, Tier::Registered) else {
+            return;
+        };
+        match content {
+            Ok((weights, facts)) => {
+                // The files may have changed since they were last read: requests of the old version count on the old hold.
+                if entry.facts.as_ref().is_some_and(|old| old.version != facts.version) && entry.hold.count() > 0 {
+                    let old = std::mem::take(&mut entry.hold);
+                    entry.previous.push(old);
+                }
+                entry.tier = Tier::Host(weights);
+                entry.facts = Some(facts);
+                entry.loaded_at = tick;
+                entry.failure = None;
+                let pinned = entry.pinned;
+                state.loaded.insert(name.clone());
+                state.loads_total += 1;
+                if pinned {
+                    self.pins_changed.fetch_add(1, Ordering::Release);
+                }
+                // Leases are made before anyone else can evict what was just loaded.
+                for waiter in waiters {
+                    if let Some(lease) = self.lease(&mut state, name, false) {
+                        // A waiter that has gone drops the lease here.
+                        let _ = waiter.send(Ok(lease));
+                    }
+                }
+            }
+            Err(error) => {
+                // A full tier is no fault of the adapter's: the next request may try at once.
+                if !matches!(error, AdapterError::NothingToEvict { .. }) {
+                    let back_off = entry
+                        .failure
+                        .take()
+                        .map_or(FIRST_BACK_OFF, |failure| (2 * failure.back_off).min(LONGEST_BACK_OFF));
+                    entry.failure = Some(Failure {
+                        error: error.clone(),
+                        retry_at: Instant::now() + back_off,
+                        back_off,
+                    });
+                }
+                state.load_failures_total += 1;
+                drop(state);
+                for waiter in waiters {
+                    let _ = waiter.send(Err(error.clone()));
+                }
+            }
+        }
+    }
+
+    fn finish_load(&self, request: LoadRequest, expected: Option<&str>, loaded: (HostAdapter, Facts)) -> Result<AdapterInfo, AdapterError> {
+        let mut state = self.state.lock();
+        self.check_load(&state, &request, expected)?;
+        let takes_room = !state
+            .entries
+            .get(request.name.as_str())
+            .is_some_and(|entry| matches!(entry.tier, Tier::Host(_)));
+        if takes_room {
+            self.make_room(&mut state)?;
+        }
+        let (weights, facts) = loaded;
+        let weights = state.share(weights);
+        let name = request.name.clone();
+        let pins_change = request.pinned || state.entries.get(name.as_str()).is_some_and(|entry| entry.pinned);
+        let waiters = self.put(&mut state, request, weights, facts);
+        state.loads_total += 1;
+        if pins_change {
+            self.pins_changed.fetch_add(1, Ordering::Release);
+        }
+        for waiter in waiters {
+            if let Some(lease) = self.lease(&mut state, &name, false) {
+                let _ = waiter.send(Ok(lease));
+            }
+        }
+        state.entries.get(name.as_str()).map(|entry| self.info(entry)).ok_or_else(loader_gone)
+    }
+
+    /// Registers new content under a name, free or taken. Gives those who waited for the old content's load.
+    fn put(&self, state: &mut State, request: LoadRequest, weights: Arc<HostAdapter>, facts: Facts) -> Vec<LeaseSender> {
+        let Some(mut old) = state.entries.remove(request.name.as_str()) else {
+            state.insert(request, Some((weights, facts)));
+            return Vec::new();
+        };
+        let tick = state.tick();
+        let waiters = match std::mem::replace(&mut old.tier, Tier::Registered) {
+            Tier::Loading(waiters) => waiters,
+            Tier::Host(_) | Tier::Registered => Vec::new(),
+        };
+        old.previous.retain(|hold| hold.count() > 0);
+        if old.hold.count() > 0 {
+            old.previous.push(std::mem::take(&mut old.hold));
+        }
+        state.loaded.insert(old.name.clone());
+        let entry = Entry {
+            files: request.files,
+            source: request.source,
+            // A replacement stays pinned: unpinning is asked for by name.
+            pinned: request.pinned || old.pinned,
+            tier: Tier::Host(weights),
+            facts: Some(facts),
+            registration: tick,
+            loaded_at: tick,
+            failure: None,
+            ..old
+        };
+        state.entries.insert(entry.name.clone(), entry);
+        waiters
+    }
+
+    /// Evicts until one more adapter may have its weights on the host.
+    fn make_room(&self, state: &mut State) -> Result<(), AdapterError> {
+        let Some(limit) = self.config.max_loaded_loras else { return Ok(()) };
+        while state.loaded.len() >= limit {
+            let candidates = state
+                .loaded
+                .iter()
+                .filter_map(|name| state.entries.get(name))
+                .filter(|entry| !entry.pinned && entry.hold.count() == 0);
+            let victim = match self.config.eviction {
+                EvictionPolicy::Lru => candidates.min_by_key(|entry| (entry.last_used, entry.loaded_at)),
+                EvictionPolicy::Fifo => candidates.min_by_key(|entry| entry.loaded_at),
+            };
+            let Some(name) = victim.map(|entry| entry.name.clone()) else {
+                return Err(AdapterError::NothingToEvict {
+                    loaded: state.loaded.len(),
+                    limit,
+                });
+            };
+            if let Some(entry) = state.entries.get_mut(&name) {
+                entry.tier = Tier::Registered;
+            }
+            state.loaded.remove(&name);
+            state.evictions_total += 1;
+        }
+        Ok(())
+    }
+}
+
+/// Whether an adapter may have a name.
+///
+/// A comma separates names in SGLang's wire format, a colon the base from the adapter in `model`; whitespace at the ends, control
+/// characters, backslashes and `..` only serve to deceive. Slashes are fine (a path or a Hub id may be a name), empty parts aren't,
+/// except for the first.
+///
+/// # Errors
+/// `BadName`.
+pub fn check_adapter_name(name: &str, base_names: &[String]) -> Result<(), AdapterError> {
+    let reason = if name.is_empty() {
+        "is empty".to_owned()
+    } else if name.len() > MAX_NAME_BYTES {
+        format!("has {} bytes, at most {MAX_NAME_BYTES} are allowed", name.len())
+    } else if let Some(character) = name
+        .chars()
+        .find(|character| matches!(character, ',' | ':' | '\\') || character.is_control())
+    {
+        format!("contains {character:?}")
+    } else if name.trim() != name {
+        "begins or ends with whitespace".to_owned()
+    } else if name.split('/').skip(1).any(str::is_empty) || name.split('/').any(|part| part == "..") {
+        "has an empty part or `..` between slashes".to_owned()
+    } else if base_names.iter().any(|base| base == name) {
+        "is the base model's".to_owned()
+    } else {
+        return Ok(());
+    };
+    let shown: String = name.chars().take(MAX_NAME_BYTES).collect();
+    Err(AdapterError::BadName { name: shown, reason })
+}
+
+/// A name that can only be a direct subfolder.
+fn is_folder_name(name: &str) -> bool {
+    !name.starts_with('.') && !name.contains(['/', '\\'])
+}
+
+fn target_modules(report: &CoverageReport) -> Vec<String> {
+    let paths = report.modules.iter().map(|module| &module.module).chain(&report.replaced_modules);
+    let mut names: Vec<String> = paths.filter_map(|path| path.rsplit('.').next()).map(str::to_owned).collect();
+    names.sort();
+    names.dedup();
+    names
+}
+
+fn loader_gone() -> AdapterError {
+    AdapterError::Internal {
+        reason: "the adapter registry is shutting down".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::executor::block_on;
+
+    use super::*;
+    use crate::adapter::testing::{AdapterFiles, limits, source, tiny_decoder};
+
+    fn registry(change: impl FnOnce(&mut RegistryConfig)) -> AdapterRegistry {
+        let mut config = RegistryConfig::new(limits());
+        config.base_names = vec!["base".into()];
+        change(&mut config);
+        AdapterRegistry::new(config, Arc::new(tiny_decoder()))
+    }
+
+    fn request(name: &str, directory: &tempfile::TempDir) -> LoadRequest {
+        LoadRequest {
+            name: name.into(),
+            files: source(directory),
+            source: directory.path().display().to_string(),
+            pinned: false,
+            replace: false,
+        }
+    }
+
+    #[test]
+    fn loads_leases_and_unloads() {
+        let directory = AdapterFiles::simple(&tiny_decoder(), 1).write();
+        let registry = registry(|_| {});
+        let info = block_on(registry.load(request("a", &directory))).unwrap();
+        assert_eq!((info.state, info.leases, info.target_modules.len()), (AdapterState::Host, 0, 2));
+        let lease = block_on(registry.acquire("a")).unwrap();
+        let clone = lease.clone();
+        assert_eq!(registry.info("a").unwrap().leases, 1);
+        let again = block_on(registry.load(request("a", &directory))).unwrap_err();
+        assert!(again.to_string().contains("already loaded"), "{again}");
+        let waiter = std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| block_on(registry.unload("a")));
+            while registry.info("a").is_some() {
+                std::thread::yield_now();
+            }
+            assert!(matches!(block_on(registry.acquire("a")), Err(AdapterError::Unknown { .. })));
+            drop(lease);
+            assert_eq!(registry.stats().leases, 1);
+            drop(clone);
+            waiter.join().unwrap()
+        });
+        assert_eq!(waiter.unwrap().waited_for, 1);
+        assert_eq!(registry.stats().leases, 0);
     }
 }
