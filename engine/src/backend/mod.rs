@@ -7,6 +7,9 @@ use crate::{
     batch::{AdapterHandle, StepBatch, StepOutput},
 };
 
+pub mod check;
+#[doc(hidden)]
+pub mod conformance;
 pub mod cpu;
 
 /// What a backend can hold; fixed once it is made.

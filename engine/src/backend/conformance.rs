@@ -1,0 +1,723 @@
+//! One suite of cases for every backend, and the means to run sequences on one without an engine.
+//!
+//! For tests: a failed case panics with what disagreed. [`run_all`] wants a backend over [`config`] with [`options`]' capacity or more.
+
+use std::sync::Arc;
+
+use half::bf16;
+
+use super::{Backend, BackendError, Capacity};
+use crate::{
+    adapter::{AlignedBytes, HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, VersionId},
+    batch::{AdapterHandle, ChooseToken, LoraSegment, SampleFailure, SampleRow, SequenceRows, StepBatch, TokenCount},
+    decoder::DecoderConfig,
+    request::{PromptLogprobsParams, RequestId, SamplingParams, TokenLogprobs},
+};
+
+/// One sequence to be generated.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// Prompt token ids.
+    pub prompt: Vec<u32>,
+    /// Adapter, uploaded and ready.
+    pub adapter: Option<AdapterHandle>,
+    /// How tokens are chosen, and how many.
+    pub params: SamplingParams,
+    /// Most prompt rows of one step.
+    pub chunk: usize,
+    /// Log-probabilities of so many tokens at every position.
+    pub top_k: u32,
+}
+
+impl Run {
+    /// Greedy, unchunked, the five best log-probabilities.
+    pub fn greedy(prompt: &[u32], adapter: Option<AdapterHandle>, max_tokens: u32) -> Self {
+        let params = SamplingParams {
+            temperature: 0.0,
+            max_tokens,
+            ..Default::default()
+        };
+        Self {
+            prompt: prompt.to_vec(),
+            adapter,
+            params,
+            chunk: usize::MAX,
+            top_k: 5,
+        }
+    }
+}
+
+/// What came of a [`Run`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Outcome {
+    /// Output tokens.
+    pub output_ids: Vec<u32>,
+    /// One for each.
+    pub output_logprobs: Vec<TokenLogprobs>,
+    /// One for each prompt token but the first.
+    pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// Why it ended early.
+    pub failure: Option<SampleFailure>,
+}
+
+/// Runs sequences together, from the first prompt token to the last output token: at each step every unfinished one has a chunk of its
+/// prompt or one row. Blocks are dealt out in turn and backwards, so that no block table is in order.
+///
+/// # Errors
+/// Those of the backend.
+pub fn generate(backend: &mut dyn Backend, runs: &[Run]) -> Result<Vec<Outcome>, BackendError> {
+    let Capacity {
+        num_blocks,
+        block_size,
+        max_batch_tokens,
+        ..
+    } = *backend.capacity();
+    // Rows of one adapter are neighbours.
+    let mut order: Vec<usize> = (0..runs.len()).collect();
+    order.sort_by_key(|&run_idx| runs[run_idx].adapter);
+    let mut free_blocks: Vec<u32> = (0..num_blocks as u32).collect();
+    let mut tables: Vec<Vec<u32>> = vec![Vec::new(); runs.len()];
+    let mut computed = vec![0; runs.len()];
+    let mut outcomes = vec![Outcome::default(); runs.len()];
+    loop {
+        let mut batch = StepBatch::default();
+        let mut sampled = Vec::new();
+        for &run_idx in &order {
+            let (run, outcome) = (&runs[run_idx], &outcomes[run_idx]);
+            let tokens: Vec<u32> = run.prompt.iter().chain(&outcome.output_ids).copied().collect();
+            let room = max_batch_tokens - batch.token_ids.len();
+            let rows = (tokens.len() - computed[run_idx]).min(run.chunk).min(room);
+            let is_done = outcome.failure.is_some() || outcome.output_ids.len() >= run.params.max_tokens as usize;
+            if rows == 0 || is_done {
+                continue;
+            }
+            let context_len = computed[run_idx] + rows;
+            while tables[run_idx].len() * block_size < context_len {
+                tables[run_idx].push(free_blocks.pop().expect("the cases fit the cache"));
+            }
+            let row_start = batch.token_ids.len() as u32;
+            for position in computed[run_idx]..context_len {
+                let row = batch.token_ids.len() as u32;
+                batch.token_ids.push(tokens[position]);
+                batch.positions.push(position as u32);
+                batch
+                    .kv_slots
+                    .push(tables[run_idx][position / block_size] * block_size as u32 + (position % block_size) as u32);
+                let logprobs = PromptLogprobsParams { start: 0, top_k: run.top_k };
+                let prompt_logprob = run.prompt.get(position + 1).map(|&token| (token, logprobs));
+                let choose = (position + 1 == tokens.len()).then(|| choose_token(run, &outcome.output_ids));
+                if prompt_logprob.is_some() || choose.is_some() {
+                    batch.samples.push(SampleRow {
+                        row,
+                        request_id: RequestId(run_idx as u64),
+                        choose,
+                        prompt_logprob,
+                    });
+                    sampled.push(run_idx);
+                }
+            }
+            batch.sequences.push(SequenceRows {
+                request_id: RequestId(run_idx as u64),
+                row_start,
+                num_rows: rows as u32,
+                context_len: context_len as u32,
+                block_table: Arc::from(&tables[run_idx][..]),
+            });
+            push_segment(&mut batch.lora_segments, run.adapter, row_start, rows as u32);
+            computed[run_idx] = context_len;
+        }
+        if batch.token_ids.is_empty() {
+            return Ok(outcomes);
+        }
+        let output = backend.execute(&batch)?;
+        assert_eq!(output.samples.len(), batch.samples.len(), "one output for each sample row");
+        for (run_idx, sample) in sampled.into_iter().zip(output.samples) {
+            let outcome = &mut outcomes[run_idx];
+            outcome.prompt_logprobs.extend(sample.prompt_logprobs);
+            outcome.output_logprobs.extend(sample.logprobs);
+            outcome.output_ids.extend(sample.token_id);
+            outcome.failure = outcome.failure.or(sample.failure);
+        }
+    }
+}
+
+fn choose_token(run: &Run, output_ids: &[u32]) -> ChooseToken {
+    let mut token_counts: Vec<TokenCount> = Vec::new();
+    let params = &run.params;
+    if params.repetition_penalty != 1.0 || params.frequency_penalty != 0.0 || params.presence_penalty != 0.0 {
+        let with_origin = run.prompt.iter().map(|&id| (id, true)).chain(output_ids.iter().map(|&id| (id, false)));
+        for (token_id, in_prompt) in with_origin {
+            let index = token_counts.iter().position(|count| count.token_id == token_id).unwrap_or_else(|| {
+                token_counts.push(TokenCount {
+                    token_id,
+                    in_output: 0,
+                    in_prompt: false,
+                });
+                token_counts.len() - 1
+            });
+            token_counts[index].in_prompt |= in_prompt;
+            token_counts[index].in_output += u32::from(!in_prompt);
+        }
+    }
+    ChooseToken {
+        params: Arc::new(params.clone()),
+        output_position: output_ids.len() as u32,
+        token_counts,
+        forbidden: Vec::new(),
+        mask: None,
+        top_k_logprobs: Some(run.top_k),
+    }
+}
+
+fn push_segment(segments: &mut Vec<LoraSegment>, adapter: Option<AdapterHandle>, row_start: u32, num_rows: u32) {
+    let Some(adapter) = adapter else { return };
+    match segments.last_mut() {
+        Some(last) if last.adapter == adapter && last.row_start + last.num_rows == row_start => last.num_rows += num_rows,
+        _ => segments.push(LoraSegment {
+            adapter,
+            row_start,
+            num_rows,
+        }),
+    }
+}
+
+/// The model of the suite: [`crate::weights::ModelWeights::random`] of this shape.
+pub fn config() -> DecoderConfig {
+    let json = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 520, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512, "tie_word_embeddings": false
+    });
+    DecoderConfig::from_json(json.to_string().as_bytes(), None).expect("a valid configuration")
+}
+
+/// What the suite needs of a backend, at least.
+pub fn capacity() -> Capacity {
+    Capacity {
+        num_blocks: 128,
+        block_size: 16,
+        max_batch_tokens: 256,
+        adapter_bytes: 16 << 20,
+        max_adapters_per_batch: 6,
+    }
+}
+
+/// How alike two results that should be the same must be.
+#[derive(Clone, Copy, Debug)]
+pub enum Agreement {
+    /// Bit for bit.
+    Bits,
+    /// Log-probabilities of the same tokens within this; chosen tokens are compared up to the first step at which the two likeliest are closer.
+    Within(f32),
+}
+
+/// Every case. `agreement` is between two runs on this backend that differ in how their rows were batched.
+pub fn run_all(backend: &mut dyn Backend, agreement: Agreement) {
+    let config = config();
+    mixed_is_alone(backend, &config, agreement);
+    chunked_is_unchunked(backend, &config, agreement);
+    base_rows_are_unaffected(backend, &config, agreement);
+    ranks_mix(backend, &config, agreement);
+    adapters_matter(backend, &config);
+    sampling_ignores_neighbours(backend, &config, agreement);
+    nothing_is_computed_for_an_empty_batch(backend);
+    adapter_bytes_are_counted(backend, &config);
+    bad_batches_are_refused(backend, &config);
+}
+
+/// Prompts of differing lengths on base and adapters of differing shapes, together and one by one.
+pub fn mixed_is_alone(backend: &mut dyn Backend, config: &DecoderConfig, agreement: Agreement) {
+    let adapters = Uploaded::new(backend, &adapters(config));
+    let runs = mixed_runs(config, &adapters.handles);
+    let together = generate(backend, &runs).expect("a mixed batch");
+    for (run_idx, (run, together)) in runs.iter().zip(&together).enumerate() {
+        let alone = generate(backend, std::slice::from_ref(run)).expect("a run alone");
+        check_same(&format!("mixed is alone, run {run_idx}"), together, &alone[0], agreement);
+    }
+    adapters.free(backend);
+}
+
+/// Chunks of 1, 7 and 16 rows against the whole prompt at once.
+pub fn chunked_is_unchunked(backend: &mut dyn Backend, config: &DecoderConfig, agreement: Agreement) {
+    let adapters = Uploaded::new(backend, &adapters(config));
+    for adapter in [None, Some(adapters.handles[1])] {
+        let whole = Run::greedy(&prompt(config, 3, 45), adapter, 6);
+        let expected = generate(backend, std::slice::from_ref(&whole)).expect("a whole prompt");
+        for chunk in [1, 7, 16] {
+            let chunked = generate(backend, &[Run { chunk, ..whole.clone() }]).expect("a chunked prompt");
+            check_same(&format!("chunks of {chunk}, {adapter:?}"), &chunked[0], &expected[0], agreement);
+        }
+    }
+    adapters.free(backend);
+}
+
+/// Base rows beside adapters get what they get on a backend that has never seen one.
+pub fn base_rows_are_unaffected(backend: &mut dyn Backend, config: &DecoderConfig, agreement: Agreement) {
+    let base: Vec<Run> = (0..3)
+        .map(|seed| Run::greedy(&prompt(config, seed, 9 + 5 * seed as usize), None, 5))
+        .collect();
+    let expected = generate(backend, &base).expect("base rows");
+    let adapters = Uploaded::new(backend, &adapters(config));
+    let mut runs = base.clone();
+    runs.extend(
+        adapters
+            .handles
+            .iter()
+            .map(|&handle| Run::greedy(&prompt(config, 8, 11), Some(handle), 5)),
+    );
+    let mixed = generate(backend, &runs).expect("base rows beside adapters");
+    for (run_idx, (mixed, expected)) in mixed.iter().zip(&expected).enumerate() {
+        check_same(&format!("base rows, run {run_idx}"), mixed, expected, agreement);
+    }
+    adapters.free(backend);
+}
+
+/// Decode rows of every adapter in one step, several rows of some.
+pub fn ranks_mix(backend: &mut dyn Backend, config: &DecoderConfig, agreement: Agreement) {
+    let adapters = Uploaded::new(backend, &adapters(config));
+    let handles = adapters.handles.iter().flat_map(|&handle| vec![handle; 1 + handle.0 as usize % 3]);
+    let runs: Vec<Run> = handles
+        .enumerate()
+        .map(|(seed, handle)| Run::greedy(&prompt(config, seed as u64, 4), Some(handle), 8))
+        .collect();
+    let together = generate(backend, &runs).expect("a batch of decode rows");
+    for (run, together) in runs.iter().zip(&together) {
+        let alone = generate(backend, std::slice::from_ref(run)).expect("a run alone");
+        check_same(&format!("ranks mix, {:?}", run.adapter), together, &alone[0], agreement);
+    }
+    adapters.free(backend);
+}
+
+/// Each adapter changes the answer, and each in its own way; an adapter of zeros does not.
+pub fn adapters_matter(backend: &mut dyn Backend, config: &DecoderConfig) {
+    let mut hosts = adapters(config);
+    hosts.truncate(5);
+    let zero = AdapterShape { amplitude: 0.0, ..SHAPES[1] };
+    hosts.push(random_adapter(config, &zero, 99, PackedDtype::F32));
+    let adapters = Uploaded::new(backend, &hosts);
+    let base = Run::greedy(&prompt(config, 1, 12), None, 4);
+    let mut runs = vec![base.clone()];
+    runs.extend(adapters.handles.iter().map(|&handle| Run {
+        adapter: Some(handle),
+        ..base.clone()
+    }));
+    let outcomes = generate(backend, &runs).expect("one prompt on every adapter");
+    let first = |outcome: &Outcome| outcome.output_logprobs[0].top[0].1;
+    for (idx, outcome) in outcomes.iter().enumerate() {
+        for (other_idx, other) in outcomes.iter().enumerate().take(idx) {
+            let difference = (first(outcome) - first(other)).abs();
+            let (is_zero, is_base) = (idx == outcomes.len() - 1, other_idx == 0);
+            if is_zero && is_base {
+                assert!(difference < 1e-5, "an adapter of zeros changes the answer by {difference}");
+            } else {
+                assert!(difference > 1e-3, "runs {other_idx} and {idx} differ by {difference} only");
+            }
+        }
+    }
+    adapters.free(backend);
+}
+
+/// Seeded draws with every parameter, among others and alone.
+pub fn sampling_ignores_neighbours(backend: &mut dyn Backend, config: &DecoderConfig, agreement: Agreement) {
+    let base = Run::greedy(&prompt(config, 5, 10), None, 12);
+    let with = |params: SamplingParams| Run {
+        params: SamplingParams { max_tokens: 12, ..params },
+        ..base.clone()
+    };
+    let mut runs = vec![
+        with(SamplingParams {
+            seed: 1,
+            ..Default::default()
+        }),
+        with(SamplingParams {
+            seed: 2,
+            top_k: 7,
+            temperature: 0.7,
+            ..Default::default()
+        }),
+        with(SamplingParams {
+            seed: 3,
+            top_p: 0.6,
+            ..Default::default()
+        }),
+        with(SamplingParams {
+            seed: 4,
+            min_p: 0.2,
+            temperature: 1.5,
+            ..Default::default()
+        }),
+        with(SamplingParams {
+            seed: 5,
+            frequency_penalty: 1.0,
+            presence_penalty: 0.5,
+            repetition_penalty: 1.3,
+            ..Default::default()
+        }),
+        with(SamplingParams {
+            temperature: 0.0,
+            logit_bias: vec![(77, 50.0)],
+            ..Default::default()
+        }),
+        with(SamplingParams {
+            temperature: 0.0,
+            repetition_penalty: 1.9,
+            frequency_penalty: 2.0,
+            ..Default::default()
+        }),
+    ];
+    runs.push(runs[0].clone());
+    let together = generate(backend, &runs).expect("sampled runs");
+    assert_eq!(together[0], together[7], "equal requests, equal answers");
+    assert_ne!(together[0].output_ids, together[2].output_ids);
+    assert_eq!(together[5].output_ids, [77; 12], "a bias of 50");
+    let distinct: std::collections::BTreeSet<u32> = together[6].output_ids.iter().copied().collect();
+    assert!(
+        distinct.len() >= 10,
+        "penalties keep tokens from repeating, got {:?}",
+        together[6].output_ids
+    );
+    for (run, together) in runs.iter().zip(&together) {
+        let alone = generate(backend, std::slice::from_ref(run)).expect("a run alone");
+        check_same(&format!("sampling, {:?}", run.params), together, &alone[0], agreement);
+    }
+}
+
+/// No rows, no samples; and rows without samples.
+pub fn nothing_is_computed_for_an_empty_batch(backend: &mut dyn Backend) {
+    assert!(backend.execute(&StepBatch::default()).expect("an empty batch").samples.is_empty());
+    let mut batch = one_row();
+    batch.samples.clear();
+    assert!(backend.execute(&batch).expect("a batch without samples").samples.is_empty());
+}
+
+/// Adapters are refused when their bytes are spent, and fit again when others have gone.
+pub fn adapter_bytes_are_counted(backend: &mut dyn Backend, config: &DecoderConfig) {
+    let host = random_adapter(config, &SHAPES[3], 4, PackedDtype::F32);
+    let most = backend.capacity().adapter_bytes / host.bytes();
+    let mut handles = Vec::new();
+    let error = loop {
+        match backend.begin_upload(&host) {
+            Ok(handle) => handles.push(handle),
+            Err(error) => break error,
+        }
+        assert!(handles.len() <= most, "{} adapters of {} bytes were taken", handles.len(), host.bytes());
+    };
+    let needed = host.bytes();
+    assert!(
+        matches!(&error, BackendError::OutOfMemory { needed_bytes, .. } if *needed_bytes == needed),
+        "{error}"
+    );
+    assert!(!handles.is_empty());
+    while !backend.poll_upload(handles[0]).expect("an upload") {
+        std::thread::yield_now();
+    }
+    backend.free_adapter(handles.swap_remove(0));
+    handles.push(backend.begin_upload(&host).expect("room again"));
+    for handle in handles {
+        while !backend.poll_upload(handle).expect("an upload") {
+            std::thread::yield_now();
+        }
+        backend.free_adapter(handle);
+    }
+}
+
+/// A batch that breaks a rule is an error, and the backend goes on.
+pub fn bad_batches_are_refused(backend: &mut dyn Backend, config: &DecoderConfig) {
+    let refused = |backend: &mut dyn Backend, change: &dyn Fn(&mut StepBatch)| {
+        let mut batch = one_row();
+        change(&mut batch);
+        let result = backend.execute(&batch);
+        assert!(matches!(result, Err(BackendError::BadBatch(_))), "{batch:?}: {result:?}");
+    };
+    refused(backend, &|batch| batch.token_ids[0] = config.vocab_size as u32);
+    refused(backend, &|batch| batch.kv_slots[0] += 1);
+    refused(backend, &|batch| batch.sequences[0].block_table = Arc::from([u32::MAX]));
+    refused(backend, &|batch| {
+        batch.lora_segments.push(LoraSegment {
+            adapter: AdapterHandle(u32::MAX),
+            row_start: 0,
+            num_rows: 1,
+        })
+    });
+    let host = random_adapter(config, &SHAPES[0], 5, PackedDtype::F32);
+    let freed = backend.begin_upload(&host).expect("an upload");
+    while !backend.poll_upload(freed).expect("an upload") {
+        std::thread::yield_now();
+    }
+    backend.free_adapter(freed);
+    refused(backend, &|batch| {
+        batch.lora_segments.push(LoraSegment {
+            adapter: freed,
+            row_start: 0,
+            num_rows: 1,
+        })
+    });
+    assert_eq!(backend.execute(&one_row()).expect("a good batch").samples.len(), 1);
+}
+
+/// Two backends over the same weights give the same log-probabilities within `tolerance`, for base and adapters in one batch, and choose
+/// the same tokens wherever the likeliest leads by more.
+pub fn backends_agree(backend: &mut dyn Backend, reference: &mut dyn Backend, config: &DecoderConfig, tolerance: f32) {
+    let hosts = adapters(config);
+    let on_backend = Uploaded::new(backend, &hosts);
+    let on_reference = Uploaded::new(reference, &hosts);
+    let got = generate(backend, &mixed_runs(config, &on_backend.handles)).expect("the backend runs");
+    let expected = generate(reference, &mixed_runs(config, &on_reference.handles)).expect("the reference runs");
+    for (run_idx, (got, expected)) in got.iter().zip(&expected).enumerate() {
+        check_same(&format!("backends agree, run {run_idx}"), got, expected, Agreement::Within(tolerance));
+    }
+    on_backend.free(backend);
+    on_reference.free(reference);
+}
+
+fn one_row() -> StepBatch {
+    let choose = choose_token(&Run::greedy(&[3], None, 1), &[]);
+    StepBatch {
+        token_ids: vec![3],
+        positions: vec![0],
+        kv_slots: vec![0],
+        sequences: vec![SequenceRows {
+            request_id: RequestId(0),
+            row_start: 0,
+            num_rows: 1,
+            context_len: 1,
+            block_table: Arc::from([0]),
+        }],
+        lora_segments: vec![],
+        samples: vec![SampleRow {
+            row: 0,
+            request_id: RequestId(0),
+            choose: Some(choose),
+            prompt_logprob: None,
+        }],
+    }
+}
+
+/// Adapters on a backend; to be freed by hand, since a backend is borrowed only for a moment.
+struct Uploaded {
+    handles: Vec<AdapterHandle>,
+}
+
+impl Uploaded {
+    fn new(backend: &mut dyn Backend, hosts: &[Arc<HostAdapter>]) -> Self {
+        let handles: Vec<AdapterHandle> = hosts.iter().map(|host| backend.begin_upload(host).expect("the adapters fit")).collect();
+        for &handle in &handles {
+            while !backend.poll_upload(handle).expect("an upload") {
+                std::thread::yield_now();
+            }
+        }
+        Self { handles }
+    }
+
+    fn free(self, backend: &mut dyn Backend) {
+        self.handles.into_iter().for_each(|handle| backend.free_adapter(handle));
+    }
+}
+
+/// Base and every adapter, two runs each, of differing lengths and chunks.
+fn mixed_runs(config: &DecoderConfig, handles: &[AdapterHandle]) -> Vec<Run> {
+    let adapters = std::iter::once(None).chain(handles.iter().map(|&handle| Some(handle)));
+    let run = |(idx, adapter)| {
+        let seed = idx as u64;
+        [
+            Run::greedy(&prompt(config, seed, 1 + 3 * idx), adapter, 7),
+            Run {
+                chunk: 5,
+                ..Run::greedy(&prompt(config, 50 + seed, 17 - idx), adapter, 3 + idx as u32)
+            },
+        ]
+    };
+    adapters.enumerate().flat_map(run).collect()
+}
+
+/// A prompt of random tokens.
+pub fn prompt(config: &DecoderConfig, seed: u64, len: usize) -> Vec<u32> {
+    let vocab = config.vocab_size as u64;
+    (0..len as u64).map(|position| (random_bits(seed, position) % vocab) as u32).collect()
+}
+
+fn check_same(case: &str, got: &Outcome, expected: &Outcome, agreement: Agreement) {
+    let tolerance = match agreement {
+        Agreement::Bits => {
+            assert_eq!(got, expected, "{case}");
+            return;
+        }
+        Agreement::Within(tolerance) => tolerance,
+    };
+    let near = |what: &str, got: &TokenLogprobs, expected: &TokenLogprobs| {
+        if got.token_id == expected.token_id {
+            let (got, expected) = (got.logprob, expected.logprob);
+            assert!((got - expected).abs() <= tolerance, "{case}: {what}: logprob {got}, expected {expected}");
+        }
+        for (token_id, expected) in &expected.top {
+            // A token at the end of the list may have changed places with one that is not in it.
+            if let Some((_, got)) = got.top.iter().find(|(other, _)| other == token_id) {
+                assert!(
+                    (got - expected).abs() <= tolerance,
+                    "{case}: {what}: token {token_id}: {got}, expected {expected}"
+                );
+            }
+        }
+        let best = |logprobs: &TokenLogprobs| logprobs.top.first().map(|top| top.1);
+        if let (Some(got), Some(expected)) = (best(got), best(expected)) {
+            assert!(
+                (got - expected).abs() <= tolerance,
+                "{case}: {what}: likeliest {got}, expected {expected}"
+            );
+        }
+    };
+    assert_eq!(got.failure, expected.failure, "{case}");
+    assert_eq!(got.prompt_logprobs.len(), expected.prompt_logprobs.len(), "{case}");
+    for (position, (got, expected)) in got.prompt_logprobs.iter().zip(&expected.prompt_logprobs).enumerate() {
+        near(&format!("prompt position {position}"), got, expected);
+    }
+    for (step, (got, expected)) in got.output_logprobs.iter().zip(&expected.output_logprobs).enumerate() {
+        near(&format!("step {step}"), got, expected);
+        if got.token_id != expected.token_id {
+            let lead = expected.top[0].1 - expected.top[1].1;
+            assert!(
+                lead <= 2.0 * tolerance,
+                "{case}: step {step}: token {}, expected {} which leads by {lead}",
+                got.token_id,
+                expected.token_id
+            );
+            return;
+        }
+    }
+    assert_eq!(got.output_ids, expected.output_ids, "{case}");
+}
+
+/// The shape of an adapter made by [`random_adapter`].
+#[derive(Clone, Copy, Debug)]
+pub struct AdapterShape<'a> {
+    /// Rows of A; the second half of the modules has half of it.
+    pub lora_rank: u32,
+    /// Projections that it changes.
+    pub projections: &'a [Projection],
+    /// Only layers whose index has this remainder by 2; `None` is all.
+    pub layer_parity: Option<usize>,
+    /// Whether it changes embedding and head.
+    pub embed_and_head: bool,
+    /// α/r.
+    pub scaling: f32,
+    /// Largest weight of A (B's are up to 1).
+    pub amplitude: f32,
+}
+
+/// Ranks 1 to 64, from two projections of every second layer to all modules there are.
+pub const SHAPES: [AdapterShape<'static>; 6] = [
+    shape(4, &[Projection::Q, Projection::V], None, false),
+    shape(16, &Projection::ALL, None, false),
+    shape(64, &Projection::ALL, None, false),
+    shape(8, &Projection::ALL, None, true),
+    shape(3, &[Projection::K, Projection::O, Projection::Up], Some(1), false),
+    shape(1, &[Projection::Down, Projection::Gate], Some(0), false),
+];
+
+const fn shape<'a>(lora_rank: u32, projections: &'a [Projection], layer_parity: Option<usize>, embed_and_head: bool) -> AdapterShape<'a> {
+    AdapterShape {
+        lora_rank,
+        projections,
+        layer_parity,
+        embed_and_head,
+        scaling: 1.5 / lora_rank as f32,
+        amplitude: 0.1,
+    }
+}
+
+fn adapters(config: &DecoderConfig) -> Vec<Arc<HostAdapter>> {
+    let dtype = |idx| if idx % 2 == 0 { PackedDtype::F32 } else { PackedDtype::Bf16 };
+    SHAPES
+        .iter()
+        .enumerate()
+        .map(|(idx, shape)| random_adapter(config, shape, idx as u64, dtype(idx)))
+        .collect()
+}
+
+/// An adapter with random weights, a function of shape and seed.
+pub fn random_adapter(config: &DecoderConfig, shape: &AdapterShape<'_>, seed: u64, dtype: PackedDtype) -> Arc<HostAdapter> {
+    let mut ids = Vec::new();
+    for layer in (0..config.num_layers).filter(|layer| shape.layer_parity.is_none_or(|parity| layer % 2 == parity)) {
+        let mut projections = shape.projections.to_vec();
+        projections.sort_unstable();
+        ids.extend(projections.into_iter().map(|projection| ModuleId::Layer {
+            layer: layer as u16,
+            projection,
+        }));
+    }
+    if shape.embed_and_head {
+        ids.extend([ModuleId::EmbedTokens, ModuleId::LmHead]);
+    }
+    let mut modules = Vec::new();
+    let mut end_bytes = 0;
+    let mut place = |len: usize| {
+        let start = end_bytes;
+        end_bytes += (len * dtype.size_bytes()).next_multiple_of(64);
+        start
+    };
+    let half = ids.len().div_ceil(2);
+    for (idx, &id) in ids.iter().enumerate() {
+        let (d_in, d_out) = super::cpu::module_shape(id, config);
+        let lora_rank = if idx < half { shape.lora_rank } else { shape.lora_rank.div_ceil(2) };
+        let a_offset_bytes = place(lora_rank as usize * d_in);
+        let b_t_offset_bytes = place(lora_rank as usize * d_out);
+        let (d_in, d_out) = (d_in as u32, d_out as u32);
+        modules.push(PackedModule {
+            id,
+            lora_rank,
+            d_in,
+            d_out,
+            scaling: shape.scaling,
+            a_offset_bytes,
+            b_t_offset_bytes,
+            output_scale_offset_bytes: None,
+            output_bias_offset_bytes: None,
+        });
+    }
+    let mut blob = AlignedBytes::zeroed(end_bytes);
+    for (idx, module) in modules.iter().enumerate() {
+        let key = random_bits(seed, idx as u64);
+        let mut write = |offset: usize, len: usize, amplitude: f32, key: u64| {
+            let bytes = &mut blob.as_bytes_mut()[offset..offset + len * dtype.size_bytes()];
+            let values = (0..len as u64)
+                .map(|i| (random_bits(key, i) >> 40) as f32 * (2.0 / (1 << 24) as f32) - 1.0)
+                .map(|unit| amplitude * unit);
+            match dtype {
+                PackedDtype::F32 => bytemuck::cast_slice_mut(bytes)
+                    .iter_mut()
+                    .zip(values)
+                    .for_each(|(out, value)| *out = value),
+                PackedDtype::Bf16 => {
+                    bytemuck::cast_slice_mut(bytes)
+                        .iter_mut()
+                        .zip(values)
+                        .for_each(|(out, value)| *out = bf16::from_f32(value));
+                }
+            }
+        };
+        let (rank, d_in, d_out) = (module.lora_rank as usize, module.d_in as usize, module.d_out as usize);
+        write(module.a_offset_bytes, rank * d_in, shape.amplitude, key);
+        write(module.b_t_offset_bytes, rank * d_out, 1.0, key ^ 1);
+    }
+    let mut version = [0; 32];
+    for (word, bytes) in version.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        *bytes = random_bits(seed ^ u64::from(shape.lora_rank) << 32, word as u64).to_le_bytes();
+    }
+    Arc::new(HostAdapter {
+        version: VersionId(version),
+        dtype,
+        modules,
+        blob,
+        max_lora_rank: shape.lora_rank,
+        replaced: Vec::new(),
+    })
+}
+
+/// SplitMix64 at `index` of the stream `seed`.
+fn random_bits(seed: u64, index: u64) -> u64 {
+    let mut z = seed
+        .wrapping_mul(0xd1b5_4a32_d192_ed03)
+        .wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
