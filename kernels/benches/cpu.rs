@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use half::bf16;
 use polylora_kernels::cpu::{
-    AttentionSequence, AttentionShape, LoraElement, LoraJob, PackedMatrix, ThreadPool, WeightDtype, add_rms_norm, gelu_tanh_mul, gemm,
+    AttentionSequence, AttentionShape, HugeBuffer, LoraElement, LoraJob, PackedMatrix, ThreadPool, WeightDtype, add_rms_norm, gelu_tanh_mul, gemm,
     instruction_set, lora, paged_attention, rms_norm, rope, silu_mul, write_kv,
 };
 use polylora_kernels::reference;
@@ -42,7 +42,8 @@ fn main() {
         "roof: reading memory {:.1} GB/s, f32 {:.0} GFLOP/s, bf16 {:.0} GFLOP/s\n",
         roof.gigabytes, roof.f32_gigaflops, roof.bf16_gigaflops
     );
-    let families: [(&str, fn(&ThreadPool, &Roof)); 5] = [
+    type Family = (&'static str, fn(&ThreadPool, &Roof));
+    let families: [Family; 5] = [
         ("pool", bench_pool),
         ("gemm", bench_gemm),
         ("lora", bench_lora),
@@ -68,7 +69,8 @@ struct Roof {
 impl Roof {
     fn measure(pool: &ThreadPool) -> Self {
         const CHUNK: usize = 1 << 16;
-        let memory = vec![1_u64; 64 << 20];
+        let mut memory = HugeBuffer::<u64>::zeroed(64 << 20);
+        memory.fill(1);
         let chunks: Vec<&[u64]> = memory.chunks(CHUNK).collect();
         let reading = time(|| {
             pool.run(chunks.len(), &|idx| {

@@ -11,7 +11,7 @@
 
 use half::bf16;
 
-use super::buffer::AlignedBuffer;
+use super::buffer::Region;
 use super::pool::{DisjointMut, ThreadPool};
 use super::simd::{Isa, Simd, dispatch};
 
@@ -54,19 +54,20 @@ pub struct PackedMatrix {
     k: usize,
     dtype: WeightDtype,
     /// `[n / 32][k / 16]` of `F32Block`, or `[n / 32][k / 32]` of `Bf16Block`.
-    panels: AlignedBuffer,
+    panels: Region,
 }
 
 impl PackedMatrix {
     /// Packs `n` rows of `k`. `read_row(row, out)` writes row `row` as f32; it is called once for each row, from any thread of the pool.
     /// bf16 rounds to nearest even, so rows that were bf16 stay as they are.
     ///
+    /// Matrices packed with one pool lie side by side in huge pages, in the order of these calls; they may outlive the pool.
     /// Panics if `n` or `k` is 0.
     pub fn pack(pool: &ThreadPool, n: usize, k: usize, dtype: WeightDtype, read_row: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Self {
         assert!(n > 0 && k > 0, "a weight matrix has rows and columns, not [{n}, {k}]");
         let num_panels = n.div_ceil(PANEL);
         let blocks = k.div_ceil(dtype.block_len());
-        let mut panels = AlignedBuffer::zeroed(num_panels * blocks * size_of::<F32Block>());
+        let mut panels = pool.take_memory(num_panels * blocks * size_of::<F32Block>());
         let rows_of = |panel: usize| panel * PANEL..n.min((panel + 1) * PANEL);
         let padded_k = blocks * dtype.block_len();
         let read_panel = |panel: usize, rows: &mut Vec<f32>| {
@@ -76,7 +77,7 @@ impl PackedMatrix {
                 .for_each(|(row, out)| read_row(row, &mut out[..k]));
         };
         match dtype {
-            WeightDtype::F32 => pool.for_rows(panels.prefix_mut::<F32Block>(num_panels * blocks), blocks, 1, |first_panel, panels| {
+            WeightDtype::F32 => pool.for_rows(panels.as_mut_slice::<F32Block>(), blocks, 1, |first_panel, panels| {
                 let mut rows = Vec::new();
                 for (idx, panel) in panels.chunks_mut(blocks).enumerate() {
                     read_panel(first_panel + idx, &mut rows);
@@ -86,7 +87,7 @@ impl PackedMatrix {
                     }
                 }
             }),
-            WeightDtype::Bf16 => pool.for_rows(panels.prefix_mut::<Bf16Block>(num_panels * blocks), blocks, 1, |first_panel, panels| {
+            WeightDtype::Bf16 => pool.for_rows(panels.as_mut_slice::<Bf16Block>(), blocks, 1, |first_panel, panels| {
                 let mut rows = Vec::new();
                 for (idx, panel) in panels.chunks_mut(blocks).enumerate() {
                     read_panel(first_panel + idx, &mut rows);

@@ -14,6 +14,7 @@ mod pool;
 mod simd;
 
 pub use attention::{AttentionSequence, AttentionShape, paged_attention, write_kv};
+pub use buffer::HugeBuffer;
 pub use elementwise::{add_rms_norm, gelu_tanh_mul, rms_norm, rope, silu_mul};
 pub use gemm::{PackedMatrix, WeightDtype, gemm};
 pub use lora::{LoraElement, LoraJob, lora};

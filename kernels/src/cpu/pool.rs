@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::buffer::AlignedBuffer;
+use super::buffer::{AlignedBuffer, Arena, Region};
 
 /// How long an idle worker watches for the next section before it parks: longer than the serial parts between two sections.
 const SPIN: Duration = Duration::from_micros(60);
@@ -32,6 +32,8 @@ pub struct ThreadPool {
     busy: AtomicBool,
     /// Reused by the kernels between calls.
     scratch: Mutex<AlignedBuffer>,
+    /// Where packed matrices lie.
+    arena: Mutex<Arena>,
 }
 
 struct Shared {
@@ -85,7 +87,8 @@ impl ThreadPool {
             shared,
             workers,
             busy: AtomicBool::new(false),
-            scratch: Mutex::new(AlignedBuffer::default()),
+            scratch: Mutex::default(),
+            arena: Mutex::default(),
         }
     }
 
@@ -166,6 +169,11 @@ impl ThreadPool {
             Err(std::sync::TryLockError::Poisoned(scratch)) => f(&mut scratch.into_inner()),
             Err(std::sync::TryLockError::WouldBlock) => f(&mut AlignedBuffer::default()),
         }
+    }
+
+    /// Zeroed memory for what stays, beside what was taken before.
+    pub(super) fn take_memory(&self, bytes: usize) -> Region {
+        self.arena.lock().unwrap_or_else(PoisonError::into_inner).take(bytes)
     }
 
     fn wake(&self, at_most: usize) {
