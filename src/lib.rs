@@ -1,6 +1,20 @@
 //! The gateway of polylora: HTTP, JSON, text and the command line around an [`InferenceEngine`](polylora_engine::InferenceEngine).
 
+pub mod app;
 pub mod auth;
+pub mod chat_template;
+pub mod conversation;
 pub mod demo;
+pub mod error;
+pub mod extract;
+pub mod generation;
 pub mod hub;
+pub mod logprobs;
 pub mod metrics;
+pub mod prompt;
+pub mod protocol;
+pub mod requests;
+pub mod routes;
+pub mod routing;
+pub mod stream;
+pub mod tokenizer;

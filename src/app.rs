@@ -1,0 +1,356 @@
+//! [`app`]: everything that is served, as a router that tests call without a socket.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use axum::{
+    Router,
+    extract::{DefaultBodyLimit, MatchedPath, Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header::AUTHORIZATION},
+    middleware::{Next, from_fn, from_fn_with_state},
+    response::{IntoResponse, Response},
+};
+use polylora_engine::InferenceEngine;
+use sha2::{Digest, Sha256};
+use tower_http::{
+    catch_panic::CatchPanicLayer,
+    cors::CorsLayer,
+    request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer},
+    timeout::RequestBodyTimeoutLayer,
+    trace::TraceLayer,
+};
+
+use crate::{
+    auth::{AdapterSources, Auth, Identity, RequestPermit},
+    error::ApiError,
+    metrics::{Metrics, MetricsConfig},
+    prompt::PromptProcessor,
+    requests::RunningRequests,
+    routes,
+    routing::ServedModel,
+};
+
+/// In and out: the request's id.
+pub const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
+/// Out: the adapter that answered; absent for the base model.
+pub const ADAPTER_HEADER: HeaderName = HeaderName::from_static("x-polylora-adapter");
+/// In: whom a request is counted under for fairness, as gateways in front name it.
+const FAIRNESS_HEADERS: [&str; 2] = ["x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id"];
+const MAX_FAIRNESS_KEY_BYTES: usize = 128;
+
+/// Bounds on what one request may ask for.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Bytes of a body.
+    pub max_body_bytes: usize,
+    /// Between two pieces of a body.
+    pub body_timeout: Duration,
+    /// Prompts of one request.
+    pub max_prompts: usize,
+    /// Outputs of one prompt.
+    pub max_n: u32,
+    /// Stop texts.
+    pub max_stop: usize,
+    /// Bytes of a stop text.
+    pub max_stop_bytes: usize,
+    /// Likeliest tokens reported at a position.
+    pub max_top_logprobs: u32,
+    /// Bytes of a schema, regex or grammar.
+    pub max_grammar_bytes: usize,
+    /// Functions of one request.
+    pub max_tools: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_body_bytes: 32 << 20,
+            body_timeout: Duration::from_secs(30),
+            max_prompts: 4096,
+            max_n: 128,
+            max_stop: 32,
+            max_stop_bytes: 1024,
+            max_top_logprobs: 20,
+            max_grammar_bytes: 256 << 10,
+            max_tools: 128,
+        }
+    }
+}
+
+/// What the routes work with.
+pub struct Gateway {
+    /// Generates.
+    pub engine: Arc<dyn InferenceEngine>,
+    /// Makes prompts.
+    pub prompt: PromptProcessor,
+    /// The base model's names.
+    pub served: ServedModel,
+    /// Where adapters come from.
+    pub sources: Arc<AdapterSources>,
+    /// Bounds.
+    pub limits: Limits,
+    /// Counts.
+    pub metrics: Arc<Metrics>,
+    /// Keys.
+    pub auth: Auth,
+    /// Origins that browsers may call from; `*` is any.
+    pub cors_origins: Vec<String>,
+    /// `owned_by` of the models.
+    pub owned_by: String,
+    /// The running sequences.
+    pub running: RunningRequests,
+    started_at: SystemTime,
+    weight_version: String,
+}
+
+/// Shared by all requests.
+pub type AppState = Arc<Gateway>;
+
+impl Gateway {
+    /// With default limits and no keys.
+    pub fn new(engine: Arc<dyn InferenceEngine>, prompt: PromptProcessor, served: ServedModel, sources: Arc<AdapterSources>) -> Self {
+        let description = engine.describe();
+        let metrics = Arc::new(Metrics::new(served.name(), description, MetricsConfig::default()));
+        let identity = format!("{}\n{}\n{}", served.path, description.architecture, description.dtype);
+        let weight_version = Sha256::digest(identity)[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+        Self {
+            engine,
+            prompt,
+            served,
+            sources,
+            limits: Limits::default(),
+            metrics,
+            auth: Auth::open(),
+            cors_origins: Vec::new(),
+            owned_by: "polylora".to_owned(),
+            running: RunningRequests::default(),
+            started_at: SystemTime::now(),
+            weight_version,
+        }
+    }
+
+    /// Unix time at which the server started.
+    pub fn started_at(&self) -> u64 {
+        unix_seconds(self.started_at)
+    }
+
+    /// Identifies the weights that answer: the base model's, and the adapter's version if there is one.
+    pub fn weight_version(&self, adapter: Option<&polylora_engine::AdapterLease>) -> String {
+        match adapter {
+            Some(lease) => {
+                let version = lease.version().0;
+                format!(
+                    "{}-{:02x}{:02x}{:02x}{:02x}",
+                    self.weight_version, version[0], version[1], version[2], version[3]
+                )
+            }
+            None => self.weight_version.clone(),
+        }
+    }
+
+    /// Finds models and adapters for a caller.
+    pub fn router<'a>(&'a self, identity: &'a Identity) -> crate::routing::Router<'a> {
+        crate::routing::Router {
+            served: &self.served,
+            engine: self.engine.as_ref(),
+            identity,
+        }
+    }
+}
+
+/// Seconds since 1970.
+pub fn unix_seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Everything that is served.
+pub fn app(state: AppState) -> Router {
+    let limits = state.limits.clone();
+    let routes = routes::router()
+        .method_not_allowed_fallback(method_not_allowed)
+        .fallback(unknown_url)
+        .layer(from_fn_with_state(Arc::clone(&state), authenticate))
+        .layer(DefaultBodyLimit::max(limits.max_body_bytes))
+        .layer(RequestBodyTimeoutLayer::new(limits.body_timeout))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn_with_state(Arc::clone(&state), count));
+    let routes = match cors(&state.cors_origins) {
+        Some(cors) => routes.layer(cors),
+        None => routes,
+    };
+    routes
+        .layer(
+            TraceLayer::new_for_http()
+                .make_span_with(request_span)
+                .on_request(())
+                .on_response(())
+                .on_failure(()),
+        )
+        .layer(PropagateRequestIdLayer::new(REQUEST_ID_HEADER))
+        .layer(SetRequestIdLayer::new(REQUEST_ID_HEADER, MakeRequestUuid))
+        .layer(from_fn(drop_bad_request_id))
+        .with_state(state)
+}
+
+/// Who makes a request, and when it came.
+#[derive(Clone)]
+pub struct Caller {
+    /// The key.
+    pub identity: Identity,
+    /// Whom it is counted under.
+    pub fairness_key: Arc<str>,
+    /// `x-request-id`.
+    pub request_id: Arc<str>,
+    /// When it came.
+    pub arrived: Instant,
+    /// Its place among its key's concurrent requests, once a route has asked for it.
+    pub permit: Option<Arc<RequestPermit>>,
+}
+
+impl<S: Sync> axum::extract::FromRequestParts<S> for Caller {
+    type Rejection = ApiError;
+    async fn from_request_parts(parts: &mut axum::http::request::Parts, _state: &S) -> Result<Self, ApiError> {
+        // The layer is around every route.
+        parts.extensions.get::<Self>().cloned().ok_or_else(ApiError::internal)
+    }
+}
+
+/// Paths that need no key: probes, and the documentation.
+fn is_open(path: &str) -> bool {
+    matches!(
+        path,
+        "/" | "/health" | "/health_generate" | "/metrics" | "/ping" | "/version" | "/openapi.json"
+    ) || path == "/docs"
+        || path.starts_with("/docs/")
+}
+
+async fn authenticate(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
+    let authorization = request.headers().get(AUTHORIZATION).map(|value| value.to_str().unwrap_or_default());
+    let identity = match state.auth.authenticate(authorization) {
+        Ok(identity) => identity,
+        // A probe without a key is nobody in particular; what it may see, anyone may.
+        Err(_) if is_open(request.uri().path()) => Identity::anonymous(),
+        Err(error) => return ApiError::from(error).into_response(),
+    };
+    let caller = Caller {
+        fairness_key: fairness_key(&state.auth, &identity, request.headers()),
+        identity,
+        request_id: request_id(request.headers()).into(),
+        arrived: Instant::now(),
+        permit: None,
+    };
+    request.extensions_mut().insert(caller);
+    next.run(request).await
+}
+
+/// Counts a request against its key's limits, and tells how they stand. Around the routes that generate.
+pub async fn admit(mut request: Request, next: Next) -> Response {
+    let Some(mut caller) = request.extensions_mut().remove::<Caller>() else {
+        return ApiError::internal().into_response();
+    };
+    let identity = caller.identity.clone();
+    let mut response = match identity.admit(Instant::now()) {
+        Ok(permit) => {
+            caller.permit = Some(Arc::new(permit));
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        Err(error) => ApiError::from(error).into_response(),
+    };
+    for (name, value) in identity.rate_limit_headers(Instant::now()) {
+        if let Ok(value) = HeaderValue::from_str(&value) {
+            response.headers_mut().insert(name, value);
+        }
+    }
+    response
+}
+
+/// Lets admins pass. Around the routes that change the server.
+pub async fn require_admin(caller: Caller, request: Request, next: Next) -> Response {
+    match caller.identity.require_admin() {
+        Ok(()) => next.run(request).await,
+        Err(error) => ApiError::from(error).into_response(),
+    }
+}
+
+/// A gateway in front says for whom it asks. A user's key speaks for itself: it could otherwise be as many as it likes.
+fn fairness_key(auth: &Auth, identity: &Identity, headers: &HeaderMap) -> Arc<str> {
+    let named = FAIRNESS_HEADERS.iter().find_map(|name| headers.get(*name)?.to_str().ok());
+    match named {
+        Some(name) if (!auth.is_enabled() || identity.is_admin()) && name.len() <= MAX_FAIRNESS_KEY_BYTES => name.into(),
+        _ => identity.name(),
+    }
+}
+
+fn request_id(headers: &HeaderMap) -> &str {
+    headers.get(REQUEST_ID_HEADER).and_then(|id| id.to_str().ok()).unwrap_or_default()
+}
+
+/// An id from outside goes into logs and answers: one that is too long or no plain text gets replaced.
+async fn drop_bad_request_id(mut request: Request, next: Next) -> Response {
+    const MAX_BYTES: usize = 200;
+    let is_bad = |id: &HeaderValue| id.is_empty() || id.len() > MAX_BYTES || id.to_str().is_err();
+    if request.headers().get(REQUEST_ID_HEADER).is_some_and(is_bad) {
+        request.headers_mut().remove(REQUEST_ID_HEADER);
+    }
+    next.run(request).await
+}
+
+fn request_span<B>(request: &axum::http::Request<B>) -> tracing::Span {
+    tracing::info_span!(
+        "request",
+        method = %request.method(),
+        path = request.uri().path(),
+        request_id = request_id(request.headers()),
+    )
+}
+
+async fn count(State(state): State<AppState>, path: Option<MatchedPath>, request: Request, next: Next) -> Response {
+    let arrived = Instant::now();
+    let response = next.run(request).await;
+    let route = path.as_ref().map_or("(unknown)", MatchedPath::as_str);
+    state.metrics.http_request(route, response.status().as_u16());
+    tracing::debug!(
+        route,
+        status = response.status().as_u16(),
+        seconds = arrived.elapsed().as_secs_f64(),
+        "answered"
+    );
+    response
+}
+
+fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
+    let reason = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied());
+    tracing::error!(reason, "a handler panicked");
+    ApiError::internal().into_response()
+}
+
+async fn unknown_url(method: Method, uri: Uri) -> ApiError {
+    ApiError::unknown_url(method.as_str(), uri.path())
+}
+
+async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
+    ApiError::method_not_allowed(method.as_str(), uri.path())
+}
+
+fn cors(origins: &[String]) -> Option<CorsLayer> {
+    use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, ExposeHeaders};
+    let origin = match origins {
+        [] => return None,
+        origins if origins.iter().any(|origin| origin == "*") => AllowOrigin::any(),
+        origins => AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok())),
+    };
+    let exposed = ExposeHeaders::list([REQUEST_ID_HEADER, ADAPTER_HEADER]);
+    Some(
+        CorsLayer::new()
+            .allow_origin(origin)
+            .allow_methods(AllowMethods::mirror_request())
+            .allow_headers(AllowHeaders::mirror_request())
+            .expose_headers(exposed),
+    )
+}

@@ -1,0 +1,147 @@
+//! JSON bodies, with errors that say which field is wrong.
+
+use axum::{
+    body::Bytes,
+    extract::{FromRequest, Request},
+    http::{HeaderMap, StatusCode, header::CONTENT_TYPE},
+};
+use serde::de::DeserializeOwned;
+
+use crate::error::{ApiError, NativeError};
+
+/// A JSON body; its errors have OpenAI's form.
+pub struct ApiJson<T>(pub T);
+
+/// A JSON body; its errors have SGLang's form.
+pub struct NativeJson<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for ApiJson<T> {
+    type Rejection = ApiError;
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        if !is_json(request.headers()) {
+            return Err(ApiError::bad_body(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "The body must be JSON, with the header `Content-Type: application/json`.",
+            ));
+        }
+        let body = Bytes::from_request(request, state).await.map_err(|rejection| {
+            let timed_out = std::error::Error::source(&rejection).is_some_and(is_timeout);
+            let status = if timed_out { StatusCode::REQUEST_TIMEOUT } else { rejection.status() };
+            ApiError::bad_body(status, rejection.body_text())
+        })?;
+        parse(&body).map(Self)
+    }
+}
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for NativeJson<T> {
+    type Rejection = NativeError;
+    async fn from_request(request: Request, state: &S) -> Result<Self, NativeError> {
+        let ApiJson(value) = ApiJson::from_request(request, state).await?;
+        Ok(Self(value))
+    }
+}
+
+fn is_json(headers: &HeaderMap) -> bool {
+    let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let media_type = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    media_type == "application/json" || (media_type.starts_with("application/") && media_type.ends_with("+json"))
+}
+
+fn is_timeout(error: &(dyn std::error::Error + 'static)) -> bool {
+    error.is::<tower_http::timeout::TimeoutError>() || error.source().is_some_and(is_timeout)
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let path = error.path().to_string();
+        let error = error.into_inner();
+        if error.classify() == serde_json::error::Category::Data {
+            field_error(&path, &error.to_string())
+        } else {
+            ApiError::bad_request(format!("We could not parse the JSON body of your request: {error}"))
+        }
+    })?;
+    json.end()
+        .map_err(|error| ApiError::bad_request(format!("We could not parse the JSON body of your request: {error}")))?;
+    Ok(value)
+}
+
+fn field_error(path: &str, message: &str) -> ApiError {
+    // serde_json adds the place in the text; the path says it better.
+    let message = message.rsplit_once(" at line ").map_or(message, |(message, _)| message);
+    let quoted = |prefix: &str| message.strip_prefix(prefix)?.split('`').next();
+    let parent = path.rsplit_once('.').map_or("", |(parent, _)| parent);
+    let join = |parent: &str, name: &str| {
+        if parent.is_empty() || parent == "." || parent == "?" {
+            name.to_owned()
+        } else {
+            format!("{parent}.{name}")
+        }
+    };
+    if let Some(name) = quoted("unknown field `") {
+        // The path may or may not already end in the unknown key.
+        let parent = if path == name || path.ends_with(&format!(".{name}")) {
+            parent
+        } else {
+            path
+        };
+        let param = join(parent, name);
+        return ApiError::invalid(param.clone(), format!("Unrecognized request argument supplied: {param}"));
+    }
+    if let Some(name) = quoted("missing field `") {
+        let param = join(path, name);
+        return ApiError::invalid(param.clone(), format!("Missing required parameter: '{param}'."));
+    }
+    match path {
+        "." | "?" | "" => ApiError::bad_request(format!("Invalid request body: {message}")),
+        path => ApiError::invalid(path, format!("Invalid value for '{path}': {message}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::chat::ChatRequest;
+
+    #[test]
+    fn errors_name_the_field() {
+        let message = |content: &str| format!(r#"{{"model": "m", "messages": [{content}]}}"#);
+        for (body, param, what) in [
+            ("{", None, "could not parse"),
+            ("[]", None, "invalid type: sequence"),
+            (r#"{"model": "m", "messages": []} x"#, None, "trailing characters"),
+            (r#"{"messages": []}"#, Some("model"), "Missing required parameter: 'model'"),
+            (r#"{"model": 3, "messages": []}"#, Some("model"), "integer `3`, expected a string"),
+            (
+                r#"{"model": "m", "messages": [], "foo": 1}"#,
+                Some("foo"),
+                "Unrecognized request argument supplied: foo",
+            ),
+            (r#"{"model": "m", "messages": [], "max_tokens": -1}"#, Some("max_tokens"), "integer `-1`"),
+            (r#"{"model": "m", "messages": [], "stop": [1]}"#, Some("stop[0]"), "integer `1`"),
+            (
+                r#"{"model": "m", "messages": [], "stream_options": {"x": 1}}"#,
+                Some("stream_options.x"),
+                "stream_options.x",
+            ),
+            (&message(r#"{"role": "robot", "content": "x"}"#), Some("messages[0].role"), "robot"),
+            (&message(r#"{"content": "x"}"#), Some("messages[0].role"), "Missing"),
+            (
+                &message(r#"{"role": "user", "content": 3}"#),
+                Some("messages[0].content"),
+                "a string or a list of content parts",
+            ),
+            (
+                &message(r#"{"role": "user", "content": [{"text": "x"}]}"#),
+                Some("messages[0].content[0].type"),
+                "Missing",
+            ),
+        ] {
+            let error = parse::<ChatRequest>(body.as_bytes()).unwrap_err();
+            assert_eq!(error.param(), param, "{body}: {error:?}");
+            assert!(error.message().contains(what), "{body}: {error:?}");
+            assert_eq!(error.status(), StatusCode::BAD_REQUEST);
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! Messages and texts to token ids: what a model directory says about its tokenizer, its chat template and its sampling defaults.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use polylora_engine::FileSource;
+use serde_json::Value;
+
+use crate::{
+    chat_template::{ChatInput, ChatTemplates, SpecialTokens, TemplateError},
+    error::ApiError,
+    tokenizer::{TextTokenizer, TokenizerError},
+};
+
+/// Files of a model directory are read up to this size; the largest `tokenizer.json` known has 33 MB.
+const MAX_FILE_BYTES: u64 = 256 << 20;
+/// Longer texts are tokenized on a thread that may block.
+const BLOCKING_TEXT_BYTES: usize = 16 << 10;
+
+/// Why a model directory's text side can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PromptError {
+    /// A file can't be read.
+    #[error("{file}: {error}")]
+    Read {
+        /// Which.
+        file: &'static str,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// A file is no JSON.
+    #[error("{file}: {error}")]
+    Json {
+        /// Which.
+        file: &'static str,
+        /// Why.
+        error: serde_json::Error,
+    },
+    /// See [`TokenizerError`].
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// See [`TemplateError`].
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+}
+
+/// Sampling settings that a model's `generation_config.json` recommends, used where a request says nothing.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct SamplingDefaults {
+    /// See [`polylora_engine::SamplingParams`].
+    pub temperature: Option<f32>,
+    /// The same.
+    pub top_p: Option<f32>,
+    /// The same.
+    pub top_k: Option<u32>,
+    /// The same.
+    pub min_p: Option<f32>,
+    /// The same.
+    pub repetition_penalty: Option<f32>,
+}
+
+/// A model's text side.
+pub struct PromptProcessor {
+    tokenizer: Arc<TextTokenizer>,
+    templates: Option<ChatTemplates>,
+    defaults: SamplingDefaults,
+}
+
+impl PromptProcessor {
+    /// Reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja` and
+    /// `generation_config.json`; all but the first may be missing. `chat_template`, if given, is used instead of the model's.
+    ///
+    /// # Errors
+    /// See [`PromptError`].
+    pub fn from_files(files: &FileSource, chat_template: Option<&str>) -> Result<Self, PromptError> {
+        let config = read_json(files, "tokenizer_config.json")?.unwrap_or_default();
+        let special_tokens = special_tokens(&config, &read_json(files, "special_tokens_map.json")?.unwrap_or_default());
+        let json = read(files, "tokenizer.json")?.ok_or_else(|| PromptError::Read {
+            file: "tokenizer.json",
+            error: std::io::ErrorKind::NotFound.into(),
+        })?;
+        let bos = special_tokens.by_name.get("bos_token").map(String::as_str);
+        let tokenizer = TextTokenizer::from_bytes(&json, bos)?;
+        let mut sources = templates_of(&config);
+        if let Some(bytes) = read(files, "chat_template.jinja")? {
+            sources.insert("default".into(), String::from_utf8_lossy(&bytes).into_owned());
+        }
+        if let Some(given) = chat_template {
+            sources = [("default".to_owned(), given.to_owned())].into();
+        }
+        let templates = (!sources.is_empty()).then(|| ChatTemplates::new(sources, special_tokens)).transpose()?;
+        let generation_config = read_json(files, "generation_config.json")?.unwrap_or_default();
+        Ok(Self::new(tokenizer, templates, sampling_defaults(&generation_config)))
+    }
+
+    /// From parts.
+    pub fn new(tokenizer: TextTokenizer, templates: Option<ChatTemplates>, defaults: SamplingDefaults) -> Self {
+        Self {
+            tokenizer: Arc::new(tokenizer),
+            templates,
+            defaults,
+        }
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Arc<TextTokenizer> {
+        &self.tokenizer
+    }
+
+    /// The model's chat templates, if it has any.
+    pub fn templates(&self) -> Option<&ChatTemplates> {
+        self.templates.as_ref()
+    }
+
+    /// What the model recommends.
+    pub fn sampling_defaults(&self) -> &SamplingDefaults {
+        &self.defaults
+    }
+
+    /// Uses `defaults` instead of the model's recommendation.
+    pub fn set_sampling_defaults(&mut self, defaults: SamplingDefaults) {
+        self.defaults = defaults;
+    }
+
+    /// The text that the chat template makes of a conversation.
+    ///
+    /// # Errors
+    /// 400 with the template's reason, or because there is none.
+    pub fn render_chat(&self, input: &ChatInput<'_>) -> Result<String, ApiError> {
+        match &self.templates {
+            Some(templates) => Ok(templates.render(input)?),
+            None => Err(ApiError::invalid(
+                "messages",
+                "The model has no chat template; use /v1/completions, or start the server with one.",
+            )),
+        }
+    }
+
+    /// Token ids of a text. With `add_special_tokens`, as a prompt of its own; without, as a rendered template, which has them.
+    ///
+    /// # Errors
+    /// 400.
+    pub async fn encode(&self, text: String, add_special_tokens: bool) -> Result<Vec<u32>, ApiError> {
+        if text.len() < BLOCKING_TEXT_BYTES {
+            return Ok(self.tokenizer.encode(&text, add_special_tokens)?);
+        }
+        let tokenizer = Arc::clone(&self.tokenizer);
+        let encoded = tokio::task::spawn_blocking(move || tokenizer.encode(&text, add_special_tokens)).await;
+        Ok(encoded.map_err(|_| ApiError::internal())??)
+    }
+}
+
+fn read(files: &FileSource, name: &'static str) -> Result<Option<Vec<u8>>, PromptError> {
+    if !files.contains(name) {
+        return Ok(None);
+    }
+    files
+        .read(name, MAX_FILE_BYTES)
+        .map(Some)
+        .map_err(|error| PromptError::Read { file: name, error })
+}
+
+fn read_json(files: &FileSource, name: &'static str) -> Result<Option<Value>, PromptError> {
+    read(files, name)?
+        .map(|bytes| serde_json::from_slice(&bytes).map_err(|error| PromptError::Json { file: name, error }))
+        .transpose()
+}
+
+/// `chat_template` is a string, or a list of named ones.
+fn templates_of(config: &Value) -> BTreeMap<String, String> {
+    match &config["chat_template"] {
+        Value::String(template) => [("default".to_owned(), template.clone())].into(),
+        Value::Array(named) => named
+            .iter()
+            .filter_map(|entry| Some((entry["name"].as_str()?.to_owned(), entry["template"].as_str()?.to_owned())))
+            .collect(),
+        _ => BTreeMap::new(),
+    }
+}
+
+/// A token is a string, or an object with its `content`.
+fn special_tokens(config: &Value, map: &Value) -> SpecialTokens {
+    const NAMES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"];
+    let text = |value: &Value| value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned);
+    let by_name = NAMES
+        .into_iter()
+        .filter_map(|name| Some((name.to_owned(), text(&config[name]).or_else(|| text(&map[name]))?)))
+        .collect();
+    SpecialTokens { by_name }
+}
+
+fn sampling_defaults(config: &Value) -> SamplingDefaults {
+    let number = |name: &str| config[name].as_f64().map(|value| value as f32);
+    // Temperature and its like mean something only to a model that is to be sampled from.
+    let samples = config["do_sample"].as_bool().unwrap_or(false);
+    let sampled = |name: &str| number(name).filter(|_| samples);
+    SamplingDefaults {
+        temperature: sampled("temperature"),
+        top_p: sampled("top_p"),
+        top_k: config["top_k"].as_u64().and_then(|k| u32::try_from(k).ok()).filter(|_| samples),
+        min_p: sampled("min_p"),
+        repetition_penalty: number("repetition_penalty"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn directory(files: &[(&str, &str)]) -> (tempfile::TempDir, FileSource) {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, content) in files {
+            std::fs::write(directory.path().join(name), content).unwrap();
+        }
+        let source = FileSource::Directory(directory.path().into());
+        (directory, source)
+    }
+
+    fn render(processor: &PromptProcessor, tools: Option<&[Value]>) -> String {
+        let messages = [json!({"role": "user", "content": "hi"})];
+        let input = ChatInput {
+            messages: &messages,
+            tools,
+            add_generation_prompt: true,
+            continue_final_message: false,
+            kwargs: None,
+        };
+        processor.render_chat(&input).unwrap()
+    }
+
+    #[test]
+    fn a_directory_is_read_as_transformers_reads_it() {
+        let tokenizer = crate::tokenizer::tests::byte_level_json();
+        let config = json!({
+            "bos_token": {"content": "<s>", "special": true}, "eos_token": "</s>", "pad_token": null,
+            "chat_template": [
+                {"name": "default", "template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"},
+                {"name": "tool_use", "template": "tools"},
+            ],
+        });
+        let generation = json!({"do_sample": true, "temperature": 0.5, "top_k": 20, "repetition_penalty": 1.1});
+        let (_directory, files) = directory(&[
+            ("tokenizer.json", &tokenizer),
+            ("tokenizer_config.json", &config.to_string()),
+            ("generation_config.json", &generation.to_string()),
+        ]);
+        let processor = PromptProcessor::from_files(&files, None).unwrap();
+        assert_eq!(render(&processor, None), "<s>hi</s>");
+        assert_eq!(render(&processor, Some(&[json!({})])), "tools");
+        let rendered = processor.tokenizer().encode("<s>hi</s>", false).unwrap();
+        assert_eq!(rendered, [260, 104, 105, 261], "one beginning token");
+        assert_eq!(
+            *processor.sampling_defaults(),
+            SamplingDefaults {
+                temperature: Some(0.5),
+                top_k: Some(20),
+                repetition_penalty: Some(1.1),
+                ..SamplingDefaults::default()
+            }
+        );
+
+        std::fs::write(_directory.path().join("chat_template.jinja"), "from its own file").unwrap();
+        assert_eq!(render(&PromptProcessor::from_files(&files, None).unwrap(), None), "from its own file");
+        assert_eq!(render(&PromptProcessor::from_files(&files, Some("given")).unwrap(), None), "given");
+    }
+
+    #[test]
+    fn without_do_sample_only_the_penalty_counts() {
+        let config = json!({"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.2});
+        let expected = SamplingDefaults {
+            repetition_penalty: Some(1.2),
+            ..SamplingDefaults::default()
+        };
+        assert_eq!(sampling_defaults(&config), expected);
+    }
+
+    #[test]
+    fn what_is_missing_or_broken_is_named() {
+        let (_directory, files) = directory(&[]);
+        assert!(
+            PromptProcessor::from_files(&files, None)
+                .err()
+                .unwrap()
+                .to_string()
+                .contains("tokenizer.json")
+        );
+        let (_directory, files) = directory(&[("tokenizer.json", "{}"), ("tokenizer_config.json", "{")]);
+        assert!(
+            PromptProcessor::from_files(&files, None)
+                .err()
+                .unwrap()
+                .to_string()
+                .contains("tokenizer_config.json")
+        );
+    }
+}

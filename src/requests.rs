@@ -1,0 +1,111 @@
+//! The sequences that run, by the id that clients gave them: what `/abort_request` looks into.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    task::Waker,
+};
+
+use futures::task::AtomicWaker;
+use parking_lot::Mutex;
+
+#[derive(Default)]
+struct AbortFlag {
+    aborted: AtomicBool,
+    waker: AtomicWaker,
+}
+
+/// By a number of its own, since several sequences may have one id.
+type Running = HashMap<u64, (Arc<str>, Arc<AbortFlag>)>;
+
+#[derive(Default)]
+struct Table {
+    running: Mutex<Running>,
+    next: AtomicU64,
+}
+
+/// Every running sequence.
+#[derive(Clone, Default)]
+pub struct RunningRequests(Arc<Table>);
+
+impl RunningRequests {
+    /// Enters a sequence; it leaves when what this returns is dropped.
+    pub fn enter(&self, rid: Arc<str>) -> RunningRequest {
+        let key = self.0.next.fetch_add(1, Ordering::Relaxed);
+        let flag = Arc::new(AbortFlag::default());
+        self.0.running.lock().insert(key, (rid, Arc::clone(&flag)));
+        RunningRequest {
+            table: Arc::clone(&self.0),
+            key,
+            flag,
+        }
+    }
+
+    /// Ends the sequences of `rid`, and those of its parts `rid_0`, `rid_1`, …; says how many. Ids that only begin alike are left
+    /// alone.
+    pub fn abort(&self, rid: &str) -> usize {
+        let is_part = |id: &str| {
+            let part = id.strip_prefix(rid).and_then(|rest| rest.strip_prefix('_'));
+            part.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+        };
+        let running = self.0.running.lock();
+        let ended = running.values().filter(|(id, _)| &**id == rid || is_part(id));
+        ended
+            .map(|(_, flag)| {
+                flag.aborted.store(true, Ordering::Release);
+                flag.waker.wake();
+            })
+            .count()
+    }
+
+    /// How many run.
+    pub fn len(&self) -> usize {
+        self.0.running.lock().len()
+    }
+
+    /// Whether none runs.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A sequence's place in the table; given back on drop.
+pub struct RunningRequest {
+    table: Arc<Table>,
+    key: u64,
+    flag: Arc<AbortFlag>,
+}
+
+impl RunningRequest {
+    /// Whether it was told to end; if not, `waker` is woken when it is.
+    pub fn is_aborted(&self, waker: &Waker) -> bool {
+        self.flag.waker.register(waker);
+        self.flag.aborted.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for RunningRequest {
+    fn drop(&mut self) {
+        self.table.running.lock().remove(&self.key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_ends_itself_and_its_parts_only() {
+        let running = RunningRequests::default();
+        let entered: Vec<RunningRequest> = ["a", "a_0", "a_1", "a1", "ab", "a_x", "b_0"].map(|id| running.enter(id.into())).into();
+        assert_eq!(running.abort("a"), 3);
+        let aborted: Vec<bool> = entered.iter().map(|request| request.is_aborted(Waker::noop())).collect();
+        assert_eq!(aborted, [true, true, true, false, false, false, false]);
+        drop(entered);
+        assert!(running.is_empty());
+        assert_eq!(running.abort("a"), 0);
+    }
+}

@@ -1,0 +1,201 @@
+//! Loading and unloading adapters: SGLang's, vLLM's and Dynamo's forms of the same two operations.
+
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
+
+use axum::{
+    Json,
+    extract::{Path, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+};
+use polylora_engine::{AdapterError, AdapterInfo, LoadRequest};
+use sha2::{Digest, Sha256};
+
+use crate::{
+    app::{AppState, Gateway},
+    error::{ApiError, ErrorBody, ErrorDetail},
+    extract::{ApiJson, NativeJson},
+    protocol::adapters::{
+        AdapterResponse, DynamoList, DynamoLoadRequest, DynamoResponse, LoadAdapterRequest, UnloadAdapterRequest, VllmLoadRequest, VllmUnloadRequest,
+    },
+};
+
+/// Finds the files and loads them.
+async fn load_adapter(state: &Gateway, name: String, path: String, pinned: bool, replace: bool) -> Result<AdapterInfo, ApiError> {
+    if !state.engine.describe().lora_enabled {
+        return Err(AdapterError::NotEnabled.into());
+    }
+    if state.served.names.contains(&name) {
+        let reason = "is the base model's".to_owned();
+        return Err(AdapterError::BadName { name, reason }.into());
+    }
+    if !replace && state.engine.adapter_info(&name).is_some() {
+        return Err(AdapterError::AlreadyLoaded { name }.into());
+    }
+    let began = Instant::now();
+    let sources = Arc::clone(&state.sources);
+    let from = path.clone();
+    // Looking at folders blocks, and downloading does for long.
+    let files = tokio::task::spawn_blocking(move || sources.resolve_from_client(&from));
+    let files = files.await.map_err(|_| ApiError::internal())??;
+    let loaded = state
+        .engine
+        .load_adapter(LoadRequest {
+            name,
+            files,
+            source: path,
+            pinned,
+            replace,
+        })
+        .await;
+    state.metrics.adapter_loaded(began.elapsed(), loaded.is_ok());
+    loaded.map_err(ApiError::from)
+}
+
+async fn unload_adapter(state: &Gateway, name: &str) -> Result<(), ApiError> {
+    if !state.engine.describe().lora_enabled {
+        return Err(AdapterError::NotEnabled.into());
+    }
+    state.engine.unload_adapter(name).await?;
+    state.metrics.adapter_unloaded();
+    Ok(())
+}
+
+fn loaded_adapters(state: &Gateway) -> BTreeMap<String, String> {
+    let adapters = state.engine.list_adapters().into_iter();
+    adapters.map(|info| (info.name.to_string(), info.source)).collect()
+}
+
+/// SGLang answers every failure of an adapter with 400; what is not the client's fault keeps its status here.
+fn native_answer(state: &Gateway, result: Result<Option<serde_json::Value>, ApiError>) -> Response {
+    let (status, error_message, report) = match result {
+        Ok(report) => (StatusCode::OK, String::new(), report),
+        Err(error) if error.status().is_server_error() => (error.status(), error.message().to_owned(), None),
+        Err(error) => (StatusCode::BAD_REQUEST, error.message().to_owned(), None),
+    };
+    let body = AdapterResponse {
+        rid: None,
+        success: status == StatusCode::OK,
+        error_message,
+        loaded_adapters: loaded_adapters(state),
+        report,
+    };
+    (status, Json(body)).into_response()
+}
+
+/// `POST /load_lora_adapter`.
+pub async fn load(State(state): State<AppState>, NativeJson(request): NativeJson<LoadAdapterRequest>) -> Response {
+    let loaded = load_adapter(&state, request.lora_name, request.lora_path, request.pinned.unwrap_or(false), false).await;
+    let report = loaded.map(|info| info.report.and_then(|report| serde_json::to_value(&*report).ok()));
+    native_answer(&state, report)
+}
+
+/// `POST /unload_lora_adapter`.
+pub async fn unload(State(state): State<AppState>, NativeJson(request): NativeJson<UnloadAdapterRequest>) -> Response {
+    let unloaded = unload_adapter(&state, &request.lora_name).await;
+    native_answer(&state, unloaded.map(|()| None))
+}
+
+/// An error in vLLM's words; its clients look at `type`.
+fn vllm_error(status: StatusCode, kind: &str, message: String) -> Response {
+    let error = ErrorDetail {
+        message,
+        kind: kind.to_owned(),
+        param: None,
+        code: Some(status.as_u16().to_string()),
+    };
+    (status, Json(ErrorBody { error })).into_response()
+}
+
+fn vllm_failure(error: &ApiError) -> Response {
+    let kind = match error.status() {
+        StatusCode::NOT_FOUND => "NotFoundError",
+        status if status.is_server_error() => "InternalServerError",
+        _ => "InvalidUserInput",
+    };
+    vllm_error(error.status(), kind, error.message().to_owned())
+}
+
+/// `POST /v1/load_lora_adapter`.
+pub async fn vllm_load(State(state): State<AppState>, ApiJson(request): ApiJson<VllmLoadRequest>) -> Result<Response, ApiError> {
+    if request.is_3d_lora_weight == Some(true) {
+        return Err(ApiError::unsupported(
+            "is_3d_lora_weight",
+            "mixture-of-experts adapters in that format are not served",
+        ));
+    }
+    let present = |text: Option<String>| text.filter(|text| !text.is_empty());
+    let (Some(name), Some(path)) = (present(request.lora_name), present(request.lora_path)) else {
+        let message = "Both 'lora_name' and 'lora_path' must be provided.".to_owned();
+        return Ok(vllm_error(StatusCode::BAD_REQUEST, "InvalidUserInput", message));
+    };
+    let in_place = request.load_inplace.unwrap_or(false);
+    if !in_place && state.engine.adapter_info(&name).is_some() {
+        let message =
+            format!("The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set 'load_inplace' to True.");
+        return Ok(vllm_error(StatusCode::BAD_REQUEST, "InvalidUserInput", message));
+    }
+    Ok(match load_adapter(&state, name.clone(), path, false, in_place).await {
+        Ok(_) => format!("Success: LoRA adapter '{name}' added successfully.").into_response(),
+        Err(error) => vllm_failure(&error),
+    })
+}
+
+/// `POST /v1/unload_lora_adapter`.
+pub async fn vllm_unload(State(state): State<AppState>, ApiJson(request): ApiJson<VllmUnloadRequest>) -> Response {
+    let Some(name) = request.lora_name.filter(|name| !name.is_empty()) else {
+        let message = "'lora_name' needs to be provided to unload a LoRA adapter.".to_owned();
+        return vllm_error(StatusCode::BAD_REQUEST, "InvalidUserInput", message);
+    };
+    match unload_adapter(&state, &name).await {
+        Ok(()) => format!("Success: LoRA adapter '{name}' removed successfully.").into_response(),
+        Err(error) if error.status() == StatusCode::NOT_FOUND => vllm_error(
+            StatusCode::NOT_FOUND,
+            "NotFoundError",
+            format!("The lora adapter '{name}' cannot be found."),
+        ),
+        Err(error) => vllm_failure(&error),
+    }
+}
+
+/// A number made from the name, the same everywhere and always.
+fn dynamo_id(name: &str) -> u32 {
+    let digest = Sha256::digest(name.as_bytes());
+    u32::from_be_bytes([digest[0], digest[1], digest[2], digest[3]]) & 0x7fff_ffff
+}
+
+fn dynamo_answer(name: String, message: String) -> Json<DynamoResponse> {
+    Json(DynamoResponse {
+        status: "success".to_owned(),
+        message,
+        lora_id: dynamo_id(&name),
+        lora_name: name,
+    })
+}
+
+/// `POST /v1/loras`.
+pub async fn dynamo_load(State(state): State<AppState>, ApiJson(request): ApiJson<DynamoLoadRequest>) -> Result<Json<DynamoResponse>, ApiError> {
+    let uri = request.source.uri;
+    let path = uri.strip_prefix("file://").unwrap_or(&uri).to_owned();
+    load_adapter(&state, request.lora_name.clone(), path, false, false).await?;
+    let message = format!("LoRA adapter '{}' loaded successfully", request.lora_name);
+    Ok(dynamo_answer(request.lora_name, message))
+}
+
+/// `GET /v1/loras`.
+pub async fn dynamo_list(State(state): State<AppState>) -> Json<DynamoList> {
+    let adapters = state.engine.list_adapters();
+    let loras: BTreeMap<String, u32> = adapters.iter().map(|info| (info.name.to_string(), dynamo_id(&info.name))).collect();
+    Json(DynamoList {
+        status: "success".to_owned(),
+        count: loras.len(),
+        loras,
+    })
+}
+
+/// `DELETE /v1/loras/{name}`.
+pub async fn dynamo_unload(State(state): State<AppState>, Path(name): Path<String>) -> Result<Json<DynamoResponse>, ApiError> {
+    unload_adapter(&state, &name).await?;
+    let message = format!("LoRA adapter '{name}' unloaded successfully");
+    Ok(dynamo_answer(name, message))
+}

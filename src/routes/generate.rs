@@ -1,0 +1,515 @@
+//! `POST /generate`: SGLang's native route. One call may hold many prompts, each on an adapter of its own.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use axum::{
+    Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use polylora_engine::{AdapterError, AdapterLease, LogprobsParams, PromptLogprobsParams, TokenLogprobs};
+
+use super::{completions::check_count, with_adapter_header};
+use crate::{
+    app::{AppState, Caller, Gateway},
+    error::{ApiError, NativeError},
+    extract::NativeJson,
+    generation::{Job, MaxTokens, SamplingFields, new_id},
+    logprobs::{top_triples, triple},
+    prompt::SamplingDefaults,
+    protocol::{
+        OneOrMany,
+        generate::{GenerateRequest, GenerateResponse, InputIds, MetaInfo, NativeFinishReason, NativeSamplingParams},
+    },
+    routing::Target,
+    stream::{DONE, Finish, MergedStream, OutputToken, TextEvent, TextOptions, TextStream, collect, sse_event, sse_response},
+};
+
+/// Generates.
+pub async fn generate(
+    State(state): State<AppState>,
+    caller: Caller,
+    NativeJson(request): NativeJson<GenerateRequest>,
+) -> Result<Response, NativeError> {
+    let streaming = request.stream.unwrap_or(false);
+    let batch = Batch::read(&state, request).await?;
+    let mut leases = Vec::with_capacity(batch.prompts.len());
+    for prompt in &batch.prompts {
+        leases.push(lease(&state, &caller, prompt.adapter.as_deref()).await?);
+    }
+    let outputs = batch.outputs(&state, &caller, &leases);
+    let (is_list, jobs) = (batch.is_list(), batch.jobs(&leases)?);
+    let streams = state.start(&caller, jobs).map_err(native_names)?;
+    let response = if streaming {
+        let mut merged = MergedStream::new(streams);
+        match merged.wait_for_first().await {
+            Ok(()) => {}
+            // Natively an abort is an outcome, not an error; there is just nothing before it.
+            Err(error) if error.status().as_u16() == 499 => return Ok(sse_response(aborted_stream(outputs, is_list))),
+            Err(error) => return Err(error.into()),
+        }
+        let stream = GenerateStream {
+            state,
+            outputs,
+            is_list,
+            merged: Some(merged),
+            ready: VecDeque::new(),
+        };
+        sse_response(futures::stream::unfold(stream, |mut stream| async move {
+            stream.next().await.map(|event| (event, stream))
+        }))
+    } else {
+        whole(&state, outputs, is_list, streams).await?
+    };
+    let all_alike = leases
+        .windows(2)
+        .all(|pair| pair[0].as_ref().map(AdapterLease::name) == pair[1].as_ref().map(AdapterLease::name));
+    Ok(with_adapter_header(
+        response,
+        leases.first().and_then(Option::as_ref).filter(|_| all_alike),
+    ))
+}
+
+/// An adapter by its name. An unknown one is a 400 in SGLang's words.
+async fn lease(state: &Gateway, caller: &Caller, name: Option<&str>) -> Result<Option<AdapterLease>, ApiError> {
+    let Some(name) = name else {
+        return state.lease(caller, &Target::Base).await;
+    };
+    let router = state.router(&caller.identity);
+    let leased = match router.adapter(name, "lora_path") {
+        Ok(target) => state.lease(caller, &target).await,
+        Err(error) => Err(error),
+    };
+    leased.map_err(|error| {
+        if error.status() == axum::http::StatusCode::NOT_FOUND {
+            let adapters = state
+                .engine
+                .list_adapters()
+                .into_iter()
+                .filter(|info| caller.identity.sees_adapter(&info.name));
+            let loaded = adapters.map(|info| info.name.to_string()).collect();
+            let unknown = AdapterError::Unknown {
+                name: name.to_owned(),
+                loaded,
+            };
+            ApiError::invalid("lora_path", format!("Got LoRA adapter that has never been loaded: {unknown}"))
+        } else {
+            error
+        }
+    })
+}
+
+/// The engine's names of settings as this route has them.
+fn native_names(error: ApiError) -> ApiError {
+    let native = match error.param() {
+        Some("max_tokens") => "sampling_params.max_new_tokens",
+        Some("min_tokens") => "sampling_params.min_new_tokens",
+        Some(
+            name @ ("temperature" | "top_p" | "top_k" | "min_p" | "frequency_penalty" | "presence_penalty" | "repetition_penalty" | "logit_bias"
+            | "stop" | "stop_token_ids" | "n"),
+        ) => {
+            return {
+                let param = format!("sampling_params.{name}");
+                error.for_param(param)
+            };
+        }
+        _ => return error,
+    };
+    error
+        .with_message(|message| message.replace("min_tokens", "min_new_tokens").replace("max_tokens", "max_new_tokens"))
+        .for_param(native)
+}
+
+/// The prompts of a request, with lists as long as the batch.
+struct Batch {
+    prompts: Vec<PromptPart>,
+    is_batch: bool,
+    n: u32,
+    return_text: bool,
+    return_prompt_token_ids: bool,
+}
+
+struct PromptPart {
+    tokens: Vec<u32>,
+    adapter: Option<String>,
+    rid: Arc<str>,
+    sampling: NativeSamplingParams,
+    /// First prompt token reported, and how many likeliest tokens; `None` for no log-probabilities.
+    logprobs: Option<(Option<u32>, u32)>,
+}
+
+impl Batch {
+    async fn read(state: &Gateway, request: GenerateRequest) -> Result<Self, ApiError> {
+        let (tokens, is_batch) = prompt_tokens(state, request.text, request.input_ids).await?;
+        let len = tokens.len();
+        let sampling = spread(request.sampling_params, "sampling_params", len, is_batch)?;
+        let adapters = spread(request.lora_path, "lora_path", len, is_batch)?;
+        let wanted = spread(request.return_logprob, "return_logprob", len, is_batch)?;
+        let starts = spread(request.logprob_start_len, "logprob_start_len", len, is_batch)?;
+        let tops = spread(request.top_logprobs_num, "top_logprobs_num", len, is_batch)?;
+        let rids = rids(request.rid, len, is_batch)?;
+        let n = sampling[0].as_ref().and_then(|sampling| sampling.n).unwrap_or(1);
+        let mut prompts = Vec::with_capacity(len);
+        let parts = tokens.into_iter().zip(adapters).zip(rids).zip(sampling).zip(wanted).zip(starts).zip(tops);
+        for ((((((tokens, adapter), rid), sampling), wanted), start), top) in parts {
+            let sampling = sampling.unwrap_or_default();
+            if sampling.n.unwrap_or(1) != n {
+                return Err(ApiError::invalid("sampling_params.n", "n must be equal for all prompts"));
+            }
+            prompts.push(PromptPart {
+                logprobs: logprobs(state, &tokens, wanted.unwrap_or(false), start.unwrap_or(-1), top.unwrap_or(0))?,
+                tokens,
+                // SGLang takes an empty name for the base model.
+                adapter: adapter.flatten().filter(|name| !name.is_empty()),
+                rid,
+                sampling,
+            });
+        }
+        Ok(Self {
+            prompts,
+            is_batch,
+            n,
+            return_text: request.return_text_in_logprobs.unwrap_or(false),
+            return_prompt_token_ids: request.return_prompt_token_ids.unwrap_or(false),
+        })
+    }
+
+    /// Whether the answer is a list.
+    fn is_list(&self) -> bool {
+        self.is_batch || self.n > 1
+    }
+
+    fn outputs(&self, state: &Gateway, caller: &Caller, leases: &[Option<AdapterLease>]) -> Vec<Output> {
+        let n = self.n.min(state.limits.max_n) as usize;
+        let prompts = self.prompts.iter().zip(leases);
+        let outputs = prompts.flat_map(|pair| std::iter::repeat_n(pair, n));
+        outputs
+            .map(|(prompt, lease)| Output {
+                rid: Arc::clone(&prompt.rid),
+                prompt_tokens: prompt.tokens.clone(),
+                lora: lease.as_ref().map(|lease| lease.name().to_string()),
+                weight_version: state.weight_version(lease.as_ref()),
+                logprobs: prompt.logprobs,
+                return_text: self.return_text,
+                return_prompt_token_ids: self.return_prompt_token_ids,
+                arrived: caller.arrived,
+                text: String::new(),
+                tokens: Vec::new(),
+                cached_tokens: 0,
+                prompt_logprobs: Vec::new(),
+            })
+            .collect()
+    }
+
+    fn jobs(self, leases: &[Option<AdapterLease>]) -> Result<Vec<Job>, ApiError> {
+        let n = self.n;
+        let jobs = self.prompts.into_iter().zip(leases).map(|(prompt, lease)| job(prompt, lease.clone(), n));
+        jobs.collect::<Result<_, _>>().map_err(native_names)
+    }
+}
+
+async fn prompt_tokens(state: &Gateway, text: Option<OneOrMany<String>>, input_ids: Option<InputIds>) -> Result<(Vec<Vec<u32>>, bool), ApiError> {
+    let (tokens, is_batch, param) = match (text, input_ids) {
+        (Some(_), Some(_)) => return Err(ApiError::invalid("input_ids", "Give exactly one of text and input_ids, not both.")),
+        (None, None) => return Err(ApiError::invalid("text", "Give exactly one of text and input_ids.")),
+        (Some(text), None) => {
+            let is_batch = matches!(text, OneOrMany::Many(_));
+            let texts = text.into_vec();
+            check_count(state, texts.len(), "text")?;
+            let mut tokens = Vec::with_capacity(texts.len());
+            for text in texts {
+                tokens.push(state.prompt.encode(text, true).await?);
+            }
+            (tokens, is_batch, "text")
+        }
+        (None, Some(InputIds::One(ids))) => (vec![ids], false, "input_ids"),
+        (None, Some(InputIds::Many(lists))) => (lists, true, "input_ids"),
+    };
+    check_count(state, tokens.len(), param)?;
+    if tokens.iter().any(Vec::is_empty) {
+        return Err(ApiError::invalid(param, "Prompt cannot be empty"));
+    }
+    Ok((tokens, is_batch))
+}
+
+/// One value for all prompts, or one for each.
+fn spread<T: Clone>(value: Option<OneOrMany<T>>, param: &str, len: usize, is_batch: bool) -> Result<Vec<Option<T>>, ApiError> {
+    match value {
+        None => Ok(vec![None; len]),
+        Some(OneOrMany::One(value)) => Ok(vec![Some(value); len]),
+        Some(OneOrMany::Many(_)) if !is_batch => {
+            let message = format!("{param} is a list, but there is a single prompt");
+            Err(ApiError::invalid(param, message))
+        }
+        Some(OneOrMany::Many(values)) if values.len() != len => {
+            let message = format!("{param} list length ({}) must match batch size ({len})", values.len());
+            Err(ApiError::invalid(param, message))
+        }
+        Some(OneOrMany::Many(values)) => Ok(values.into_iter().map(Some).collect()),
+    }
+}
+
+fn rids(rid: Option<OneOrMany<String>>, len: usize, is_batch: bool) -> Result<Vec<Arc<str>>, ApiError> {
+    let parts = |rid: &str| (0..len).map(|index| format!("{rid}_{index}").into()).collect();
+    match rid {
+        None if is_batch => Ok(parts(&new_id(""))),
+        None => Ok(vec![new_id("").into()]),
+        Some(OneOrMany::One(rid)) if is_batch => Ok(parts(&rid)),
+        Some(OneOrMany::One(rid)) => Ok(vec![rid.into()]),
+        many => {
+            let rids = spread(many, "rid", len, is_batch)?;
+            let rids: Vec<Arc<str>> = rids.into_iter().flatten().map(Arc::from).collect();
+            let distinct: std::collections::BTreeSet<&Arc<str>> = rids.iter().collect();
+            if distinct.len() < rids.len() {
+                return Err(ApiError::invalid("rid", "the ids of a batch must differ"));
+            }
+            Ok(rids)
+        }
+    }
+}
+
+fn logprobs(state: &Gateway, prompt: &[u32], wanted: bool, start: i64, top: u32) -> Result<Option<(Option<u32>, u32)>, ApiError> {
+    if !wanted {
+        return Ok(None);
+    }
+    if top > state.limits.max_top_logprobs {
+        let message = format!("top_logprobs_num must be at most {}, got {top}", state.limits.max_top_logprobs);
+        return Err(ApiError::invalid("top_logprobs_num", message));
+    }
+    match start {
+        -1 => Ok(Some((None, top))),
+        start if start >= 0 && start < prompt.len() as i64 => Ok(Some((Some(start as u32), top))),
+        start => {
+            let message = format!(
+                "logprob_start_len must be -1, or at least 0 and less than the prompt's {} tokens, got {start}",
+                prompt.len()
+            );
+            Err(ApiError::invalid("logprob_start_len", message))
+        }
+    }
+}
+
+fn job(prompt: PromptPart, lease: Option<AdapterLease>, n: u32) -> Result<Job, ApiError> {
+    let params = prompt.sampling;
+    if params.spaces_between_special_tokens == Some(false) {
+        return Err(ApiError::unsupported("spaces_between_special_tokens", "only true is"));
+    }
+    for (given, param) in [
+        (params.json_schema.is_some(), "json_schema"),
+        (params.regex.is_some(), "regex"),
+        (params.ebnf.is_some(), "ebnf"),
+    ] {
+        if given {
+            return Err(ApiError::unsupported(param, "grammars are not built in yet"));
+        }
+    }
+    let fields = SamplingFields {
+        temperature: params.temperature,
+        top_p: params.top_p,
+        top_k: params.top_k,
+        min_p: params.min_p,
+        frequency_penalty: params.frequency_penalty,
+        presence_penalty: params.presence_penalty,
+        repetition_penalty: params.repetition_penalty,
+        logit_bias: params.logit_bias,
+        min_tokens: params.min_new_tokens,
+        stop_token_ids: params.stop_token_ids,
+        ignore_eos: params.ignore_eos,
+        seed: params.sampling_seed,
+    };
+    Ok(Job {
+        prompt_tokens: prompt.tokens,
+        lease,
+        // As in SGLang, a model's recommendation counts on the OpenAI routes only.
+        sampling: fields.resolve(&SamplingDefaults::default())?,
+        max_tokens: match params.max_new_tokens {
+            None => MaxTokens::Default(128),
+            Some(None) => MaxTokens::Room,
+            Some(Some(tokens)) => MaxTokens::Exactly(tokens),
+        },
+        n,
+        text: TextOptions {
+            stop: params.stop.map(OneOrMany::into_vec).unwrap_or_default(),
+            keep_stop: params.no_stop_trim.unwrap_or(false),
+            skip_special_tokens: params.skip_special_tokens.unwrap_or(true),
+            // Output ids are part of every event.
+            every_token: true,
+            ..TextOptions::default()
+        },
+        logprobs: LogprobsParams {
+            output_top_k: prompt.logprobs.map(|(_, top)| top),
+            prompt: prompt
+                .logprobs
+                .and_then(|(start, top_k)| start.map(|start| PromptLogprobsParams { start, top_k })),
+        },
+        grammar: None,
+        rid: prompt.rid,
+    })
+}
+
+/// One output, as far as it is.
+struct Output {
+    rid: Arc<str>,
+    prompt_tokens: Vec<u32>,
+    lora: Option<String>,
+    weight_version: String,
+    logprobs: Option<(Option<u32>, u32)>,
+    return_text: bool,
+    return_prompt_token_ids: bool,
+    arrived: std::time::Instant,
+    text: String,
+    tokens: Vec<OutputToken>,
+    cached_tokens: u32,
+    prompt_logprobs: Vec<TokenLogprobs>,
+}
+
+impl Output {
+    fn response(&self, state: Option<&Gateway>, index: Option<u32>, finish: Option<&Finish>) -> GenerateResponse {
+        let mut meta_info = MetaInfo {
+            id: self.rid.to_string(),
+            finish_reason: finish.map(|finish| match finish {
+                Finish::Length => NativeFinishReason::Length {
+                    length: self.tokens.len() as u32,
+                },
+                Finish::Aborted => NativeFinishReason::Abort {
+                    message: "Aborted by request.".to_owned(),
+                },
+                stop => NativeFinishReason::Stop { matched: stop.matched() },
+            }),
+            prompt_tokens: self.prompt_tokens.len() as u32,
+            completion_tokens: self.tokens.len() as u32,
+            cached_tokens: self.cached_tokens,
+            e2e_latency: self.arrived.elapsed().as_secs_f64(),
+            lora: self.lora.clone(),
+            weight_version: self.weight_version.clone(),
+            input_token_logprobs: None,
+            output_token_logprobs: None,
+            input_top_logprobs: None,
+            output_top_logprobs: None,
+        };
+        if let (Some(state), Some((start, top))) = (state, self.logprobs) {
+            self.write_logprobs(state, &mut meta_info, start, top);
+        }
+        GenerateResponse {
+            index,
+            text: self.text.clone(),
+            output_ids: self.tokens.iter().map(|token| token.id).collect(),
+            prompt_token_ids: self.return_prompt_token_ids.then(|| self.prompt_tokens.clone()),
+            meta_info,
+        }
+    }
+
+    fn write_logprobs(&self, state: &Gateway, meta_info: &mut MetaInfo, start: Option<u32>, top: u32) {
+        let tokenizer = state.prompt.tokenizer();
+        let known = |token: &OutputToken| token.logprobs.clone().unwrap_or_default();
+        let output = self
+            .tokens
+            .iter()
+            .map(|token| triple(tokenizer, token.id, Some(known(token).logprob), self.return_text));
+        meta_info.output_token_logprobs = Some(output.collect());
+        // The first prompt token follows nothing: it has no log-probability.
+        let first = start.map_or(self.prompt_tokens.len(), |start| start as usize);
+        let unknown = usize::from(first == 0);
+        let reported = |position: usize| position.checked_sub(first + unknown).and_then(|index| self.prompt_logprobs.get(index));
+        let positions = first..self.prompt_tokens.len();
+        let input = positions.clone().map(|position| {
+            let logprob = reported(position).map(|reported| reported.logprob);
+            triple(tokenizer, self.prompt_tokens[position], logprob, self.return_text)
+        });
+        meta_info.input_token_logprobs = Some(input.collect());
+        if top > 0 {
+            let output = self
+                .tokens
+                .iter()
+                .map(|token| Some(top_triples(tokenizer, &known(token), self.return_text)));
+            meta_info.output_top_logprobs = Some(output.collect());
+            let input = positions.map(|position| reported(position).map(|reported| top_triples(tokenizer, reported, self.return_text)));
+            meta_info.input_top_logprobs = Some(input.collect());
+        }
+    }
+}
+
+async fn whole(state: &Gateway, outputs: Vec<Output>, is_list: bool, streams: Vec<TextStream>) -> Result<Response, ApiError> {
+    let completed = collect(streams).await?;
+    let mut responses = outputs.into_iter().zip(completed).map(|(output, completed)| {
+        let finish = completed.finish.unwrap_or(Finish::Aborted);
+        let output = Output {
+            text: completed.text,
+            tokens: completed.tokens,
+            cached_tokens: completed.cached_tokens,
+            prompt_logprobs: completed.prompt_logprobs,
+            ..output
+        };
+        output.response(Some(state), None, Some(&finish))
+    });
+    if is_list {
+        return Ok(Json(responses.collect::<Vec<_>>()).into_response());
+    }
+    let one = responses.next().ok_or_else(ApiError::internal)?;
+    Ok(Json(one).into_response())
+}
+
+fn aborted_stream(outputs: Vec<Output>, is_list: bool) -> impl futures::Stream<Item = Bytes> + Send {
+    let events = outputs.into_iter().enumerate().map(move |(index, output)| {
+        let index = is_list.then_some(index as u32);
+        sse_event(&output.response(None, index, Some(&Finish::Aborted)))
+    });
+    futures::stream::iter(events.chain([DONE]))
+}
+
+/// Events of a streamed answer, each with all of its output so far.
+struct GenerateStream {
+    state: AppState,
+    outputs: Vec<Output>,
+    is_list: bool,
+    merged: Option<MergedStream>,
+    ready: VecDeque<Bytes>,
+}
+
+impl GenerateStream {
+    async fn next(&mut self) -> Option<Bytes> {
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Some(event);
+            }
+            match self.merged.as_mut()?.next().await {
+                Some((index, event)) => self.event(index, event),
+                None => {
+                    self.merged = None;
+                    self.ready.push_back(DONE);
+                }
+            }
+        }
+    }
+
+    fn event(&mut self, index: usize, event: TextEvent) {
+        let output = &mut self.outputs[index];
+        let finish = match event {
+            TextEvent::Started {
+                cached_tokens,
+                prompt_logprobs,
+            } => {
+                output.cached_tokens = cached_tokens;
+                output.prompt_logprobs = prompt_logprobs;
+                return;
+            }
+            TextEvent::Chunk { text, tokens } => {
+                output.text.push_str(&text);
+                output.tokens.extend(tokens);
+                None
+            }
+            TextEvent::Finished(finish) => Some(finish),
+            TextEvent::Failed(error) => {
+                // The status is spent: the error goes out as an event, and the stream ends.
+                self.merged = None;
+                let error = ApiError::from(error);
+                self.ready.extend([sse_event(&error.native_body()), DONE]);
+                return;
+            }
+        };
+        let wire_index = self.is_list.then_some(index as u32);
+        self.ready
+            .push_back(sse_event(&output.response(Some(&self.state), wire_index, finish.as_ref())));
+    }
+}

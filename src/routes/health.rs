@@ -1,0 +1,59 @@
+//! Probes: `/health`, `/health_generate`, `/metrics`.
+
+use std::sync::Arc;
+
+use axum::{
+    extract::State,
+    http::header::CONTENT_TYPE,
+    response::{IntoResponse, Response},
+};
+use polylora_engine::{LogprobsParams, SamplingParams};
+
+use crate::{
+    app::{AppState, Caller},
+    error::ApiError,
+    error::NativeError,
+    generation::{Job, MaxTokens, new_id},
+    metrics,
+    stream::{TextOptions, collect},
+};
+
+/// `GET /health`: 200 while the engine is well.
+pub async fn health(State(state): State<AppState>) -> Result<(), NativeError> {
+    if state.engine.stats().healthy {
+        Ok(())
+    } else {
+        Err(ApiError::unhealthy("the engine has failed").into())
+    }
+}
+
+/// `GET /health_generate`: 200 once the base model has generated a token.
+pub async fn health_generate(State(state): State<AppState>, caller: Caller) -> Result<(), NativeError> {
+    let job = Job {
+        prompt_tokens: vec![0],
+        lease: None,
+        sampling: SamplingParams {
+            temperature: 0.0,
+            ignore_eos: true,
+            ..SamplingParams::default()
+        },
+        max_tokens: MaxTokens::Exactly(1),
+        n: 1,
+        text: TextOptions::default(),
+        logprobs: LogprobsParams::default(),
+        grammar: None,
+        rid: Arc::from(new_id("health-")),
+    };
+    match state.start(&caller, vec![job]) {
+        Ok(streams) => collect(streams).await.map(drop).map_err(NativeError::from),
+        // A full queue is the best of proofs that work is done; a second opinion would only wait in it.
+        Err(error) if error.is_queue_full() && state.engine.stats().healthy => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// `GET /metrics`: Prometheus.
+pub async fn metrics(State(state): State<AppState>) -> Response {
+    let text = state.metrics.render(state.engine.as_ref());
+    ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response()
+}

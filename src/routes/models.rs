@@ -1,0 +1,78 @@
+//! `GET /v1/models`: the base model and every adapter that the caller may use.
+
+use axum::{
+    Json,
+    extract::{Path, State},
+};
+use polylora_engine::{AdapterInfo, adapter::AdapterState};
+
+use crate::{
+    app::{AppState, Caller, Gateway},
+    error::ApiError,
+    protocol::models::{AdapterCard, ModelCard, ModelList},
+    routing::Target,
+};
+
+fn base_card(state: &Gateway, name: &str) -> ModelCard {
+    ModelCard {
+        id: name.to_owned(),
+        object: "model".to_owned(),
+        created: state.started_at(),
+        owned_by: state.owned_by.clone(),
+        root: state.served.path.clone(),
+        parent: None,
+        max_model_len: Some(state.engine.describe().context_length),
+        adapter: None,
+    }
+}
+
+fn adapter_card(state: &Gateway, info: AdapterInfo) -> ModelCard {
+    ModelCard {
+        id: info.name.to_string(),
+        object: "model".to_owned(),
+        created: state.started_at(),
+        owned_by: state.owned_by.clone(),
+        root: info.source,
+        parent: Some(state.served.name().to_owned()),
+        max_model_len: None,
+        adapter: Some(AdapterCard {
+            lora_rank: info.max_lora_rank,
+            target_modules: info.target_modules,
+            pinned: info.pinned,
+            state: match info.state {
+                AdapterState::Registered => "registered",
+                AdapterState::Host => "host",
+                AdapterState::Device => "device",
+            }
+            .to_owned(),
+            size_bytes: info.bytes,
+            version: info.version,
+            leases: info.leases,
+            requests_total: info.requests_total,
+        }),
+    }
+}
+
+/// `GET /v1/models`. Base model first: routers read that one.
+pub async fn list(State(state): State<AppState>, caller: Caller) -> Json<ModelList> {
+    let mut adapters = state.engine.list_adapters();
+    adapters.retain(|info| caller.identity.sees_adapter(&info.name));
+    let bases = state.served.names.iter().map(|name| base_card(&state, name));
+    Json(ModelList {
+        object: "list".to_owned(),
+        data: bases.chain(adapters.into_iter().map(|info| adapter_card(&state, info))).collect(),
+    })
+}
+
+/// `GET /v1/models/{id}`: whatever `model` of a request may be.
+pub async fn one(State(state): State<AppState>, caller: Caller, Path(id): Path<String>) -> Result<Json<ModelCard>, ApiError> {
+    let router = state.router(&caller.identity);
+    let card = match router.target(&id, None)? {
+        Target::Base => base_card(&state, &id),
+        Target::Adapter(name) => match state.engine.adapter_info(&name) {
+            Some(info) => adapter_card(&state, info),
+            None => return Err(ApiError::model_not_found(&id, "model", &router.available())),
+        },
+    };
+    Ok(Json(card))
+}

@@ -1,0 +1,142 @@
+//! What routers and operators ask a server about itself, and what they tell it.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::{
+    Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
+
+use crate::{
+    app::{AppState, Caller, Gateway},
+    error::{ApiError, NativeError},
+    extract::NativeJson,
+    protocol::server::{AbortRequest, AbortResponse, AggregateLoad, EngineLoad, Loads, ModelInfo, ServerInfo, ServerLoad, Version},
+};
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// `GET /version`.
+pub async fn version() -> Json<Version> {
+    Json(Version { version: VERSION.to_owned() })
+}
+
+/// `GET /load`.
+pub async fn load(State(state): State<AppState>) -> Json<ServerLoad> {
+    let stats = state.engine.stats();
+    Json(ServerLoad {
+        server_load: stats.running + stats.waiting,
+    })
+}
+
+/// `GET /v1/loads`.
+pub async fn loads(State(state): State<AppState>) -> Json<Loads> {
+    let load = engine_load(&state);
+    Json(Loads {
+        timestamp: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64()),
+        dp_rank_count: 1,
+        aggregate: AggregateLoad {
+            total_running_reqs: load.num_running_reqs,
+            total_waiting_reqs: load.num_waiting_reqs,
+            total_reqs: load.num_total_reqs,
+            total_tokens: load.num_used_tokens,
+        },
+        loads: vec![load],
+    })
+}
+
+fn ratio(part: u64, whole: u64) -> f64 {
+    if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
+}
+
+fn engine_load(state: &Gateway) -> EngineLoad {
+    let (stats, description) = (state.engine.stats(), state.engine.describe());
+    EngineLoad {
+        dp_rank: 0,
+        num_running_reqs: stats.running,
+        num_waiting_reqs: stats.waiting,
+        num_total_reqs: stats.running + stats.waiting,
+        num_used_tokens: stats.used_blocks * description.block_size,
+        max_total_num_tokens: description.num_blocks * description.block_size,
+        token_usage: ratio(stats.used_blocks as u64, stats.total_blocks as u64),
+        cache_hit_rate: ratio(stats.cached_tokens_total, stats.prompt_tokens_total),
+        utilization: ratio(stats.running as u64, description.max_running_requests as u64),
+        max_running_requests: description.max_running_requests,
+    }
+}
+
+/// `GET /model_info`.
+pub async fn model_info(State(state): State<AppState>) -> Json<ModelInfo> {
+    let architecture = &state.engine.describe().architecture;
+    Json(ModelInfo {
+        model_path: state.served.path.clone(),
+        tokenizer_path: state.served.path.clone(),
+        is_generation: true,
+        preferred_sampling_params: serde_json::to_value(state.prompt.sampling_defaults()).ok(),
+        weight_version: state.weight_version(None),
+        has_image_understanding: false,
+        has_audio_understanding: false,
+        model_type: architecture.strip_suffix("ForCausalLM").unwrap_or(architecture).to_lowercase(),
+        architectures: vec![architecture.clone()],
+    })
+}
+
+/// `GET /server_info`.
+pub async fn server_info(State(state): State<AppState>) -> Json<ServerInfo> {
+    let (stats, description) = (state.engine.stats(), state.engine.describe());
+    let max_total_tokens = description.num_blocks * description.block_size;
+    Json(ServerInfo {
+        model_id: state.served.name().to_owned(),
+        model_path: state.served.path.clone(),
+        served_model_name: state.served.name().to_owned(),
+        version: VERSION.to_owned(),
+        status: if stats.healthy { "ready" } else { "unhealthy" }.to_owned(),
+        context_length: description.context_length,
+        max_total_num_tokens: max_total_tokens,
+        max_total_tokens,
+        max_running_requests: description.max_running_requests,
+        max_queued_requests: description.max_queued_requests,
+        tp_size: 1,
+        dp_size: 1,
+        pp_size: 1,
+        disaggregation_mode: "null".to_owned(),
+        is_embedding: false,
+        enable_lora: description.lora_enabled,
+        max_loras_per_batch: description.max_loras_per_batch,
+        max_loaded_loras: description.max_loaded_loras,
+        num_loaded_loras: state.engine.list_adapters().len(),
+        device: description.device.clone(),
+        dtype: description.dtype.clone(),
+        weight_version: state.weight_version(None),
+        internal_states: serde_json::to_value(&stats).into_iter().collect(),
+    })
+}
+
+/// `POST /flush_cache`: forgets cached prefixes; 400 while requests run.
+pub async fn flush_cache(State(state): State<AppState>) -> Result<Response, NativeError> {
+    if state.engine.flush_cache().await {
+        Ok("Cache flushed.\n".into_response())
+    } else {
+        Err(ApiError::bad_request("The cache can't be flushed while requests run or wait.").into())
+    }
+}
+
+/// `POST /abort_request`: ends one request, or all (which is for admins).
+pub async fn abort_request(
+    State(state): State<AppState>,
+    caller: Caller,
+    NativeJson(request): NativeJson<AbortRequest>,
+) -> Result<Json<AbortResponse>, NativeError> {
+    if request.abort_all == Some(true) {
+        caller.identity.require_admin()?;
+        state.engine.abort_all();
+        return Ok(Json(AbortResponse { aborted: None }));
+    }
+    match request.rid.filter(|rid| !rid.is_empty()) {
+        Some(rid) => Ok(Json(AbortResponse {
+            aborted: Some(state.running.abort(&rid)),
+        })),
+        None => Err(ApiError::invalid("rid", "Give rid, or abort_all.").into()),
+    }
+}

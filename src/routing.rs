@@ -1,0 +1,162 @@
+//! From the names in a request to the base model or an adapter; never the base model by accident.
+
+use polylora_engine::{AdapterError, AdapterLease, InferenceEngine};
+
+use crate::{auth::Identity, error::ApiError};
+
+/// What a request runs on, by name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The base model.
+    Base,
+    /// An adapter.
+    Adapter(String),
+}
+
+/// The base model's names.
+#[derive(Clone, Debug)]
+pub struct ServedModel {
+    /// Names that clients may use; the first is shown.
+    pub names: Vec<String>,
+    /// The path or Hub id that it was loaded from.
+    pub path: String,
+}
+
+impl ServedModel {
+    /// The name that is shown.
+    pub fn name(&self) -> &str {
+        self.names.first().map_or("", String::as_str)
+    }
+
+    /// What a `model` string means: a served name is the base model; `served:adapter` (or `served::adapter`) and a bare name that
+    /// `is_adapter` knows are adapters. `None` for everything else.
+    pub fn route(&self, model: &str, is_adapter: impl Fn(&str) -> bool) -> Option<Target> {
+        if self.names.iter().any(|name| name == model) {
+            return Some(Target::Base);
+        }
+        // Served names may have colons themselves, so the split is after the longest one that fits.
+        let qualified = self
+            .names
+            .iter()
+            .filter_map(|name| Some((name.len(), model.strip_prefix(name.as_str())?.strip_prefix(':')?)))
+            .max_by_key(|(len, _)| *len);
+        let adapter = match qualified {
+            Some((_, adapter)) => adapter.strip_prefix(':').unwrap_or(adapter).trim(),
+            None => model,
+        };
+        is_adapter(adapter).then(|| Target::Adapter(adapter.to_owned()))
+    }
+}
+
+/// Finds models and takes leases for one caller.
+pub struct Router<'a> {
+    /// The base model's names.
+    pub served: &'a ServedModel,
+    /// Knows the adapters.
+    pub engine: &'a dyn InferenceEngine,
+    /// Who asks: adapters that it may not use don't exist for it.
+    pub identity: &'a Identity,
+}
+
+impl Router<'_> {
+    /// What `model` and `lora_path` of an OpenAI request mean; an adapter in `model` wins.
+    ///
+    /// # Errors
+    /// 404 naming what exists.
+    pub fn target(&self, model: &str, lora_path: Option<&str>) -> Result<Target, ApiError> {
+        let routed = self.served.route(model, |name| self.sees(name));
+        match (routed, lora_path) {
+            (None, _) => Err(ApiError::model_not_found(model, "model", &self.available())),
+            (Some(Target::Base), Some(name)) => self.adapter(name, "lora_path"),
+            (Some(target), _) => Ok(target),
+        }
+    }
+
+    /// An adapter by its name alone.
+    ///
+    /// # Errors
+    /// 404 naming what exists.
+    pub fn adapter(&self, name: &str, param: &str) -> Result<Target, ApiError> {
+        if !self.engine.describe().lora_enabled {
+            return Err(ApiError::from(AdapterError::NotEnabled).for_param(param));
+        }
+        if self.sees(name) {
+            Ok(Target::Adapter(name.to_owned()))
+        } else {
+            Err(ApiError::model_not_found(name, param, &self.available()))
+        }
+    }
+
+    /// A lease on a target: `None` is the base model.
+    ///
+    /// # Errors
+    /// 403 for the base model, if the key may not use it; 404 when the adapter has gone; whatever failed when it had to be read.
+    pub async fn lease(&self, target: &Target) -> Result<Option<AdapterLease>, ApiError> {
+        match target {
+            Target::Base => self.identity.require_base_model().map(|()| None).map_err(ApiError::from),
+            Target::Adapter(name) => match self.engine.acquire_adapter(name).await {
+                Ok(lease) => Ok(Some(lease)),
+                Err(AdapterError::Unknown { .. }) => Err(ApiError::model_not_found(name, "model", &self.available())),
+                Err(error) => Err(error.into()),
+            },
+        }
+    }
+
+    /// Names that a request may use, base model first.
+    pub fn available(&self) -> Vec<String> {
+        let base = self.served.name();
+        let adapters = self
+            .engine
+            .list_adapters()
+            .into_iter()
+            .filter(|info| self.identity.sees_adapter(&info.name));
+        std::iter::once(base.to_owned())
+            .chain(adapters.map(|info| format!("{base}:{}", info.name)))
+            .collect()
+    }
+
+    fn sees(&self, name: &str) -> bool {
+        self.identity.sees_adapter(name) && self.engine.adapter_info(name).is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_route_as_documented() {
+        let served = ServedModel {
+            names: ["gpt-oss:120b", "gpt-oss", "base"].map(String::from).into(),
+            path: "/models/x".into(),
+        };
+        let adapters = ["sql", "120b-chat", "a/b"];
+        let route = |model: &str| served.route(model, |name| adapters.contains(&name));
+        let adapter = |name: &str| Some(Target::Adapter(name.into()));
+        for (model, expected) in [
+            ("base", Some(Target::Base)),
+            ("gpt-oss:120b", Some(Target::Base)),
+            ("base:sql", adapter("sql")),
+            ("base::sql", adapter("sql")),
+            ("base: sql ", adapter("sql")),
+            ("gpt-oss:120b:sql", adapter("sql")),
+            ("gpt-oss:120b-chat", adapter("120b-chat")),
+            ("sql", adapter("sql")),
+            ("a/b", adapter("a/b")),
+            // Never the base model by accident.
+            ("base:", None),
+            (":", None),
+            (":sql", None),
+            ("", None),
+            ("other", None),
+            ("other:sql", None),
+            ("base:other", None),
+            ("base:sql:2", None),
+            ("Base", None),
+            ("basesql", None),
+            ("default", None),
+        ] {
+            assert_eq!(route(model), expected, "{model:?}");
+        }
+    }
+}
