@@ -314,7 +314,7 @@ ADAPTERS = {
     "pirate": (dict(r=32, lora_alpha=8, use_rslora=True, target_modules=ATTENTION + ["down_proj"]), torch.bfloat16, 3e-3, 200),
     "sql": (dict(r=8, lora_alpha=8, target_modules=ATTENTION + MLP, layers_to_transform=[1, 2, 3], layers_pattern="layers",
                  rank_pattern={"down_proj": 16, r"layers\.1\..*q_proj": 2}, alpha_pattern={"q_proj": 32}), torch.float32, 5e-3, 250),
-    "upper": (dict(r=8, lora_alpha=32, target_modules=MLP), torch.float16, 3e-3, 200),
+    "upper": (dict(r=8, lora_alpha=32, target_modules=MLP), torch.float16, 4e-3, 400),
     # Flags need tokens that the base hardly ever writes: here the embedding and the output layer learn too.
     "flags": (dict(r=8, lora_alpha=16, target_modules=ATTENTION + ["embed_tokens", "lm_head"], rank_pattern={"lm_head": 4}), torch.float32, 5e-3, 250),
     # A regular expression instead of a list, and a rank that is no power of two.
