@@ -35,6 +35,12 @@ def adapter_path(name):
     return os.path.join(DEMO, "adapters", name)
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Server:
     """`polylora serve` with the given flags on a free port; stopped with SIGTERM at the end, and the log must hold no warning."""
 
@@ -42,9 +48,7 @@ class Server:
         self.flags, self.environment, self.warnings_expected = flags, environment or {}, warnings_expected
 
     def __enter__(self):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")
         self.process = subprocess.Popen([BINARY, "serve", "--port", str(port), *self.flags], stdout=self.log, stderr=subprocess.STDOUT,
