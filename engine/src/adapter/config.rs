@@ -745,7 +745,7 @@ impl<'a> Reader<'a> {
             }
             let is_off = is_off(value);
             match OTHER_KEYS.iter().find(|(known, _)| known == key) {
-                Some((_, Treatment::NoEffect)) if is_off => {}
+                Some((_, Treatment::NoEffect)) if is_off || is_default(key, value) => {}
                 Some((_, Treatment::NoEffect)) => self.without_effect.push(key.clone()),
                 _ if is_off => {}
                 Some((_, Treatment::Refuse(reason))) => return Err(unsupported(key, *reason)),
@@ -758,6 +758,16 @@ impl<'a> Reader<'a> {
             }
         }
         Ok(())
+    }
+}
+
+/// What PEFT writes into every file under a key without effect: not worth listing.
+fn is_default(key: &str, value: &Value) -> bool {
+    match key {
+        "lora_dropout" => value.as_f64() == Some(0.0),
+        "megatron_core" => value == "megatron.core",
+        "qalora_group_size" => value == 16,
+        _ => false,
     }
 }
 
@@ -823,5 +833,350 @@ fn unsupported(key: &str, reason: impl Into<String>) -> AdapterError {
     AdapterError::Unsupported {
         key: key.into(),
         reason: reason.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::adapter::testing::tiny_decoder;
+
+    const GOLDEN: &str = include_str!("../../tests/golden/peft_resolution.json");
+
+    #[derive(serde::Deserialize)]
+    struct Golden {
+        shape: BTreeMap<String, usize>,
+        default_config: Map<String, Value>,
+        cases: Vec<Case>,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Case {
+        name: String,
+        tied: bool,
+        config: Map<String, Value>,
+        peft: Answer,
+    }
+
+    #[derive(serde::Deserialize)]
+    #[serde(untagged)]
+    enum Answer {
+        Error {
+            #[serde(rename = "error")]
+            _class: String,
+        },
+        Modules {
+            modules: BTreeMap<String, ModuleAnswer>,
+            saved: Vec<String>,
+        },
+    }
+
+    #[derive(serde::Deserialize)]
+    struct ModuleAnswer {
+        lora_rank: u32,
+        lora_alpha: f64,
+        scaling: f64,
+    }
+
+    fn golden() -> Golden {
+        serde_json::from_str(GOLDEN).unwrap()
+    }
+
+    fn parse(config: &Value) -> Result<PeftConfig, AdapterError> {
+        PeftConfig::parse(&serde_json::to_vec(config).unwrap())
+    }
+
+    /// A configuration that is good but for what is added.
+    fn config_with(key: &str, value: Value) -> Value {
+        let mut config = json!({"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]});
+        config[key] = value;
+        config
+    }
+
+    #[test]
+    fn resolves_every_configuration_as_peft_does() {
+        let golden = golden();
+        assert!(golden.cases.len() > 60);
+        for case in golden.cases {
+            let mut decoder = tiny_decoder();
+            decoder.tie_word_embeddings = case.tied;
+            assert_eq!(decoder.num_layers, golden.shape["num_hidden_layers"]);
+            let mut config = case.config.clone();
+            config.insert("peft_type".into(), json!("LORA"));
+            let resolution = parse(&Value::Object(config)).and_then(|config| config.resolve(&decoder));
+            match (case.peft, resolution) {
+                (Answer::Error { .. }, Err(_)) => {}
+                (Answer::Error { .. }, Ok(got)) => panic!("{}: PEFT refuses it, got {got:?}", case.name),
+                (Answer::Modules { .. }, Err(error)) => panic!("{}: {error}", case.name),
+                (Answer::Modules { modules, saved }, Ok(got)) => {
+                    let paths: Vec<String> = got.modules.iter().map(|module| module_path(module.id)).collect();
+                    let mut sorted = paths.clone();
+                    sorted.sort();
+                    assert_eq!(sorted, modules.keys().cloned().collect::<Vec<_>>(), "{}", case.name);
+                    for (path, module) in paths.iter().zip(&got.modules) {
+                        let expected = &modules[path];
+                        assert_eq!(module.lora_rank, expected.lora_rank, "{}: {path}", case.name);
+                        assert_eq!(module.lora_alpha, expected.lora_alpha, "{}: {path}", case.name);
+                        assert_eq!(module.scaling, expected.scaling, "{}: {path}", case.name);
+                    }
+                    let mut got_saved: Vec<String> = got.saved.iter().map(|id| module_path(*id)).collect();
+                    got_saved.sort();
+                    assert_eq!(got_saved, saved, "{}", case.name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn peft_default_configuration_is_accepted_and_lists_nothing() {
+        let config = parse(&Value::Object(golden().default_config)).unwrap();
+        let resolution = config.resolve(&tiny_decoder()).unwrap();
+        assert_eq!(resolution.without_effect, ["peft_version"]);
+        assert_eq!(resolution.modules.len(), 3);
+    }
+
+    /// What a key with an odd value does.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Outcome {
+        /// Changes what the adapter does, or how it is checked.
+        Applied,
+        /// Listed as having no effect.
+        Listed,
+        /// Refuses the adapter by its name.
+        Refused,
+    }
+
+    /// One odd value for every key of PEFT's configuration: nothing is passed over in silence.
+    fn odd_values() -> Vec<(&'static str, Value, Outcome)> {
+        use Outcome::{Applied, Listed, Refused};
+        vec![
+            ("alora_invocation_tokens", json!([1, 2]), Refused),
+            ("alpha_pattern", json!({"q_proj": 2}), Applied),
+            ("arrow_config", json!({"top_k": 2}), Refused),
+            ("auto_mapping", json!({"base_model_class": "X"}), Listed),
+            ("base_model_name_or_path", json!("org/model"), Listed),
+            ("bias", json!("all"), Applied),
+            ("bias", json!("lora_only"), Applied),
+            ("corda_config", json!({"corda_method": "ipm"}), Listed),
+            ("enable_lora", json!([true, false, true]), Refused),
+            ("ensure_weight_tying", json!(true), Listed),
+            ("eva_config", json!({"rho": 2.0}), Listed),
+            ("exclude_modules", json!(["0.self_attn.q_proj"]), Applied),
+            ("fan_in_fan_out", json!(true), Listed),
+            ("inference_mode", json!(true), Listed),
+            ("init_lora_weights", json!("gaussian"), Listed),
+            ("init_lora_weights", json!("eva"), Listed),
+            ("init_lora_weights", json!("mica"), Listed),
+            ("init_lora_weights", json!("orthogonal"), Listed),
+            ("init_lora_weights", json!("pissa"), Refused),
+            ("init_lora_weights", json!("pissa_niter_16"), Refused),
+            ("init_lora_weights", json!("olora"), Refused),
+            ("init_lora_weights", json!("corda"), Refused),
+            ("init_lora_weights", json!("loftq"), Refused),
+            ("init_lora_weights", json!("lora_ga"), Refused),
+            ("init_lora_weights", json!("of next year"), Refused),
+            ("kasa_config", json!({"beta": 1e-4}), Refused),
+            ("layer_replication", json!([[0, 2], [1, 3]]), Refused),
+            ("layers_pattern", json!("layers"), Refused),
+            ("layers_to_transform", json!([1]), Applied),
+            ("loftq_config", json!({"loftq_bits": 4}), Listed),
+            ("lora_alpha", json!(5), Applied),
+            ("lora_alpha", json!(0.25), Applied),
+            ("lora_bias", json!(true), Applied),
+            ("lora_dropout", json!(0.1), Listed),
+            ("lora_ga_config", json!({"direction": "ArB2r"}), Listed),
+            ("megatron_config", json!({"x": 1}), Refused),
+            ("megatron_core", json!("my.megatron"), Listed),
+            ("merge_weights", json!(true), Listed),
+            ("modules_to_save", json!(["lm_head"]), Applied),
+            ("modules_to_save", json!(["norm"]), Refused),
+            ("modules_to_save", json!(["classifier"]), Listed),
+            ("monteclora_config", json!({"num_samples": 8}), Refused),
+            ("peft_type", json!("IA3"), Refused),
+            ("peft_type", json!("ADALORA"), Refused),
+            ("peft_version", json!("0.9.0"), Listed),
+            ("qalora_group_size", json!(32), Listed),
+            ("r", json!(3), Applied),
+            ("rank_pattern", json!({"q_proj": 2}), Applied),
+            ("rank_pattern", json!({"k_proj": 2}), Listed),
+            ("revision", json!("main"), Listed),
+            ("runtime_config", json!({"ephemeral_gpu_offload": true}), Listed),
+            ("target_modules", json!(["k_proj"]), Applied),
+            ("target_modules", json!(["q_proj", "c_attn"]), Listed),
+            ("target_parameters", json!(["experts.gate_up_proj"]), Refused),
+            ("task_type", json!("SEQ_CLS"), Refused),
+            ("trainable_token_indices", json!([3, 4]), Refused),
+            ("trainable_token_indices", json!({"embed_tokens": [3]}), Refused),
+            ("use_bdlora", json!({"nblocks": 2}), Refused),
+            ("use_dora", json!(true), Applied),
+            ("use_qalora", json!(true), Refused),
+            ("use_rslora", json!(true), Applied),
+            ("velora_config", json!({"num_groups": 64}), Listed),
+            // Not PEFT's: nobody can tell what they do.
+            ("use_new_lora_of_next_year", json!(true), Refused),
+            ("new_scale", json!(0), Refused),
+            ("new_name", json!("x"), Refused),
+        ]
+    }
+
+    #[test]
+    fn every_key_is_applied_or_listed_or_refused_by_name() {
+        let decoder = tiny_decoder();
+        let plain = parse(&config_with("r", json!(4))).unwrap();
+        let plain_resolution = plain.resolve(&decoder).unwrap();
+        for (key, value, outcome) in odd_values() {
+            let result = parse(&config_with(key, value.clone())).and_then(|config| Ok((config.resolve(&decoder)?, config)));
+            let what = format!("{key} = {value}");
+            match (outcome, result) {
+                (Outcome::Refused, Err(AdapterError::Unsupported { key: named, .. })) => assert_eq!(named, key, "{what}"),
+                (Outcome::Listed, Ok((resolution, _))) => {
+                    assert!(
+                        resolution.without_effect.iter().any(|listed| listed.starts_with(key)),
+                        "{what}: {resolution:?}"
+                    );
+                    assert_eq!(resolution.modules, plain_resolution.modules, "{what}");
+                }
+                (Outcome::Applied, Ok((resolution, config))) => {
+                    let is_noted = config.use_dora || config.lora_bias || config.bias != BiasMode::None || !resolution.saved.is_empty();
+                    assert!(is_noted || resolution.modules != plain_resolution.modules, "{what} changed nothing");
+                    assert_eq!(resolution.without_effect, plain_resolution.without_effect, "{what}");
+                }
+                (_, result) => panic!("{what}: expected {outcome:?}, got {result:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn no_key_of_peft_is_without_an_odd_value() {
+        for key in golden().default_config.keys() {
+            assert!(odd_values().iter().any(|(odd, ..)| odd == key), "`{key}` is not classified");
+        }
+        for (key, _) in OTHER_KEYS {
+            assert!(odd_values().iter().any(|(odd, ..)| odd == key), "`{key}` is not tested");
+        }
+    }
+
+    #[test]
+    fn unknown_keys_that_are_off_are_accepted() {
+        for value in [json!(null), json!(false), json!([]), json!({}), json!("")] {
+            parse(&config_with("use_new_lora_of_next_year", value)).unwrap();
+        }
+    }
+
+    #[test]
+    fn wrong_types_name_key_expected_and_got() {
+        let cases = [
+            ("r", json!("8"), "`r`: expected a positive integer, got \"8\""),
+            ("r", json!(0), "`r`: expected a positive integer, got 0"),
+            ("r", json!(-1), "`r`: expected a positive integer, got -1"),
+            ("r", json!(8.5), "`r`: expected a positive integer, got 8.5"),
+            ("r", json!(true), "`r`: expected a positive integer, got true"),
+            ("r", json!(1u64 << 40), "`r`: expected a positive integer, got 1099511627776"),
+            ("lora_alpha", json!("16"), "`lora_alpha`: expected a number, got \"16\""),
+            ("use_rslora", json!(1), "`use_rslora`: expected true or false, got 1"),
+            ("use_rslora", json!("true"), "`use_rslora`: expected true or false, got \"true\""),
+            ("use_dora", json!("no"), "`use_dora`: expected true or false, got \"no\""),
+            (
+                "target_modules",
+                json!(7),
+                "`target_modules`: expected a list of strings or a string, got 7",
+            ),
+            (
+                "target_modules",
+                json!(["q_proj", 7]),
+                "`target_modules`: expected a list of non-empty strings, got 7",
+            ),
+            (
+                "exclude_modules",
+                json!({}),
+                "`exclude_modules`: expected a list of strings or a string, got {}",
+            ),
+            (
+                "modules_to_save",
+                json!("lm_head"),
+                "`modules_to_save`: expected a list of strings, got \"lm_head\"",
+            ),
+            (
+                "layers_to_transform",
+                json!("1"),
+                "`layers_to_transform`: expected a layer's number or a list of them, got \"1\"",
+            ),
+            (
+                "layers_to_transform",
+                json!([1, -1]),
+                "`layers_to_transform`: expected a layer's number or a list of them, got -1",
+            ),
+            ("rank_pattern", json!(["q_proj"]), "`rank_pattern`: expected an object, got [\"q_proj\"]"),
+            (
+                "rank_pattern",
+                json!({"q_proj": "8"}),
+                "`rank_pattern.q_proj`: expected a positive integer, got \"8\"",
+            ),
+            (
+                "alpha_pattern",
+                json!({"q_proj": null}),
+                "`alpha_pattern.q_proj`: expected a number, got null",
+            ),
+            ("bias", json!("some"), "`bias`: expected \"none\", \"all\" or \"lora_only\", got \"some\""),
+            ("bias", json!(false), "`bias`: expected a string, got false"),
+            (
+                "init_lora_weights",
+                json!(3),
+                "`init_lora_weights`: expected true, false or a string, got 3",
+            ),
+            ("peft_type", json!(1), "`peft_type`: expected a string, got 1"),
+            ("peft_type", json!(null), "`peft_type` is missing, expected \"LORA\""),
+        ];
+        for (key, value, expected) in cases {
+            let error = parse(&config_with(key, value.clone())).unwrap_err();
+            assert_eq!(error.to_string(), format!("adapter_config.json: {expected}"), "{key} = {value}");
+        }
+        for text in ["", "[]", "null", "{", "{\"r\": 4} x"] {
+            assert!(
+                matches!(PeftConfig::parse(text.as_bytes()), Err(AdapterError::BadFile { .. })),
+                "{text:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn patterns_that_cannot_be_matched_are_refused_by_key() {
+        let many = "a".repeat(MAX_PATTERN_BYTES + 1);
+        for (key, value) in [
+            ("target_modules", json!("(q_proj")),
+            ("target_modules", json!("q_proj)(")),
+            ("target_modules", json!("[a&&b]")),
+            ("target_modules", json!(many)),
+            ("exclude_modules", json!("*")),
+            ("rank_pattern", json!({"(": 3})),
+            ("alpha_pattern", json!({"[z-a]": 3})),
+            ("modules_to_save", json!(["("])),
+            // Exponential in a backtracking matcher.
+            ("target_modules", json!(r"((?:(?=.*x)|\w|\.)*)*(?!.)y")),
+        ] {
+            let result = parse(&config_with(key, value.clone())).and_then(|config| config.resolve(&tiny_decoder()).map(drop));
+            match result {
+                Err(AdapterError::Unsupported { key: named, .. }) => assert_eq!(named, key, "{value}"),
+                Err(AdapterError::Incompatible { .. }) if value.as_str().is_some_and(|text| text.ends_with('y')) => {}
+                other => panic!("{key} = {value}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn layers_with_a_condensed_list_is_refused() {
+        let names: Vec<String> = (0..CONDENSED_TARGETS).map(|layer| format!("model.layers.{layer}.mlp.up_proj")).collect();
+        let mut config = config_with("target_modules", json!(names));
+        parse(&config).unwrap();
+        config["layers_to_transform"] = json!([0]);
+        let error = parse(&config).unwrap_err();
+        assert!(
+            matches!(error, AdapterError::Unsupported { ref key, .. } if key == "layers_to_transform"),
+            "{error}"
+        );
     }
 }
