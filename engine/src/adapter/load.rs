@@ -960,7 +960,10 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::adapter::testing::{AdapterFiles, limits, source, tensor_name, tiny_decoder};
+    use crate::adapter::{
+        tensors::INDEX_FILE,
+        testing::{AdapterFiles, FileTensor, limits, source, tensor_name, tiny_decoder},
+    };
 
     fn layer(layer: u16, projection: Projection) -> ModuleId {
         ModuleId::Layer { layer, projection }
@@ -1030,5 +1033,508 @@ mod tests {
         swapped.tensors.insert(q, second);
         swapped.tensors.insert(other, first);
         assert_ne!(version(&swapped), same, "the same tensors at other places");
+    }
+
+    /// Loads, and expects an error that contains every one of `words`.
+    #[track_caller]
+    fn check_refused(files: &AdapterFiles, decoder: &DecoderConfig, limits: &LoraLimits, words: &[&str]) {
+        let directory = files.write();
+        let error = load_adapter(&source(&directory), decoder, limits).expect_err("refused").to_string();
+        for word in words {
+            assert!(error.contains(word), "{error:?} does not contain {word:?}");
+        }
+    }
+
+    #[test]
+    fn every_odd_tensor_is_named() {
+        let decoder = tiny_decoder();
+        let plain = AdapterFiles::simple(&decoder, 1);
+        let q_a = tensor_name(layer(0, Projection::Q), "lora_A.weight");
+        let v_b = tensor_name(layer(2, Projection::V), "lora_B.weight");
+        let check = |change: &dyn Fn(&mut AdapterFiles), words: &[&str]| {
+            let mut files = plain.clone();
+            change(&mut files);
+            check_refused(&files, &decoder, &limits(), words);
+        };
+        let rename = |files: &mut AdapterFiles, to: &str| {
+            let tensor = files.tensors[&q_a].clone();
+            files.tensors.insert(to.to_owned(), tensor);
+        };
+        // Missing halves and whole pairs: PEFT would leave B at zero.
+        check(&|files| drop(files.tensors.remove(&q_a)), &[&q_a, "is missing"]);
+        check(&|files| drop(files.tensors.remove(&v_b)), &[&v_b, "is missing"]);
+        check(
+            &|files| files.tensors.retain(|name, _| !name.contains("v_proj")),
+            &["layers.0.self_attn.v_proj.lora_A.weight is missing"],
+        );
+        check(&|files| files.tensors.clear(), &["is missing"]);
+        // Tensors that nothing would use.
+        check(
+            &|files| rename(files, "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"),
+            &["k_proj", "puts no pair on"],
+        );
+        check(
+            &|files| rename(files, "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"),
+            &["layer 3, the base model has 3"],
+        );
+        check(
+            &|files| rename(files, "base_model.model.model.layers.00.self_attn.q_proj.lora_A.weight"),
+            &["layers.00", "no module"],
+        );
+        check(
+            &|files| rename(files, "base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight"),
+            &["no module", "qkv_proj"],
+        );
+        check(
+            &|files| rename(files, "base_model.model.model.layers.0.mlp.q_proj.lora_A.weight"),
+            &["no module", "mlp.q_proj"],
+        );
+        check(
+            &|files| rename(files, "base_model.model.model.vision.layers.0.self_attn.q_proj.lora_A.weight"),
+            &["no module"],
+        );
+        check(
+            &|files| rename(files, "model.layers.0.self_attn.q_proj.lora_A.weight"),
+            &["begins with base_model.model."],
+        );
+        check(
+            &|files| rename(files, "base_model.model.model.layers.0.self_attn.q_proj.lora_E"),
+            &["lora_E", "not a tensor that PEFT saves"],
+        );
+        check(
+            &|files| rename(files, "base_model.model.model.layers.0.self_attn.q_proj.lora_A"),
+            &["not a tensor that PEFT saves"],
+        );
+        check(&|files| rename(files, "base_model.model."), &["not a tensor that PEFT saves"]);
+        check(
+            &|files| rename(files, "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
+            &["`use_dora` is not set"],
+        );
+        check(
+            &|files| rename(files, "base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias"),
+            &["`lora_bias` is not set"],
+        );
+        check(
+            &|files| rename(files, "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"),
+            &["is not trained by `bias`"],
+        );
+        check(
+            &|files| rename(files, "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"),
+            &["not in `modules_to_save`"],
+        );
+        check(
+            &|files| rename(files, "base_model.model.model.embed_tokens.lora_A.weight"),
+            &["takes lora_embedding_A"],
+        );
+        check(&|files| rename(files, "base_model.model.lm_head.lora_embedding_A"), &["takes lora_A"]);
+        // One tensor twice, two adapters in one file.
+        check(&|files| rename(files, &q_a.replace(".weight", ".default.weight")), &["are the same one"]);
+        check(
+            &|files| {
+                for (from, to) in [(&q_a, "one"), (&v_b, "two")] {
+                    let tensor = files.tensors.remove(from).unwrap();
+                    files.tensors.insert(from.replace(".weight", &format!(".{to}.weight")), tensor);
+                }
+            },
+            &["one file holds one adapter"],
+        );
+    }
+
+    #[test]
+    fn shapes_dtypes_and_values_are_checked() {
+        let decoder = tiny_decoder();
+        let plain = AdapterFiles::simple(&decoder, 1);
+        let q_a = tensor_name(layer(0, Projection::Q), "lora_A.weight");
+        let q_b = tensor_name(layer(0, Projection::Q), "lora_B.weight");
+        let check = |change: &dyn Fn(&mut AdapterFiles), words: &[&str]| {
+            let mut files = plain.clone();
+            change(&mut files);
+            check_refused(&files, &decoder, &limits(), words);
+        };
+        check(
+            &|files| drop(files.tensors.insert(q_a.clone(), FileTensor::f32(&[2, 9], &[1.0; 18]))),
+            &[&q_a, "expected shape [2, 8], got [2, 9]"],
+        );
+        check(
+            &|files| drop(files.tensors.insert(q_a.clone(), FileTensor::f32(&[3, 8], &[1.0; 24]))),
+            &[&q_a, "expected shape [2, 8], got [3, 8]"],
+        );
+        check(
+            &|files| drop(files.tensors.insert(q_b.clone(), FileTensor::f32(&[2, 6], &[1.0; 12]))),
+            &[&q_b, "expected shape [6, 2], got [2, 6]"],
+        );
+        check(
+            &|files| drop(files.tensors.insert(q_a.clone(), FileTensor::f32(&[16], &[1.0; 16]))),
+            &["expected shape [2, 8], got [16]"],
+        );
+        // What ZeRO-3 leaves when its shards were not gathered.
+        check(
+            &|files| drop(files.tensors.insert(q_a.clone(), FileTensor::f32(&[0], &[]))),
+            &["expected shape [2, 8], got [0]"],
+        );
+        for (dtype, bytes) in [(Dtype::F64, 8), (Dtype::I8, 1), (Dtype::F8_E4M3, 1), (Dtype::I32, 4)] {
+            let tensor = FileTensor {
+                dtype,
+                shape: vec![2, 8],
+                bytes: vec![0; 16 * bytes],
+            };
+            check(
+                &|files| drop(files.tensors.insert(q_a.clone(), tensor.clone())),
+                &[&q_a, "expected dtype F32, F16 or BF16, got"],
+            );
+        }
+        for (value, shown) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")] {
+            for cast in [None, Some(Dtype::F16), Some(Dtype::BF16)] {
+                let tensor = |shape: &[usize], at: usize| {
+                    let mut values = vec![0.5; shape.iter().product()];
+                    values[at] = value;
+                    let tensor = FileTensor::f32(shape, &values);
+                    cast.map_or(tensor.clone(), |dtype| tensor.cast(dtype))
+                };
+                check(
+                    &|files| drop(files.tensors.insert(q_a.clone(), tensor(&[2, 8], 11))),
+                    &[&q_a, "row 1, column 3", shown],
+                );
+                check(
+                    &|files| drop(files.tensors.insert(q_b.clone(), tensor(&[6, 2], 11))),
+                    &[&q_b, "row 5, column 1", shown],
+                );
+            }
+        }
+        // Finite in the file, but not in what it is packed to.
+        let mut files = plain.clone();
+        let mut values = vec![0.5; 16];
+        values[4] = f32::MAX;
+        files.tensors.insert(q_a.clone(), FileTensor::f32(&[2, 8], &values));
+        assert!(load_adapter(&source(&files.write()), &decoder, &limits()).is_ok());
+        check_refused(&files, &decoder, &LoraLimits::new(PackedDtype::Bf16), &[&q_a, "row 0, column 4"]);
+        check_refused(&plain.clone().with("lora_alpha", json!(1e300)), &decoder, &limits(), &["scaling"]);
+    }
+
+    #[test]
+    fn limits_of_the_server_are_kept() {
+        let decoder = tiny_decoder();
+        let files = AdapterFiles::new(
+            &decoder,
+            json!({"r": 2, "target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 5}}),
+            1,
+        );
+        let with = |rank: u32, names: &[&str]| LoraLimits {
+            max_lora_rank: Some(rank),
+            target_modules: Some(names.iter().map(|name| (*name).to_owned()).collect()),
+            ..limits()
+        };
+        let all = ["q_proj", "down_proj"];
+        load_adapter(&source(&files.write()), &decoder, &with(5, &all)).unwrap();
+        check_refused(
+            &files,
+            &decoder,
+            &with(4, &all),
+            &["incompatible", "down_proj` has lora_rank 5, at most 4"],
+        );
+        check_refused(
+            &files,
+            &decoder,
+            &with(5, &["q_proj"]),
+            &["incompatible", "`down_proj`", "adapters on q_proj"],
+        );
+    }
+
+    #[test]
+    fn files_that_are_missing_damaged_or_dangerous() {
+        let decoder = tiny_decoder();
+        let plain = AdapterFiles::simple(&decoder, 1);
+        let load = |directory: &tempfile::TempDir| load_adapter(&source(directory), &decoder, &limits()).map(drop);
+        #[track_caller]
+        fn check(result: Result<(), AdapterError>, words: &[&str]) {
+            let error = result.expect_err("refused").to_string();
+            for word in words {
+                assert!(error.contains(word), "{error:?} does not contain {word:?}");
+            }
+        }
+        let weights = |directory: &tempfile::TempDir| directory.path().join("adapter_model.safetensors");
+
+        check(load(&tempfile::TempDir::new().unwrap()), &["adapter_config.json: no such file"]);
+        let directory = plain.write();
+        std::fs::remove_file(weights(&directory)).unwrap();
+        check(load(&directory), &["adapter_model.safetensors: no such file"]);
+        std::fs::write(directory.path().join("adapter_model.bin"), b"\x80\x04").unwrap();
+        check(load(&directory), &["adapter_model.bin: pickle files are not read"]);
+        // A directory in place of a file.
+        let directory = plain.write();
+        std::fs::remove_file(weights(&directory)).unwrap();
+        std::fs::create_dir(weights(&directory)).unwrap();
+        assert!(load(&directory).is_err());
+
+        // Cut off at every length, and grown.
+        let directory = plain.write();
+        let whole = std::fs::read(weights(&directory)).unwrap();
+        for len in (0..whole.len()).step_by(7) {
+            std::fs::write(weights(&directory), &whole[..len]).unwrap();
+            check(load(&directory), &["adapter_model.safetensors: damaged"]);
+        }
+        let mut longer = whole.clone();
+        longer.extend([0; 64]);
+        std::fs::write(weights(&directory), &longer).unwrap();
+        check(load(&directory), &["adapter_model.safetensors: damaged"]);
+        // A header that says it is huge, and a file that is longer than any honest one.
+        let mut header = whole.clone();
+        header[..8].copy_from_slice(&(MAX_HEADER_BYTES + 1).to_le_bytes());
+        std::fs::write(weights(&directory), &header).unwrap();
+        check(load(&directory), &["a header of 16777217 bytes"]);
+        std::fs::File::options()
+            .write(true)
+            .open(weights(&directory))
+            .unwrap()
+            .set_len(1 << 40)
+            .unwrap();
+        check(load(&directory), &["adapter_model.safetensors has 1099511627776 bytes, at most"]);
+        std::fs::File::create(directory.path().join("adapter_config.json"))
+            .unwrap()
+            .set_len(1 << 40)
+            .unwrap();
+        check(load(&directory), &["adapter_config.json has 1099511627776 bytes, at most 1048576"]);
+        // A rank that no file could have bounds nothing beyond what is set.
+        let huge = plain.clone().with("r", json!(u32::MAX));
+        check(load(&huge.write()), &["expected shape [4294967295, 8], got [2, 8]"]);
+    }
+
+    #[test]
+    fn added_tokens_are_refused() {
+        let decoder = tiny_decoder();
+        let mut files = AdapterFiles::simple(&decoder, 1);
+        files.others.insert("added_tokens.json".into(), br#"{"<a>": 3, "<b>": 10}"#.to_vec());
+        load_adapter(&source(&files.write()), &decoder, &limits()).unwrap();
+        files.others.insert("added_tokens.json".into(), br#"{"<a>": 3, "<b>": 11}"#.to_vec());
+        check_refused(&files, &decoder, &limits(), &["added_tokens.json", "\"<b>\" as 11", "vocabulary has 11"]);
+        files.others.insert("added_tokens.json".into(), b"[]".to_vec());
+        check_refused(&files, &decoder, &limits(), &["added_tokens.json"]);
+    }
+
+    #[test]
+    fn split_files_are_one_adapter() {
+        let decoder = tiny_decoder();
+        let plain = AdapterFiles::simple(&decoder, 1);
+        let whole = load_adapter(&source(&plain.write()), &decoder, &limits()).unwrap().0;
+        let (mut first, mut second) = (plain.clone(), plain.clone());
+        first.tensors.retain(|name, _| name.contains("q_proj"));
+        second.tensors.retain(|name, _| name.contains("v_proj"));
+        let map = |second_file: &str| -> serde_json::Map<String, serde_json::Value> {
+            let file_of = |name: &str| if name.contains("q_proj") { "a.safetensors" } else { second_file };
+            plain.tensors.keys().map(|name| (name.clone(), json!(file_of(name)))).collect()
+        };
+        let write = |map: serde_json::Map<String, serde_json::Value>| {
+            let directory = plain.write();
+            let path = |name: &str| directory.path().join(name);
+            std::fs::remove_file(path("adapter_model.safetensors")).unwrap();
+            std::fs::write(path("a.safetensors"), first.weights()).unwrap();
+            std::fs::write(path("b.safetensors"), second.weights()).unwrap();
+            std::fs::write(path(INDEX_FILE), serde_json::to_vec(&json!({"weight_map": map})).unwrap()).unwrap();
+            directory
+        };
+        let load = |map| load_adapter(&source(&write(map)), &decoder, &limits());
+        assert_eq!(load(map("b.safetensors")).unwrap().0.version, whole.version);
+        let check = |map, words: &str| {
+            let error = load(map).expect_err("refused").to_string();
+            assert!(error.contains(words), "{error:?} does not contain {words:?}");
+        };
+        check(map("c.safetensors"), "c.safetensors: no such file");
+        check(map("../b.safetensors"), "expected the name of a safetensors file");
+        check(map("a.safetensors"), "is missing, adapter_model.safetensors.index.json names it");
+        let mut fewer = map("b.safetensors");
+        fewer.remove(&tensor_name(layer(0, Projection::V), "lora_A.weight"));
+        check(fewer, "is not in this file by");
+    }
+
+    #[test]
+    fn neighbours_and_order_are_as_described() {
+        let mut decoder = tiny_decoder();
+        // Rows of A of a multiple of 64 bytes: neighbours touch.
+        decoder.hidden_size = 16;
+        let files = AdapterFiles::new(
+            &decoder,
+            json!({"r": 2, "target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"],
+                   "rank_pattern": {"k_proj": 3}}),
+            1,
+        );
+        let adapter = load_adapter(&source(&files.write()), &decoder, &limits()).unwrap().0;
+        assert!(adapter.modules.is_sorted_by_key(|module| module.id));
+        for number in 0..3 {
+            let module = |projection| adapter.module(layer(number, projection)).unwrap();
+            for run in [&[Projection::Q, Projection::K, Projection::V][..], &[Projection::Gate, Projection::Up]] {
+                for pair in run.windows(2) {
+                    let (first, second) = (module(pair[0]), module(pair[1]));
+                    let bytes = 4 * (first.lora_rank * first.d_in) as usize;
+                    assert_eq!(second.a_offset_bytes, first.a_offset_bytes + bytes, "{:?}", first.id);
+                }
+            }
+        }
+        // Token-major A of the embedding: token t's row is the file's column t.
+        let embedding = adapter.module(ModuleId::EmbedTokens).unwrap();
+        assert_eq!((embedding.d_in, embedding.d_out), (11, 16));
+        let a = files.tensors[&tensor_name(ModuleId::EmbedTokens, "lora_embedding_A")].values();
+        for token in 0..11 {
+            for k in 0..2 {
+                assert_eq!(adapter.a_f32(embedding)[token * 2 + k], a[k * 11 + token]);
+            }
+        }
+        let head = adapter.module(ModuleId::LmHead).unwrap();
+        assert_eq!((head.d_in, head.d_out), (16, 11));
+    }
+
+    #[test]
+    fn many_threads_pack_what_one_packs() {
+        let mut decoder = tiny_decoder();
+        decoder.hidden_size = 2048;
+        decoder.intermediate_size = 4096;
+        let files = AdapterFiles::new(&decoder, json!({"r": 32, "target_modules": "all-linear"}), 1);
+        let directory = files.write();
+        let pack = |pack_threads| {
+            let limits = LoraLimits {
+                pack_threads,
+                dtype: PackedDtype::Bf16,
+                ..limits()
+            };
+            load_adapter(&source(&directory), &decoder, &limits).unwrap().0
+        };
+        let (one, many) = (pack(1), pack(4));
+        assert!(one.bytes() > 4 << 20);
+        assert_eq!(one.version, many.version);
+        assert!(one.blob.as_bytes() == many.blob.as_bytes());
+    }
+
+    #[test]
+    fn a_copy_of_the_base_is_compared() {
+        struct Base;
+        impl BaseWeights for Base {
+            fn read_row(&self, _: ModuleId, row: usize, out: &mut [f32]) {
+                out.iter_mut()
+                    .enumerate()
+                    .for_each(|(column, out)| *out = 0.1 * (row * 8 + column) as f32);
+            }
+            fn bias(&self, _: ModuleId) -> Option<Vec<f32>> {
+                None
+            }
+        }
+        let decoder = tiny_decoder();
+        let mut files = AdapterFiles::new(&decoder, json!({"r": 2, "target_modules": ["embed_tokens"]}), 1);
+        let name = tensor_name(ModuleId::EmbedTokens, "base_layer.weight");
+        let mut values: Vec<f32> = (0..88).map(|at| 0.1 * at as f32).collect();
+        let limits = LoraLimits {
+            base: Some(Arc::new(Base)),
+            ..limits()
+        };
+        let copy = FileTensor::f32(&[11, 8], &values);
+        for tensor in [copy.clone(), copy.cast(Dtype::F16), copy.cast(Dtype::BF16)] {
+            files.tensors.insert(name.clone(), tensor);
+            let (_, report) = load_adapter(&source(&files.write()), &decoder, &limits).unwrap();
+            assert_eq!(report.tensors_without_effect, [name.clone()]);
+        }
+        values[13] += 0.01;
+        files.tensors.insert(name.clone(), FileTensor::f32(&[11, 8], &values));
+        check_refused(
+            &files,
+            &decoder,
+            &limits,
+            &[&name, "row 1, column 5", "must be named in `modules_to_save`"],
+        );
+        // A vocabulary that grew.
+        files.tensors.insert(name.clone(), FileTensor::f32(&[12, 8], &[0.0; 96]));
+        check_refused(&files, &decoder, &limits, &["expected shape [11, 8], got [12, 8]"]);
+    }
+
+    #[test]
+    fn what_the_backend_cannot_do_is_refused_by_key() {
+        let decoder = tiny_decoder();
+        for (key, value) in [
+            ("use_dora", json!(true)),
+            ("lora_bias", json!(true)),
+            ("modules_to_save", json!(["lm_head"])),
+        ] {
+            let files = AdapterFiles::simple(&decoder, 1).with(key, value);
+            check_refused(&files, &decoder, &limits(), &[&format!("`{key}` is not supported")]);
+        }
+        let with_bias = DecoderConfig {
+            qkv_bias: true,
+            ..decoder.clone()
+        };
+        for mode in ["all", "lora_only"] {
+            let files = AdapterFiles::simple(&decoder, 1).with("bias", json!(mode));
+            check_refused(&files, &with_bias, &limits(), &["`bias` is not supported"]);
+            // A base without biases has none to train.
+            let (_, report) = load_adapter(&source(&files.write()), &decoder, &limits()).unwrap();
+            assert!(report.keys_without_effect.contains(&"bias".to_owned()));
+        }
+    }
+
+    mod fuzz {
+        use proptest::prelude::*;
+
+        use super::*;
+
+        fn load_bytes(config: &[u8], weights: &[u8]) -> Result<(), AdapterError> {
+            let directory = tempfile::TempDir::new().unwrap();
+            std::fs::write(directory.path().join(CONFIG_FILE), config).unwrap();
+            std::fs::write(directory.path().join(WEIGHTS_FILE), weights).unwrap();
+            load_adapter(&source(&directory), &tiny_decoder(), &limits()).map(drop)
+        }
+
+        fn config() -> Vec<u8> {
+            serde_json::to_vec(&AdapterFiles::simple(&tiny_decoder(), 1).config).unwrap()
+        }
+
+        fn weights() -> Vec<u8> {
+            AdapterFiles::simple(&tiny_decoder(), 1).weights()
+        }
+
+        proptest! {
+            #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
+
+            #[test]
+            fn random_bytes_are_refused(config_bytes in prop::collection::vec(any::<u8>(), 0..200), weight_bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+                prop_assert!(load_bytes(&config_bytes, &weights()).is_err());
+                prop_assert!(load_bytes(&config(), &weight_bytes).is_err());
+            }
+
+            #[test]
+            fn changed_bytes_never_panic(changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8), in_header in any::<bool>()) {
+                let mut bytes = weights();
+                let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+                let len = if in_header { header } else { bytes.len() };
+                for (at, value) in &changes {
+                    bytes[at.index(len)] = *value;
+                }
+                // Whether it is still an adapter depends on what was hit.
+                let _ = load_bytes(&config(), &bytes);
+                let mut bytes = config();
+                for (at, value) in &changes {
+                    let len = bytes.len();
+                    bytes[at.index(len)] = *value;
+                }
+                let _ = load_bytes(&bytes, &weights());
+            }
+
+            #[test]
+            fn changed_configurations_never_panic(
+                key in prop::sample::select(vec!["r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
+                    "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "use_dora", "init_lora_weights", "ensure_weight_tying"]),
+                text in "[a-z_.*()|\\[\\]?+$^0-9{}\\\\]{0,16}",
+                number in any::<i64>(),
+                shape in 0u8..8,
+            ) {
+                let value = match shape {
+                    0 => json!(text),
+                    1 => json!([text]),
+                    2 => json!({ text: number }),
+                    3 => json!(number),
+                    4 => json!([number, number]),
+                    5 => json!(number as f64 / 1e3),
+                    6 => json!(null),
+                    _ => json!(number % 2 == 0),
+                };
+                let files = AdapterFiles::simple(&tiny_decoder(), 1).with(key, value);
+                let _ = load_bytes(&serde_json::to_vec(&files.config).unwrap(), &files.weights());
+            }
+        }
     }
 }
