@@ -1428,7 +1428,7 @@ mod tests {
         for tensor in [copy.clone(), copy.cast(Dtype::F16), copy.cast(Dtype::BF16)] {
             files.tensors.insert(name.clone(), tensor);
             let (_, report) = load_adapter(&source(&files.write()), &decoder, &limits).unwrap();
-            assert_eq!(report.tensors_without_effect, [name.clone()]);
+            assert_eq!(report.tensors_without_effect, [name.as_str()]);
         }
         values[13] += 0.01;
         files.tensors.insert(name.clone(), FileTensor::f32(&[11, 8], &values));

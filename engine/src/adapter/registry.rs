@@ -1306,4 +1306,662 @@ mod tests {
         assert_eq!(waiter.unwrap().waited_for, 1);
         assert_eq!(registry.stats().leases, 0);
     }
+
+    /// A folder of adapters under `names`, each with its own weights.
+    fn folder(names: &[&str]) -> tempfile::TempDir {
+        let directory = tempfile::TempDir::new().unwrap();
+        for (seed, name) in names.iter().enumerate() {
+            let folder = directory.path().join(name);
+            std::fs::create_dir(&folder).unwrap();
+            AdapterFiles::simple(&tiny_decoder(), seed as u32 + 1).write_to(&folder);
+        }
+        directory
+    }
+
+    fn request_in(directory: &tempfile::TempDir, name: &str) -> LoadRequest {
+        LoadRequest {
+            name: name.into(),
+            files: FileSource::Directory(directory.path().join(name)),
+            source: name.into(),
+            pinned: false,
+            replace: false,
+        }
+    }
+
+    fn names(registry: &AdapterRegistry) -> Vec<String> {
+        registry.list().iter().map(|info| info.name.to_string()).collect()
+    }
+
+    fn acquire(registry: &AdapterRegistry, name: &str) -> Result<AdapterLease, AdapterError> {
+        block_on(registry.acquire(name))
+    }
+
+    #[test]
+    fn names_are_checked() {
+        let base = ["base".to_owned()];
+        for good in [
+            "a",
+            "org/name",
+            "/data/adapters/x",
+            "./x",
+            "a b",
+            "ü",
+            "x@main",
+            "Base",
+            "a+b",
+            &"n".repeat(MAX_NAME_BYTES),
+        ] {
+            assert_eq!(check_adapter_name(good, &base), Ok(()), "{good:?}");
+        }
+        let long = "n".repeat(MAX_NAME_BYTES + 1);
+        for bad in [
+            "", "a,b", "a:b", ":", "a\\b", "a\nb", "\u{0}", "a\u{7f}", " a", "a ", "a//b", "a/", "../a", "a/../b", "..", "base", &long,
+        ] {
+            let error = check_adapter_name(bad, &base).expect_err(bad);
+            assert!(matches!(error, AdapterError::BadName { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_registered_on_an_error() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let registry = registry(|_| {});
+        let error = block_on(registry.load(request("a", &directory))).unwrap_err();
+        assert_eq!(error.to_string(), "adapter_config.json: no such file");
+        assert!(registry.list().is_empty());
+        // The same name can be loaded once the files are good.
+        AdapterFiles::simple(&tiny_decoder(), 1).write_to(directory.path());
+        block_on(registry.load(request("a", &directory))).unwrap();
+        let bad = block_on(registry.load(request("b,c", &directory))).unwrap_err();
+        assert!(matches!(bad, AdapterError::BadName { .. }));
+        let base = block_on(registry.load(request("base", &directory))).unwrap_err();
+        assert!(matches!(base, AdapterError::BadName { .. }));
+        assert_eq!(names(&registry), ["a"]);
+        assert_eq!(registry.stats().load_failures_total, 1);
+    }
+
+    #[test]
+    fn registered_adapters_are_read_at_first_use() {
+        let directory = folder(&["a"]);
+        let registry = registry(|_| {});
+        registry.register(request_in(&directory, "a")).unwrap();
+        let info = registry.info("a").unwrap();
+        assert_eq!((info.state, info.version, info.bytes), (AdapterState::Registered, None, 0));
+        assert!(registry.try_acquire("a").is_none());
+        let lease = acquire(&registry, "a").unwrap();
+        let info = registry.info("a").unwrap();
+        assert_eq!((info.state, info.leases, info.requests_total), (AdapterState::Host, 1, 1));
+        assert_eq!(info.version, Some(lease.version().to_string()));
+        assert_eq!(info.bytes, lease.weights().bytes());
+        registry.residents().insert(lease.version());
+        assert_eq!(registry.info("a").unwrap().state, AdapterState::Device);
+        registry.residents().remove(&lease.version());
+        assert_eq!(registry.info("a").unwrap().state, AdapterState::Host);
+        let stats = registry.stats();
+        assert_eq!((stats.hits_total, stats.misses_total, stats.loads_total), (0, 1, 1));
+    }
+
+    #[test]
+    fn one_load_serves_all_who_wait() {
+        let directory = folder(&["a"]);
+        let registry = registry(|_| {});
+        registry.register(request_in(&directory, "a")).unwrap();
+        let waiters: Vec<_> = (0..16).map(|_| registry.acquire("a")).collect();
+        let leases: Vec<AdapterLease> = block_on(futures::future::try_join_all(waiters)).unwrap();
+        assert_eq!(registry.stats().loads_total, 1);
+        assert_eq!(registry.info("a").unwrap().leases, 16);
+        assert!(leases.iter().all(|lease| Arc::ptr_eq(lease.weights(), leases[0].weights())));
+        drop(leases);
+        assert_eq!(registry.stats().leases, 0);
+    }
+
+    #[test]
+    fn whoever_stops_waiting_for_a_load_holds_nothing() {
+        let directory = folder(&["a"]);
+        let registry = registry(|_| {});
+        registry.register(request_in(&directory, "a")).unwrap();
+        let mut gone = registry.acquire("a");
+        // Polled once, so that it waits; then dropped.
+        assert!(futures::FutureExt::now_or_never(&mut gone).is_none());
+        drop(gone);
+        drop(acquire(&registry, "a").unwrap());
+        assert_eq!(registry.stats().leases, 0);
+        assert_eq!(block_on(registry.unload("a")).unwrap().waited_for, 0);
+    }
+
+    #[test]
+    fn a_failed_load_tells_all_who_wait_and_backs_off() {
+        let directory = folder(&["a"]);
+        let weights = directory.path().join("a/adapter_model.safetensors");
+        std::fs::write(&weights, b"bad").unwrap();
+        let registry = registry(|_| {});
+        registry.register(request_in(&directory, "a")).unwrap();
+        let waiters: Vec<_> = (0..4).map(|_| registry.acquire("a")).collect();
+        for result in block_on(futures::future::join_all(waiters)) {
+            let error = result.unwrap_err();
+            assert!(error.to_string().contains("adapter_model.safetensors: damaged"), "{error}");
+        }
+        assert_eq!(registry.stats().load_failures_total, 1);
+        // Within the back-off the files are not read again: the same error at once, though they are good now.
+        AdapterFiles::simple(&tiny_decoder(), 1).write_to(&directory.path().join("a"));
+        assert!(acquire(&registry, "a").unwrap_err().to_string().contains("damaged"));
+        assert_eq!(registry.stats().load_failures_total, 1);
+        registry
+            .shared
+            .state
+            .lock()
+            .entries
+            .get_mut("a")
+            .unwrap()
+            .failure
+            .as_mut()
+            .unwrap()
+            .retry_at = Instant::now();
+        acquire(&registry, "a").unwrap();
+        // The name is registered all the time: it was registered, not loaded.
+        assert_eq!(names(&registry), ["a"]);
+    }
+
+    #[test]
+    fn repeated_failures_double_the_back_off() {
+        let directory = folder(&["a"]);
+        std::fs::remove_file(directory.path().join("a/adapter_model.safetensors")).unwrap();
+        let registry = registry(|_| {});
+        registry.register(request_in(&directory, "a")).unwrap();
+        let mut back_offs = Vec::new();
+        for _ in 0..8 {
+            acquire(&registry, "a").unwrap_err();
+            let mut state = registry.shared.state.lock();
+            let failure = state.entries.get_mut("a").unwrap().failure.as_mut().unwrap();
+            back_offs.push(failure.back_off.as_secs());
+            failure.retry_at = Instant::now();
+        }
+        assert_eq!(back_offs, [1, 2, 4, 8, 16, 32, 60, 60]);
+    }
+
+    #[test]
+    fn the_least_recently_used_leaves_first() {
+        let all = ["a", "b", "c", "d"];
+        let directory = folder(&all);
+        let registry = registry(|config| config.max_loaded_loras = Some(2));
+        for name in all {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        let on_host = || -> Vec<String> {
+            let mut names: Vec<_> = registry.list().into_iter().filter(|info| info.state == AdapterState::Host).collect();
+            names.sort_by(|a, b| a.name.cmp(&b.name));
+            names.into_iter().map(|info| info.name.to_string()).collect()
+        };
+        acquire(&registry, "a").unwrap();
+        acquire(&registry, "b").unwrap();
+        acquire(&registry, "a").unwrap();
+        acquire(&registry, "c").unwrap();
+        assert_eq!(on_host(), ["a", "c"]);
+        // Least recently used first; d was never used.
+        assert_eq!(names(&registry), ["d", "b", "a", "c"]);
+        // A leased one stays, though it was used longest ago.
+        let lease = acquire(&registry, "a").unwrap();
+        acquire(&registry, "c").unwrap();
+        acquire(&registry, "d").unwrap();
+        assert_eq!(on_host(), ["a", "d"]);
+        // With every one leased there is no room; the error leaves things as they are.
+        let other = acquire(&registry, "d").unwrap();
+        let error = acquire(&registry, "b").unwrap_err();
+        assert_eq!(error, AdapterError::NothingToEvict { loaded: 2, limit: 2 });
+        drop((lease, other));
+        acquire(&registry, "b").unwrap();
+        assert_eq!(registry.stats().loaded, 2);
+        assert_eq!(registry.stats().evictions_total, 3);
+        // What was evicted is known still, with its version.
+        assert!(registry.info("a").unwrap().version.is_some());
+    }
+
+    #[test]
+    fn the_first_that_came_leaves_first_under_fifo() {
+        let all = ["a", "b", "c"];
+        let directory = folder(&all);
+        let registry = registry(|config| {
+            config.max_loaded_loras = Some(2);
+            config.eviction = EvictionPolicy::Fifo;
+        });
+        for name in ["a", "b"] {
+            block_on(registry.load(request_in(&directory, name))).unwrap();
+        }
+        acquire(&registry, "a").unwrap();
+        block_on(registry.load(request_in(&directory, "c"))).unwrap();
+        assert_eq!(registry.info("a").unwrap().state, AdapterState::Registered);
+        assert_eq!(registry.info("b").unwrap().state, AdapterState::Host);
+    }
+
+    #[test]
+    fn a_load_without_room_registers_nothing() {
+        let directory = folder(&["a", "b"]);
+        let registry = registry(|config| config.max_loaded_loras = Some(1));
+        block_on(registry.load(request_in(&directory, "a"))).unwrap();
+        let lease = acquire(&registry, "a").unwrap();
+        let error = block_on(registry.load(request_in(&directory, "b"))).unwrap_err();
+        assert!(matches!(error, AdapterError::NothingToEvict { .. }));
+        assert_eq!(names(&registry), ["a"]);
+        drop(lease);
+        block_on(registry.load(request_in(&directory, "b"))).unwrap();
+    }
+
+    #[test]
+    fn pins_are_limited_and_never_evicted() {
+        let all = ["a", "b", "c", "d"];
+        let directory = folder(&all);
+        let registry = registry(|config| {
+            config.max_pinned = 2;
+            config.max_loaded_loras = Some(3);
+        });
+        let pinned = |name: &str| LoadRequest {
+            pinned: true,
+            ..request_in(&directory, name)
+        };
+        block_on(registry.load(pinned("a"))).unwrap();
+        registry.register(request_in(&directory, "b")).unwrap();
+        let before = registry.pins_generation();
+        registry.pin("b", true).unwrap();
+        assert_ne!(registry.pins_generation(), before);
+        // Pinning a registered one brings it to the host.
+        acquire(&registry, "b").unwrap();
+        assert_eq!(
+            registry.pinned().iter().map(|adapter| adapter.name.to_string()).collect::<Vec<_>>(),
+            ["a", "b"]
+        );
+        let error = block_on(registry.load(pinned("c"))).unwrap_err();
+        assert!(error.to_string().contains("starvation"), "{error}");
+        assert!(registry.info("c").is_none());
+        registry.register(request_in(&directory, "c")).unwrap();
+        assert!(matches!(
+            registry.pin("c", true),
+            Err(AdapterError::TooManyPinned { pinned: 2, limit: 2, .. })
+        ));
+        // Twice is once.
+        registry.pin("a", true).unwrap();
+        for name in ["c", "d", "c", "d"] {
+            let _ = registry.register(request_in(&directory, name));
+            acquire(&registry, name).unwrap();
+        }
+        assert_eq!(registry.info("a").unwrap().state, AdapterState::Host);
+        assert_eq!(registry.info("b").unwrap().state, AdapterState::Host);
+        registry.pin("a", false).unwrap();
+        acquire(&registry, "c").unwrap();
+        assert_eq!(registry.info("a").unwrap().state, AdapterState::Registered);
+        registry.pin("c", true).unwrap();
+        assert!(matches!(registry.pin("nobody", true), Err(AdapterError::Unknown { .. })));
+    }
+
+    #[test]
+    fn no_pin_is_allowed_with_one_place_in_a_batch() {
+        let directory = folder(&["a"]);
+        let registry = registry(|config| config.max_pinned = 0);
+        let request = LoadRequest {
+            pinned: true,
+            ..request_in(&directory, "a")
+        };
+        assert!(block_on(registry.load(request)).unwrap_err().to_string().contains("starvation"));
+    }
+
+    #[test]
+    fn equal_content_is_one_copy_and_one_version() {
+        let directory = tempfile::TempDir::new().unwrap();
+        AdapterFiles::simple(&tiny_decoder(), 1).write_to(directory.path());
+        let registry = registry(|_| {});
+        for name in ["a", "b"] {
+            block_on(registry.load(request(name, &directory))).unwrap();
+        }
+        let (a, b) = (acquire(&registry, "a").unwrap(), acquire(&registry, "b").unwrap());
+        assert!(Arc::ptr_eq(a.weights(), b.weights()));
+        assert_eq!(registry.stats().host_bytes, a.weights().bytes());
+        let version = a.version();
+        drop((a, b));
+        for name in ["a", "b"] {
+            block_on(registry.unload(name)).unwrap();
+        }
+        assert_eq!(registry.stats().host_bytes, 0);
+        block_on(registry.load(request("c", &directory))).unwrap();
+        assert_eq!(acquire(&registry, "c").unwrap().version(), version);
+    }
+
+    #[test]
+    fn replacing_leaves_requests_in_flight_on_the_old_version() {
+        let directory = folder(&["one", "two"]);
+        let registry = registry(|config| config.max_loaded_loras = Some(1));
+        let with = |folder: &str, replace| LoadRequest {
+            name: "a".into(),
+            replace,
+            ..request_in(&directory, folder)
+        };
+        let first = block_on(registry.load(with("one", true))).unwrap();
+        let old = acquire(&registry, "a").unwrap();
+        let error = block_on(registry.load(with("two", false))).unwrap_err();
+        assert!(matches!(error, AdapterError::AlreadyLoaded { .. }));
+        let second = block_on(registry.load(with("two", true))).unwrap();
+        assert_ne!(first.version, second.version);
+        let new = acquire(&registry, "a").unwrap();
+        assert_eq!(Some(old.version().to_string()), first.version);
+        assert_eq!(Some(new.version().to_string()), second.version);
+        assert_eq!(registry.info("a").unwrap().leases, 2);
+        // Unloading waits for both versions.
+        drop(new);
+        let mut unload = registry.unload("a");
+        assert!(futures::FutureExt::now_or_never(&mut unload).is_none());
+        drop(old);
+        assert_eq!(block_on(unload).unwrap().waited_for, 1);
+    }
+
+    #[test]
+    fn a_replacement_that_fails_leaves_the_old_version() {
+        let directory = folder(&["one", "two"]);
+        std::fs::write(directory.path().join("two/adapter_model.safetensors"), b"bad").unwrap();
+        let registry = registry(|_| {});
+        let with = |folder: &str| LoadRequest {
+            name: "a".into(),
+            replace: true,
+            ..request_in(&directory, folder)
+        };
+        let first = block_on(registry.load(with("one"))).unwrap();
+        block_on(registry.load(with("two"))).unwrap_err();
+        assert_eq!(registry.info("a").unwrap(), first);
+    }
+
+    #[test]
+    fn replacing_another_version_than_expected_is_a_conflict() {
+        let directory = folder(&["one", "two"]);
+        let registry = registry(|_| {});
+        let with = |folder: &str| LoadRequest {
+            name: "a".into(),
+            replace: true,
+            ..request_in(&directory, folder)
+        };
+        let absent = block_on(registry.load_expecting(with("one"), Some("0".repeat(64)))).unwrap_err();
+        assert!(
+            matches!(absent, AdapterError::VersionConflict { ref got, .. } if got == "none"),
+            "{absent}"
+        );
+        let first = block_on(registry.load(with("one"))).unwrap();
+        let second = block_on(registry.load_expecting(with("two"), first.version.clone())).unwrap();
+        let conflict = block_on(registry.load_expecting(with("one"), first.version.clone())).unwrap_err();
+        assert!(matches!(conflict, AdapterError::VersionConflict { ref got, .. } if Some(got) == second.version.as_ref()));
+        assert_eq!(registry.info("a").unwrap().version, second.version);
+    }
+
+    #[test]
+    fn of_two_loads_of_one_name_at_once_one_wins() {
+        let directory = folder(&["one", "two"]);
+        let registry = registry(|config| config.loader_threads = 4);
+        let loads = ["one", "two", "one", "two"].map(|folder| {
+            registry.load(LoadRequest {
+                name: "a".into(),
+                ..request_in(&directory, folder)
+            })
+        });
+        let results = block_on(futures::future::join_all(loads));
+        assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
+        for error in results.into_iter().filter_map(Result::err) {
+            assert!(matches!(error, AdapterError::AlreadyLoaded { .. }), "{error}");
+        }
+        assert!(registry.shared.state.lock().claimed.is_empty());
+    }
+
+    #[test]
+    fn a_name_forgotten_while_it_loads_stays_forgotten() {
+        let directory = folder(&["a"]);
+        let registry = registry(|_| {});
+        registry.register(request_in(&directory, "a")).unwrap();
+        let mut waiter = registry.acquire("a");
+        let at_once = futures::FutureExt::now_or_never(&mut waiter);
+        block_on(registry.unload("a")).unwrap();
+        // Either the load was faster, or the waiter hears that the name is unknown.
+        match at_once.unwrap_or_else(|| block_on(waiter)) {
+            Ok(lease) => drop(lease),
+            Err(error) => assert!(matches!(error, AdapterError::Unknown { .. }), "{error}"),
+        }
+        assert!(registry.list().is_empty());
+        assert!(matches!(acquire(&registry, "a"), Err(AdapterError::Unknown { .. })));
+        assert_eq!(registry.stats().leases, 0);
+    }
+
+    #[test]
+    fn a_panic_in_a_load_is_an_error_and_the_pool_lives() {
+        struct Panics;
+        impl crate::adapter::BaseWeights for Panics {
+            fn read_row(&self, _: crate::adapter::ModuleId, _: usize, _: &mut [f32]) {
+                panic!("the disk is on fire");
+            }
+            fn bias(&self, _: crate::adapter::ModuleId) -> Option<Vec<f32>> {
+                None
+            }
+        }
+        let decoder = tiny_decoder();
+        let mut files = AdapterFiles::new(&decoder, serde_json::json!({"r": 2, "target_modules": ["embed_tokens"]}), 1);
+        files.add(crate::adapter::ModuleId::EmbedTokens, "base_layer.weight", &[11, 8], &mut 1);
+        let bad = files.write();
+        let registry = registry(|config| {
+            config.limits.base = Some(Arc::new(Panics));
+            config.loader_threads = 1;
+        });
+        for _ in 0..3 {
+            let error = block_on(registry.load(request("a", &bad))).unwrap_err();
+            assert!(
+                matches!(error, AdapterError::Internal { ref reason } if reason == "the disk is on fire"),
+                "{error}"
+            );
+        }
+        let good = AdapterFiles::simple(&decoder, 1).write();
+        block_on(registry.load(request("a", &good))).unwrap();
+        // The loader counts itself idle after it has answered.
+        while registry.stats().loading > 0 {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn files_that_change_are_a_new_version_at_the_next_read() {
+        let directory = folder(&["a"]);
+        let registry = registry(|config| config.max_loaded_loras = Some(1));
+        registry.register(request_in(&directory, "a")).unwrap();
+        let old = acquire(&registry, "a").unwrap().version();
+        AdapterFiles::simple(&tiny_decoder(), 99).write_to(&directory.path().join("a"));
+        assert_eq!(acquire(&registry, "a").unwrap().version(), old);
+        let other = folder(&["b"]);
+        block_on(registry.load(request_in(&other, "b"))).unwrap();
+        assert_ne!(acquire(&registry, "a").unwrap().version(), old);
+    }
+
+    #[test]
+    fn adapter_folders_are_found_by_name() {
+        let directory = folder(&["a", "b"]);
+        std::fs::create_dir(directory.path().join("empty")).unwrap();
+        let registry = registry(|config| config.adapter_dirs = vec![directory.path().to_owned()]);
+        assert!(names(&registry).is_empty());
+        drop(acquire(&registry, "b").unwrap());
+        assert_eq!(names(&registry), ["b"]);
+        for unknown in ["c", "empty", "../a", ".", "..", "a/", ""] {
+            assert!(matches!(acquire(&registry, unknown), Err(AdapterError::Unknown { .. })), "{unknown}");
+        }
+        // One that appears later.
+        AdapterFiles::simple(&tiny_decoder(), 7).write_to(&directory.path().join("empty"));
+        acquire(&registry, "empty").unwrap();
+        assert_eq!(registry.scan_adapter_dirs(), ["a"]);
+        assert!(registry.scan_adapter_dirs().is_empty());
+        assert_eq!(registry.stats().registered, 3);
+    }
+
+    #[test]
+    fn a_full_queue_of_loads_refuses() {
+        let directory = folder(&["a"]);
+        let registry = registry(|config| config.max_queued_loads = 0);
+        let error = block_on(registry.load(request_in(&directory, "a"))).unwrap_err();
+        assert_eq!(error, AdapterError::TooManyLoads { waiting: 0, limit: 0 });
+        registry.register(request_in(&directory, "a")).unwrap();
+        assert!(matches!(acquire(&registry, "a"), Err(AdapterError::TooManyLoads { .. })));
+        // Nothing is left claimed or loading.
+        assert!(registry.shared.state.lock().claimed.is_empty());
+        assert_eq!(registry.info("a").unwrap().state, AdapterState::Registered);
+    }
+
+    #[test]
+    fn leases_outlive_the_registry_and_waiters_are_told() {
+        let directory = folder(&["a"]);
+        let registry = registry(|_| {});
+        block_on(registry.load(request_in(&directory, "a"))).unwrap();
+        let lease = acquire(&registry, "a").unwrap();
+        drop(registry);
+        assert!(!lease.weights().modules.is_empty());
+    }
+
+    #[test]
+    fn thousands_of_names_share_bounded_memory() {
+        let directory = folder(&["x", "y", "z"]);
+        let registry = registry(|config| config.max_loaded_loras = Some(20));
+        for index in 0..10_000 {
+            let folder = ["x", "y", "z"][index % 3];
+            registry
+                .register(LoadRequest {
+                    name: format!("adapter-{index}"),
+                    ..request_in(&directory, folder)
+                })
+                .unwrap();
+        }
+        let one = acquire(&registry, "adapter-0").unwrap().weights().bytes();
+        for index in (0..10_000).step_by(41) {
+            acquire(&registry, &format!("adapter-{index}")).unwrap();
+            assert!(registry.stats().loaded <= 20);
+            assert!(registry.stats().host_bytes <= 3 * one);
+        }
+        let error = acquire(&registry, "nobody").unwrap_err().to_string();
+        assert!(error.contains("and 9968 more"), "{error}");
+        assert!(error.len() < 2000);
+    }
+
+    mod random {
+        use proptest::prelude::*;
+
+        use super::*;
+
+        /// What a client or a worker does.
+        #[derive(Clone, Debug)]
+        enum Action {
+            Register(usize),
+            Load {
+                name: usize,
+                content: usize,
+                replace: bool,
+                pinned: bool,
+            },
+            Unload(usize),
+            Acquire(usize),
+            StopWaiting(usize),
+            Clone(prop::sample::Index),
+            Drop(prop::sample::Index),
+            Pin(usize, bool),
+        }
+
+        const NAMES: usize = 5;
+        const LIMIT: usize = 3;
+
+        fn action() -> impl Strategy<Value = Action> {
+            let name = 0..NAMES;
+            prop_oneof![
+                1 => name.clone().prop_map(Action::Register),
+                1 => (name.clone(), 0..4usize, any::<bool>(), any::<bool>()).prop_map(|(name, content, replace, pinned)| Action::Load {
+                    name,
+                    content,
+                    replace,
+                    pinned
+                }),
+                1 => name.clone().prop_map(Action::Unload),
+                4 => name.clone().prop_map(Action::Acquire),
+                1 => name.clone().prop_map(Action::StopWaiting),
+                1 => any::<prop::sample::Index>().prop_map(Action::Clone),
+                3 => any::<prop::sample::Index>().prop_map(Action::Drop),
+                1 => (name, any::<bool>()).prop_map(|(name, pinned)| Action::Pin(name, pinned)),
+            ]
+        }
+
+        proptest! {
+            #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
+
+            /// Whatever happens in whatever order: counts add up, limits hold, and in the end nothing is held.
+            #[test]
+            fn leases_and_bounds_are_conserved(actions in prop::collection::vec(action(), 1..60)) {
+                // The last content is damaged.
+                let contents = folder(&["0", "1", "2", "3"]);
+                std::fs::write(contents.path().join("3/adapter_model.safetensors"), b"bad").unwrap();
+                let registry = registry(|config| {
+                    config.max_loaded_loras = Some(LIMIT);
+                    config.max_pinned = 2;
+                });
+                let request = |name: usize, content: usize| LoadRequest { name: format!("n{name}"), ..request_in(&contents, &content.to_string()) };
+                // Leases with the number of requests that they stand for: clones share one.
+                let mut leases: Vec<(usize, AdapterLease)> = Vec::new();
+                let mut next = 0;
+                for action in actions {
+                    match action {
+                        Action::Register(name) => drop(registry.register(request(name, name % 4))),
+                        Action::Load { name, content, replace, pinned } => {
+                            let known = registry.info(&format!("n{name}"));
+                            let result = block_on(registry.load(LoadRequest { replace, pinned, ..request(name, content) }));
+                            match result {
+                                Ok(_) => prop_assert!(content != 3 && (known.is_none() || replace)),
+                                // As before, but for what others may have evicted.
+                                Err(_) => prop_assert_eq!(known.is_some(), registry.info(&format!("n{name}")).is_some()),
+                            }
+                        }
+                        Action::Unload(name) => {
+                            let name = format!("n{name}");
+                            leases.retain(|(_, lease)| **lease.name() != *name);
+                            let known = registry.info(&name);
+                            match block_on(registry.unload(&name)) {
+                                Ok(report) => prop_assert_eq!(report.waited_for, 0),
+                                Err(_) => prop_assert!(known.is_none()),
+                            }
+                            prop_assert!(registry.info(&name).is_none());
+                        }
+                        Action::Acquire(name) => {
+                            if let Ok(lease) = acquire(&registry, &format!("n{name}")) {
+                                leases.push((next, lease));
+                                next += 1;
+                            }
+                        }
+                        Action::StopWaiting(name) => {
+                            let name = format!("n{name}");
+                            drop(futures::FutureExt::now_or_never(registry.acquire(&name)));
+                        }
+                        Action::Clone(index) if !leases.is_empty() => {
+                            let lease = index.get(&leases).clone();
+                            leases.push(lease);
+                        }
+                        Action::Drop(index) if !leases.is_empty() => drop(leases.swap_remove(index.index(leases.len()))),
+                        Action::Clone(_) | Action::Drop(_) => {}
+                        Action::Pin(name, pinned) => drop(registry.pin(&format!("n{name}"), pinned)),
+                    }
+                    let stats = registry.stats();
+                    prop_assert!(stats.loaded <= LIMIT, "{} loaded", stats.loaded);
+                    prop_assert!(stats.pinned <= 2, "{} pinned", stats.pinned);
+                    // Loads that nobody waits for any more may hold a lease for a moment.
+                    let distinct: HashSet<usize> = leases.iter().map(|(request, _)| *request).collect();
+                    if stats.loading == 0 {
+                        prop_assert_eq!(registry.stats().leases, distinct.len());
+                    }
+                    for info in registry.list() {
+                        let own: HashSet<usize> =
+                            leases.iter().filter(|(_, lease)| *lease.name() == info.name).map(|(request, _)| *request).collect();
+                        prop_assert!(info.leases >= own.len());
+                        if !own.is_empty() && info.pinned {
+                            prop_assert!(info.version.is_some());
+                        }
+                    }
+                }
+                leases.clear();
+                while registry.stats().loading > 0 {
+                    std::thread::yield_now();
+                }
+                prop_assert_eq!(registry.stats().leases, 0);
+                prop_assert!(registry.list().iter().all(|info| info.leases == 0));
+            }
+        }
+    }
 }
