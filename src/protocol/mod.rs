@@ -44,28 +44,45 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
                 f.write_str("a value or a list of values")
             }
             fn visit_str<E: de::Error>(self, value: &str) -> Result<Self::Value, E> {
-                T::deserialize(de::value::StrDeserializer::new(value)).map(OneOrMany::One)
+                T::deserialize(Present(de::value::StrDeserializer::new(value))).map(OneOrMany::One)
             }
             fn visit_bool<E: de::Error>(self, value: bool) -> Result<Self::Value, E> {
-                T::deserialize(de::value::BoolDeserializer::new(value)).map(OneOrMany::One)
+                T::deserialize(Present(de::value::BoolDeserializer::new(value))).map(OneOrMany::One)
             }
             fn visit_u64<E: de::Error>(self, value: u64) -> Result<Self::Value, E> {
-                T::deserialize(de::value::U64Deserializer::new(value)).map(OneOrMany::One)
+                T::deserialize(Present(de::value::U64Deserializer::new(value))).map(OneOrMany::One)
             }
             fn visit_i64<E: de::Error>(self, value: i64) -> Result<Self::Value, E> {
-                T::deserialize(de::value::I64Deserializer::new(value)).map(OneOrMany::One)
+                T::deserialize(Present(de::value::I64Deserializer::new(value))).map(OneOrMany::One)
             }
             fn visit_f64<E: de::Error>(self, value: f64) -> Result<Self::Value, E> {
-                T::deserialize(de::value::F64Deserializer::new(value)).map(OneOrMany::One)
+                T::deserialize(Present(de::value::F64Deserializer::new(value))).map(OneOrMany::One)
             }
             fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
-                T::deserialize(de::value::MapAccessDeserializer::new(map)).map(OneOrMany::One)
+                T::deserialize(Present(de::value::MapAccessDeserializer::new(map))).map(OneOrMany::One)
             }
             fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Self::Value, A::Error> {
                 Vec::deserialize(de::value::SeqAccessDeserializer::new(seq)).map(OneOrMany::Many)
             }
         }
         deserializer.deserialize_any(OneOrManyVisitor(std::marker::PhantomData))
+    }
+}
+
+/// A value that is there: an `Option` of it is `Some`. serde's value deserializers don't say so themselves.
+struct Present<D>(D);
+
+impl<'de, D: Deserializer<'de>> Deserializer<'de> for Present<D> {
+    type Error = D::Error;
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, D::Error> {
+        self.0.deserialize_any(visitor)
+    }
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, D::Error> {
+        visitor.visit_some(self.0)
+    }
+    serde::forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct newtype_struct seq tuple
+        tuple_struct map struct enum identifier ignored_any
     }
 }
 
@@ -213,6 +230,14 @@ mod tests {
 
     fn prompts(json: &str) -> Result<Prompts, String> {
         serde_json::from_str(json).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn one_name_or_a_list_with_nulls_is_read() {
+        let read = |json: &str| serde_json::from_str::<OneOrMany<Option<String>>>(json).unwrap();
+        assert_eq!(read(r#""a""#), OneOrMany::One(Some("a".into())));
+        assert_eq!(read(r#"["a", null]"#), OneOrMany::Many(vec![Some("a".into()), None]));
+        assert_eq!(serde_json::from_str::<OneOrMany<u32>>("3").unwrap(), OneOrMany::One(3));
     }
 
     #[test]
