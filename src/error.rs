@@ -16,6 +16,7 @@
 //! | a limit of the key is reached | 429 + Retry-After | `rate_limit_exceeded` |
 //! | ended by `/abort_request` before anything was sent | 499 | `request_aborted` |
 //! | the engine failed; a panic in a handler | 500 | `engine_error`, `internal_error` |
+//! | the model gave logits that are not finite | 500 | `not_finite` |
 //! | the queue is full; the server is stopping; no room for another adapter now | 503 + Retry-After | `queue_full`, `shutting_down`, `adapter_capacity` |
 //!
 //! After the first byte of a stream the status is spent: the same body goes out as an event, and the stream ends without a
@@ -317,6 +318,7 @@ impl From<RequestError> for ApiError {
             RequestError::KvCapacity { .. } => Self::context_length(message, "prompt"),
             RequestError::Adapter { .. } => Self::new(StatusCode::BAD_REQUEST, INVALID_REQUEST, Some("adapter_error"), message).for_param("model"),
             RequestError::Constraint(reason) => Self::invalid_grammar("response_format", &reason),
+            RequestError::NotFinite => Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER_ERROR, Some("not_finite"), message),
             RequestError::Engine(reason) => {
                 tracing::error!(reason, "the engine failed a request");
                 Self::new(

@@ -23,6 +23,18 @@ pub struct StepBatch {
     pub lora_segments: Vec<LoraSegment>,
     /// Rows whose logits are wanted, ascending by `row`.
     pub samples: Vec<SampleRow>,
+    /// Rows whose input token the host does not know yet, since the step before this one, still in flight, chooses it. Their
+    /// `token_ids` are 0. Always empty for a backend that runs one step at a time.
+    pub carried_tokens: Vec<CarriedToken>,
+}
+
+/// A row whose input token is the one that the step before chose at `samples[sample_idx]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CarriedToken {
+    /// Row of this step.
+    pub row: u32,
+    /// Index into the step before's `samples`.
+    pub sample_idx: u32,
 }
 
 /// The rows of one sequence in a step, and where its KV lies.

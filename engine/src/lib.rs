@@ -9,24 +9,30 @@ pub mod backend;
 pub mod batch;
 pub mod block_pool;
 pub mod decoder;
+pub mod fairness;
 pub mod files;
 pub mod llm;
 pub mod mock;
 pub mod request;
+pub mod residency;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
+pub mod stats;
+#[cfg(test)]
+mod testing;
 pub mod weights;
 pub mod worker;
 
 pub use adapter::{AdapterError, AdapterInfo, AdapterLease, LoadRequest, UnloadReport};
 pub use files::{EmbeddedFile, FileSource};
-pub use llm::{EngineConfig, EvictionPolicy, LlmEngine, LoraConfig};
+pub use llm::{EngineConfig, EngineParts, EvictionPolicy, LlmEngine, LoraConfig, StartError};
 pub use mock::MockEngine;
 pub use request::{
     Constraint, FinishReason, GenerationRequest, LogprobsParams, PromptLogprobsParams, RequestError, RequestId, SamplingParams, SubmitError,
     TokenEvent, TokenLogprobs,
 };
+pub use stats::{AdapterStats, Histogram};
 
 /// A boxed future, so that the trait stays object-safe.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -62,6 +68,10 @@ pub trait InferenceEngine: Send + Sync + 'static {
 
     /// A snapshot; takes no lock that a step holds.
     fn stats(&self) -> EngineStats;
+    /// Counters of every adapter that was asked for since the start, by name. As cheap as `stats`, but one entry an adapter.
+    fn adapter_stats(&self) -> Vec<AdapterStats> {
+        Vec::new()
+    }
     /// Drops every cached prefix that no running sequence uses. False (and nothing done) while requests run or wait.
     fn flush_cache(&self) -> BoxFuture<'_, bool>;
     /// Ends every request with `FinishReason::Aborted`.
@@ -138,12 +148,20 @@ pub struct EngineStats {
     pub running_adapters: Vec<Arc<str>>,
     /// Names of adapters with only waiting requests, sorted.
     pub waiting_adapters: Vec<Arc<str>>,
-    /// Times that a batch found its adapter on the device.
+    /// Requests that found their adapter on the device when they were first looked at.
     pub device_hits_total: u64,
-    /// Times that an adapter had to be uploaded.
+    /// Requests that did not, and waited for it.
     pub device_misses_total: u64,
+    /// Uploads begun.
+    pub device_uploads_total: u64,
     /// Adapters that left the device for others.
     pub device_evictions_total: u64,
+    /// Names, host memory, loads.
+    pub registry: adapter::registry::RegistryStats,
+    /// From the scheduling of a step to the commit of its output.
+    pub step_seconds: Histogram,
+    /// From `submit` to the first admission of a request.
+    pub queue_seconds: Histogram,
 }
 
 /// The events of one request. Dropping it cancels the request.

@@ -144,6 +144,9 @@ pub enum RequestError {
     /// The constraint failed or forbids every token.
     #[error("constraint: {0}")]
     Constraint(String),
+    /// The model's logits are NaN or infinite: broken weights, or an adapter whose deltas overflow. Other requests go on.
+    #[error("the model gave logits that are not finite")]
+    NotFinite,
     /// The device failed; the engine is unhealthy.
     #[error("engine failed: {0}")]
     Engine(String),

@@ -1,1 +1,1139 @@
-//! `(state, arrivals) -> StepBatch`; pure: no I/O, no clock, no device, no tokenizer.
+//! [`Scheduler`]: which rows the next step has. Pure: no I/O, no clock, no device, no tokenizer.
+//!
+//! A step is scheduled by [`Scheduler::schedule`] and taken back by [`Scheduler::commit`]. One more step may be scheduled before the
+//! last one is committed (its unknown input tokens are [`carried`](crate::batch::CarriedToken)); rows of sequences that ended or were
+//! preempted in between are ignored by `commit`.
+//!
+//! **Admission** goes by [`FairQueue`]. A request is admitted when a sequence may still run, its adapter is on the device, and there are
+//! blocks for all of its known tokens; one whose adapter is not there yet is passed over, one that lacks blocks is waited for.
+//! **Turns**: when running sequences have more distinct adapters than a step may have, the adapters whose last turn is longest ago go
+//! first; one that has just been admitted stands at the end of that ring. Base rows are in every step.
+//! **Preemption**: a sequence that needs a block when none is left pushes back the one admitted last (perhaps itself), whose KV is
+//! recomputed later. The one admitted first is never pushed back, so somebody always ends.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use crate::{
+    adapter::{AdapterLease, VersionId},
+    backend::BackendError,
+    batch::{LoraSegment, SampleFailure, SampleOutput, StepBatch, StepOutput},
+    block_pool::BlockPool,
+    fairness::{FairQueue, FlowKey, Turn},
+    request::{FinishReason, RequestError, RequestId, TokenEvent},
+    residency::{AdapterResidency, Residency, ResidentAdapter},
+    sequence::{AppendedRows, Sequence},
+};
+
+/// The limits of a scheduler.
+#[derive(Clone, Debug)]
+pub struct SchedulerConfig {
+    /// KV blocks.
+    pub num_blocks: usize,
+    /// Positions per block.
+    pub block_size: usize,
+    /// Most rows of one step.
+    pub token_budget: usize,
+    /// Sequences running at once; at most `token_budget`, so that every decoding sequence has its row.
+    pub max_running_requests: usize,
+    /// Distinct adapters of one step, at least 1.
+    pub max_loras_per_batch: usize,
+    /// Whether prefixes are cached.
+    pub prefix_caching: bool,
+    /// Tokens that end generation.
+    pub eos_token_ids: Vec<u32>,
+    /// See [`FairQueue`].
+    pub overtake_limit: u64,
+}
+
+/// What `schedule` decided.
+#[derive(Debug, Default)]
+pub struct Schedule {
+    /// The step to execute; `None` when there is nothing to run now.
+    pub step: Option<ScheduledStep>,
+    /// Requests that were admitted, in order. A preempted one is admitted again.
+    pub admitted: Vec<RequestId>,
+    /// Requests whose sequences were pushed back, perhaps right after they were admitted.
+    pub preempted: Vec<RequestId>,
+    /// Requests that ended because their adapter can't be used.
+    pub failed: Vec<(RequestId, RequestError)>,
+    /// Adapters that a request asked for the first time, and whether they were on the device.
+    pub first_asks: Vec<(Arc<str>, bool)>,
+}
+
+/// A step between `schedule` and `commit`.
+#[derive(Debug)]
+pub struct ScheduledStep {
+    /// What the backend executes.
+    pub batch: StepBatch,
+    rows: Vec<AppendedRows>,
+    /// Keeps the adapters of the step on the device until it is committed.
+    _adapters: Vec<Arc<ResidentAdapter>>,
+}
+
+/// Counters and gauges of a scheduler. See [`EngineStats`](crate::EngineStats).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SchedulerCounters {
+    /// Prompt tokens computed or found cached, each once.
+    pub prompt_tokens: u64,
+    /// Of those, found cached.
+    pub cached_tokens: u64,
+    /// Output tokens.
+    pub output_tokens: u64,
+    /// Sequences pushed back.
+    pub preemptions: u64,
+}
+
+/// Whose turn it is among the adapters of running sequences.
+#[derive(Debug)]
+struct AdapterTurn {
+    /// Running sequences.
+    num_sequences: usize,
+    /// The step of its last turn, or of its admission.
+    last_step: u64,
+}
+
+/// See the module.
+pub struct Scheduler {
+    config: SchedulerConfig,
+    pool: BlockPool,
+    sequences: HashMap<RequestId, Sequence>,
+    waiting: FairQueue,
+    /// In order of admission.
+    running: Vec<RequestId>,
+    running_adapters: BTreeMap<VersionId, AdapterTurn>,
+    /// The request that was refused room on the device for its adapter, and `waiting.taken()` then.
+    denied_room: Option<(RequestId, u64)>,
+    step: u64,
+    arrivals: u64,
+    counters: SchedulerCounters,
+    /// Grows when the set of sequences or their states change.
+    membership: u64,
+}
+
+impl Scheduler {
+    /// Nothing waits, nothing runs.
+    pub fn new(config: SchedulerConfig) -> Self {
+        assert!(config.block_size > 0 && config.num_blocks > 0, "there is a KV cache");
+        assert!(
+            (1..=config.token_budget).contains(&config.max_running_requests),
+            "each running sequence has a row in a step"
+        );
+        assert!(config.max_loras_per_batch > 0, "a request with an adapter could never run");
+        Self {
+            pool: BlockPool::new(config.num_blocks),
+            sequences: HashMap::new(),
+            waiting: FairQueue::new(config.overtake_limit),
+            running: Vec::new(),
+            running_adapters: BTreeMap::new(),
+            denied_room: None,
+            step: 0,
+            arrivals: 0,
+            counters: SchedulerCounters::default(),
+            membership: 0,
+            config,
+        }
+    }
+
+    /// Adds a waiting sequence. Its tokens and output together fit the KV cache: `submit` has seen to it.
+    pub fn add(&mut self, mut sequence: Sequence) {
+        sequence.arrival = self.arrivals;
+        self.arrivals += 1;
+        self.membership += 1;
+        let request_id = sequence.request_id;
+        self.waiting.push(flow_key(&sequence), sequence.arrival, request_id);
+        let replaced = self.sequences.insert(request_id, sequence);
+        assert!(replaced.is_none(), "request ids are unique");
+    }
+
+    /// Forgets a sequence and frees what it holds. False if there is none.
+    pub fn remove(&mut self, request_id: RequestId) -> bool {
+        let Some(mut sequence) = self.sequences.remove(&request_id) else {
+            return false;
+        };
+        self.membership += 1;
+        if self.denied_room.is_some_and(|(denied, _)| denied == request_id) {
+            self.denied_room = None;
+        }
+        let key = flow_key(&sequence);
+        match self.running.iter().position(|running| *running == request_id) {
+            Some(place) => {
+                self.running.remove(place);
+                self.release_running(&mut sequence);
+                self.waiting.end_running(&key);
+            }
+            None => self.waiting.remove_waiting(&key, request_id),
+        }
+        true
+    }
+
+    /// A sequence, waiting or running.
+    pub fn sequence_mut(&mut self, request_id: RequestId) -> Option<&mut Sequence> {
+        self.sequences.get_mut(&request_id)
+    }
+
+    /// Every sequence, in no order.
+    pub fn sequences(&self) -> impl Iterator<Item = &Sequence> {
+        self.sequences.values()
+    }
+
+    /// Sequences in the batch.
+    pub fn num_running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Sequences that wait, preempted ones included.
+    pub fn num_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Whether a sequence is running.
+    pub fn is_running(&self, sequence: &Sequence) -> bool {
+        sequence.num_blocks() > 0
+    }
+
+    /// The blocks.
+    pub fn pool(&self) -> &BlockPool {
+        &self.pool
+    }
+
+    /// Counters.
+    pub fn counters(&self) -> SchedulerCounters {
+        self.counters
+    }
+
+    /// Changes whenever sequences come, go, start or are preempted.
+    pub fn membership(&self) -> u64 {
+        self.membership
+    }
+
+    /// Drops every cached prefix that no running sequence uses.
+    pub fn flush_cache(&mut self) {
+        self.pool.flush_cache();
+    }
+
+    /// Admits what may be admitted and chooses the rows of the next step.
+    ///
+    /// # Errors
+    /// What the device said to a request for an adapter; the engine is done then.
+    pub fn schedule(&mut self, residency: &mut dyn AdapterResidency) -> Result<Schedule, BackendError> {
+        self.step += 1;
+        let mut schedule = Schedule::default();
+        self.admit(residency, &mut schedule)?;
+        let rows = self.choose_rows(&mut schedule.preempted);
+        if !rows.is_empty() {
+            schedule.step = Some(self.build_step(rows));
+        }
+        Ok(schedule)
+    }
+
+    /// Takes a step's output: counts rows as computed, appends tokens, ends and frees sequences. Events come in order for each request.
+    ///
+    /// # Errors
+    /// `Device` if the output does not belong to the step; nothing was taken then.
+    pub fn commit(&mut self, step: ScheduledStep, output: StepOutput, events: &mut Vec<(RequestId, TokenEvent)>) -> Result<(), BackendError> {
+        if output.samples.len() != step.batch.samples.len() {
+            return Err(BackendError::Device(format!(
+                "{} samples were asked for, {} came back",
+                step.batch.samples.len(),
+                output.samples.len()
+            )));
+        }
+        let mut samples = output.samples;
+        for rows in step.rows {
+            let is_current = self.sequences.get(&rows.request_id).is_some_and(|sequence| sequence.epoch == rows.epoch);
+            if is_current {
+                self.commit_rows(&rows, &mut samples, &step.batch, events);
+            }
+        }
+        Ok(())
+    }
+
+    /// Panics unless blocks, queues and adapters agree with the sequences. For tests.
+    pub fn assert_consistent(&self) {
+        self.pool.assert_consistent();
+        assert_eq!(self.running.len() + self.waiting.len(), self.sequences.len(), "a sequence runs or waits");
+        let mut held = BTreeSet::new();
+        let mut adapters: BTreeMap<VersionId, usize> = BTreeMap::new();
+        for sequence in self.sequences.values() {
+            let runs = self.running.contains(&sequence.request_id);
+            assert_eq!(runs, sequence.num_blocks() > 0, "running sequences hold blocks, waiting ones do not");
+            assert_eq!(runs && sequence.adapter().is_some(), sequence.resident().is_some(), "place on the device");
+            held.extend(sequence.block_ids());
+            if let (true, Some(version)) = (runs, sequence.version()) {
+                *adapters.entry(version).or_default() += 1;
+            }
+        }
+        assert_eq!(held.len(), self.pool.num_used(), "every used block is held by a running sequence");
+        let turns: BTreeMap<_, _> = self
+            .running_adapters
+            .iter()
+            .map(|(version, turn)| (*version, turn.num_sequences))
+            .collect();
+        assert_eq!(turns, adapters, "running sequences of each adapter");
+    }
+
+    // Admission.
+
+    fn admit(&mut self, residency: &mut dyn AdapterResidency, schedule: &mut Schedule) -> Result<(), BackendError> {
+        let mut prefill_rows: usize = self
+            .running
+            .iter()
+            .map(|id| self.sequences[id].num_uncomputed())
+            .filter(|rows| *rows > 1)
+            .sum();
+        let mut overdue = self.waiting.overdue_turn();
+        let mut cursor = None;
+        while self.running.len() < self.config.max_running_requests && prefill_rows < self.config.token_budget {
+            let is_overdue = overdue.is_some();
+            let Some((turn, request_id)) = overdue.take().or_else(|| self.waiting.next_turn(cursor)) else {
+                break;
+            };
+            let admission = self.try_admit(turn, request_id, residency, schedule)?;
+            self.note_denied_room(request_id, &admission);
+            match admission {
+                Admission::Admitted { num_rows } => {
+                    prefill_rows += num_rows;
+                    schedule.admitted.push(request_id);
+                }
+                Admission::Failed(error) => {
+                    self.remove(request_id);
+                    schedule.failed.push((request_id, error));
+                    continue;
+                }
+                Admission::AdapterNotReady | Admission::NoRoom => {}
+                Admission::NoBlocks => break,
+            }
+            if !is_overdue {
+                cursor = Some(turn);
+            }
+        }
+        self.prefetch(cursor, residency, schedule)
+    }
+
+    fn try_admit(
+        &mut self,
+        turn: Turn,
+        request_id: RequestId,
+        residency: &mut dyn AdapterResidency,
+        schedule: &mut Schedule,
+    ) -> Result<Admission, BackendError> {
+        let mut resident = None;
+        if let Some(lease) = self.sequences[&request_id].adapter().cloned() {
+            if self.is_draining().is_some_and(|denied| denied != request_id) {
+                return Ok(Admission::AdapterNotReady);
+            }
+            match self.ask(request_id, &lease, residency, schedule)? {
+                Residency::Ready(adapter) => resident = Some(adapter),
+                Residency::Uploading => return Ok(Admission::AdapterNotReady),
+                Residency::NoRoom => return Ok(Admission::NoRoom),
+                Residency::Impossible(reason) => {
+                    let adapter = lease.name().to_string();
+                    return Ok(Admission::Failed(RequestError::Adapter { adapter, reason }));
+                }
+            }
+        }
+        // One block for each running sequence is left to grow into, or preemptions would follow at once.
+        let reserve = self.running.len();
+        let sequence = self.sequences.get_mut(&request_id).expect("a queued request has a sequence");
+        if !sequence.try_start(&mut self.pool, self.config.block_size, self.config.prefix_caching, reserve, resident) {
+            assert!(!self.running.is_empty(), "a request that fits the KV cache alone can start alone");
+            return Ok(Admission::NoBlocks);
+        }
+        let num_rows = sequence.num_uncomputed();
+        if let Some(version) = sequence.version() {
+            let turn = self.running_adapters.entry(version).or_insert(AdapterTurn {
+                num_sequences: 0,
+                last_step: self.step,
+            });
+            turn.num_sequences += 1;
+        }
+        let taken = self.waiting.take(turn, num_rows as u64);
+        assert_eq!(taken, request_id, "the request that was looked at");
+        self.running.push(request_id);
+        self.membership += 1;
+        Ok(Admission::Admitted { num_rows })
+    }
+
+    /// Asks for a waiting request's adapter; the first time counts as a hit or a miss.
+    fn ask(
+        &mut self,
+        request_id: RequestId,
+        lease: &AdapterLease,
+        residency: &mut dyn AdapterResidency,
+        schedule: &mut Schedule,
+    ) -> Result<Residency, BackendError> {
+        let answer = residency.request(lease.weights())?;
+        let sequence = self.sequences.get_mut(&request_id).expect("a queued request has a sequence");
+        if !std::mem::replace(&mut sequence.counted_residency, true) {
+            let is_hit = matches!(answer, Residency::Ready(_));
+            schedule.first_asks.push((lease.name().clone(), is_hit));
+        }
+        Ok(answer)
+    }
+
+    fn note_denied_room(&mut self, request_id: RequestId, admission: &Admission) {
+        let is_denied = matches!(admission, Admission::NoRoom);
+        match self.denied_room {
+            None if is_denied => self.denied_room = Some((request_id, self.waiting.taken())),
+            Some((denied, _)) if denied == request_id && !is_denied => self.denied_room = None,
+            _ => {}
+        }
+    }
+
+    /// Adapters that are in use leave the device only when their requests end. Once a request has waited for that while as many
+    /// others were admitted as can run, no other request with an adapter is, until it is its turn: this one's.
+    fn is_draining(&self) -> Option<RequestId> {
+        let (denied, taken) = self.denied_room?;
+        (self.waiting.taken() - taken >= self.config.max_running_requests as u64).then_some(denied)
+    }
+
+    /// Brings the adapters of the requests that come next to the device.
+    fn prefetch(&mut self, mut cursor: Option<Turn>, residency: &mut dyn AdapterResidency, schedule: &mut Schedule) -> Result<(), BackendError> {
+        let mut asked = BTreeSet::new();
+        while asked.len() < self.config.max_loras_per_batch && self.is_draining().is_none() {
+            let Some((turn, request_id)) = self.waiting.next_turn(cursor) else {
+                break;
+            };
+            if let Some(lease) = self.sequences[&request_id].adapter().cloned() {
+                asked.insert(lease.version());
+                if matches!(self.ask(request_id, &lease, residency, schedule)?, Residency::NoRoom) {
+                    break;
+                }
+            }
+            cursor = Some(turn);
+        }
+        Ok(())
+    }
+
+    // Rows.
+
+    /// Sequences of the step with their rows, in order of admission. Blocks for the rows are taken; that may preempt.
+    fn choose_rows(&mut self, preempted: &mut Vec<RequestId>) -> Vec<(RequestId, usize)> {
+        let adapters = self.choose_adapters();
+        let takes_part = |sequence: &Sequence| sequence.version().is_none_or(|version| adapters.contains(&version));
+        // Decoding sequences first: they are what others see stutter. Then prefill, in order of admission.
+        let (mut decodes, mut prefills) = (Vec::new(), Vec::new());
+        for request_id in &self.running {
+            let sequence = &self.sequences[request_id];
+            match sequence.num_schedulable() {
+                0 => {}
+                _ if !takes_part(sequence) || sequence.needs_mask() => {}
+                1 => decodes.push((*request_id, 1)),
+                num_rows => prefills.push((*request_id, num_rows)),
+            }
+        }
+        let mut budget = self.config.token_budget - decodes.len();
+        for (_, num_rows) in &mut prefills {
+            *num_rows = (*num_rows).min(budget);
+            budget -= *num_rows;
+        }
+        prefills.retain(|(_, num_rows)| *num_rows > 0);
+        let mut chosen = Vec::with_capacity(decodes.len() + prefills.len());
+        // Only decoding sequences may need a block here, and a preempted sequence was admitted later than the one that needs it: it comes
+        // further on in this list, if at all, and `chosen` has none that was preempted.
+        for (request_id, num_rows) in decodes.into_iter().chain(prefills) {
+            if self.try_make_blocks(request_id, num_rows, preempted) {
+                chosen.push((request_id, num_rows));
+            }
+        }
+        chosen
+    }
+
+    /// The adapters of this step: all that run, or the ones whose last turn is longest ago.
+    fn choose_adapters(&mut self) -> BTreeSet<VersionId> {
+        let mut candidates: BTreeMap<VersionId, u64> = BTreeMap::new();
+        for request_id in &self.running {
+            let sequence = &self.sequences[request_id];
+            if let Some(version) = sequence.version().filter(|_| sequence.num_schedulable() > 0) {
+                candidates.entry(version).or_insert_with(|| self.running_adapters[&version].last_step);
+            }
+        }
+        let mut by_turn: Vec<(u64, VersionId)> = candidates.into_iter().map(|(version, last_step)| (last_step, version)).collect();
+        by_turn.sort_unstable();
+        by_turn.truncate(self.config.max_loras_per_batch);
+        for (_, version) in &by_turn {
+            self.running_adapters.get_mut(version).expect("it has running sequences").last_step = self.step;
+        }
+        by_turn.into_iter().map(|(_, version)| version).collect()
+    }
+
+    /// Blocks for a running sequence's next rows, by preemption if need be. False if it was itself preempted.
+    fn try_make_blocks(&mut self, request_id: RequestId, num_rows: usize, preempted: &mut Vec<RequestId>) -> bool {
+        loop {
+            let sequence = self.sequences.get_mut(&request_id).expect("a running request has a sequence");
+            if sequence.num_blocks() == 0 {
+                return false;
+            }
+            if sequence.try_grow(&mut self.pool, self.config.block_size, num_rows) {
+                return true;
+            }
+            let last = *self.running.last().expect("it is running itself");
+            self.preempt(last);
+            preempted.push(last);
+        }
+    }
+
+    fn preempt(&mut self, request_id: RequestId) {
+        assert_eq!(self.running.pop(), Some(request_id), "the sequence admitted last is preempted");
+        assert!(
+            !self.running.is_empty(),
+            "a sequence that runs alone has blocks enough: `submit` has seen to it"
+        );
+        let mut sequence = self.sequences.remove(&request_id).expect("a running request has a sequence");
+        self.release_running(&mut sequence);
+        self.waiting.push_back(&flow_key(&sequence), sequence.arrival, request_id);
+        self.sequences.insert(request_id, sequence);
+        self.counters.preemptions += 1;
+        self.membership += 1;
+    }
+
+    /// Gives back what a sequence that no longer runs has held.
+    fn release_running(&mut self, sequence: &mut Sequence) {
+        sequence.release(&mut self.pool);
+        if let Some(version) = sequence.version() {
+            let turn = self.running_adapters.get_mut(&version).expect("it had a running sequence");
+            turn.num_sequences -= 1;
+            if turn.num_sequences == 0 {
+                self.running_adapters.remove(&version);
+            }
+        }
+    }
+
+    /// Rows in the batch's order: base rows first, then adapter by adapter.
+    fn build_step(&mut self, mut chosen: Vec<(RequestId, usize)>) -> ScheduledStep {
+        // Stable: within an adapter the order of admission stays.
+        chosen.sort_by_key(|(request_id, _)| self.sequences[request_id].resident().map(|adapter| adapter.handle));
+        let mut batch = StepBatch::default();
+        let mut rows = Vec::with_capacity(chosen.len());
+        let mut adapters: Vec<Arc<ResidentAdapter>> = Vec::new();
+        for (request_id, num_rows) in chosen {
+            let sequence = self.sequences.get_mut(&request_id).expect("a running request has a sequence");
+            let row_start = batch.token_ids.len() as u32;
+            if let Some(adapter) = sequence.resident() {
+                match batch.lora_segments.last_mut() {
+                    Some(segment) if segment.adapter == adapter.handle => segment.num_rows += num_rows as u32,
+                    _ => {
+                        batch.lora_segments.push(LoraSegment {
+                            adapter: adapter.handle,
+                            row_start,
+                            num_rows: num_rows as u32,
+                        });
+                        adapters.push(adapter.clone());
+                    }
+                }
+            }
+            rows.push(sequence.append_rows(num_rows, self.config.block_size, &self.config.eos_token_ids, &mut batch));
+        }
+        assert!(batch.token_ids.len() <= self.config.token_budget, "token budget");
+        assert!(
+            batch.lora_segments.len() <= self.config.max_loras_per_batch,
+            "distinct adapters of a step"
+        );
+        ScheduledStep {
+            batch,
+            rows,
+            _adapters: adapters,
+        }
+    }
+
+    // Commit.
+
+    fn commit_rows(&mut self, rows: &AppendedRows, samples: &mut [SampleOutput], batch: &StepBatch, events: &mut Vec<(RequestId, TokenEvent)>) {
+        let request_id = rows.request_id;
+        let sequence = self.sequences.get_mut(&request_id).expect("the caller has looked");
+        sequence.commit_rows(rows.num_rows);
+        if self.config.prefix_caching {
+            sequence.publish_blocks(&mut self.pool, self.config.block_size);
+        }
+        let mut chosen = None;
+        for (sample, asked) in samples[rows.samples.clone()].iter_mut().zip(&batch.samples[rows.samples.clone()]) {
+            let given = match (&asked.prompt_logprob, sample.prompt_logprobs.take()) {
+                (None, _) => true,
+                (Some(_), Some(logprobs)) => {
+                    sequence.push_prompt_logprobs(logprobs);
+                    true
+                }
+                (Some(_), None) => false,
+            };
+            if asked.choose.is_some() {
+                chosen = sample.token_id.map(|token_id| (token_id, sample.logprobs.take()));
+            }
+            if !given || (asked.choose.is_some() && chosen.is_none()) {
+                let error = match sample.failure {
+                    Some(SampleFailure::NotFinite) => RequestError::NotFinite,
+                    Some(failure @ SampleFailure::NothingAllowed) => RequestError::Constraint(failure.to_string()),
+                    None => RequestError::Engine("the device gave no answer for a row".to_owned()),
+                };
+                self.remove(request_id);
+                events.push((request_id, TokenEvent::Failed(error)));
+                return;
+            }
+        }
+        if let Some((cached_tokens, prompt_logprobs)) = sequence.take_started() {
+            self.counters.prompt_tokens += sequence.prompt_len() as u64;
+            self.counters.cached_tokens += cached_tokens as u64;
+            let started = TokenEvent::Started {
+                cached_tokens: cached_tokens as u32,
+                prompt_logprobs,
+            };
+            events.push((request_id, started));
+            if sequence.is_at_max_tokens() {
+                self.finish(request_id, FinishReason::Length, events);
+                return;
+            }
+        }
+        if let Some((token_id, logprobs)) = chosen {
+            let finish = sequence.push_output(token_id, &self.config.eos_token_ids);
+            let key = flow_key(sequence);
+            self.counters.output_tokens += 1;
+            events.push((request_id, TokenEvent::Token { token_id, logprobs }));
+            self.waiting.charge(&key, 1);
+            if let Some(reason) = finish {
+                self.finish(request_id, reason, events);
+            }
+        }
+    }
+
+    fn finish(&mut self, request_id: RequestId, reason: FinishReason, events: &mut Vec<(RequestId, TokenEvent)>) {
+        self.remove(request_id);
+        events.push((request_id, TokenEvent::Finished { reason }));
+    }
+}
+
+enum Admission {
+    Admitted { num_rows: usize },
+    AdapterNotReady,
+    NoRoom,
+    NoBlocks,
+    Failed(RequestError),
+}
+
+fn flow_key(sequence: &Sequence) -> FlowKey {
+    FlowKey {
+        adapter: sequence.version(),
+        fairness_key: sequence.fairness_key.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        adapter::HostAdapter,
+        backend::{Backend, Capacity},
+        llm::EvictionPolicy,
+        request::{GenerationRequest, LogprobsParams, PromptLogprobsParams},
+        residency::{BackendResidency, DeviceResidency},
+        testing::{
+            EOS, FakeBackend, LeaseCount, Rng, VOCAB_SIZE, expected_events, host_adapter, random_request, request, tokens, without_cached_tokens,
+        },
+    };
+
+    /// A scheduler over a fake backend, driven by hand.
+    struct Bench {
+        scheduler: Scheduler,
+        residency: DeviceResidency,
+        backend: FakeBackend,
+        events: BTreeMap<RequestId, Vec<TokenEvent>>,
+        ended: BTreeSet<RequestId>,
+        next_id: u64,
+        leases: LeaseCount,
+        in_flight: Option<ScheduledStep>,
+        preempted: usize,
+    }
+
+    #[derive(Clone)]
+    struct Limits {
+        num_blocks: usize,
+        block_size: usize,
+        token_budget: usize,
+        max_running: usize,
+        max_loras: usize,
+        adapter_bytes: usize,
+        prefix_caching: bool,
+    }
+
+    const ROOMY: Limits = Limits {
+        num_blocks: 256,
+        block_size: 4,
+        token_budget: 64,
+        max_running: 16,
+        max_loras: 8,
+        adapter_bytes: 1 << 20,
+        prefix_caching: true,
+    };
+
+    impl Bench {
+        fn new(limits: Limits) -> Self {
+            let config = SchedulerConfig {
+                num_blocks: limits.num_blocks,
+                block_size: limits.block_size,
+                token_budget: limits.token_budget,
+                max_running_requests: limits.max_running,
+                max_loras_per_batch: limits.max_loras,
+                prefix_caching: limits.prefix_caching,
+                eos_token_ids: vec![EOS],
+                overtake_limit: 64,
+            };
+            let capacity = Capacity {
+                num_blocks: limits.num_blocks,
+                block_size: limits.block_size,
+                max_batch_tokens: limits.token_budget,
+                adapter_bytes: limits.adapter_bytes,
+                max_adapters_per_batch: limits.max_loras,
+            };
+            Self {
+                scheduler: Scheduler::new(config),
+                residency: DeviceResidency::new(limits.adapter_bytes, EvictionPolicy::Lru, Arc::default()),
+                backend: FakeBackend::new(capacity),
+                events: BTreeMap::new(),
+                ended: BTreeSet::new(),
+                next_id: 0,
+                leases: LeaseCount::default(),
+                in_flight: None,
+                preempted: 0,
+            }
+        }
+
+        fn add(&mut self, request: GenerationRequest) -> RequestId {
+            let request_id = RequestId(self.next_id);
+            self.next_id += 1;
+            self.events.insert(request_id, Vec::new());
+            self.scheduler.add(Sequence::new(request_id, request));
+            request_id
+        }
+
+        fn request(&self, prompt: Vec<u32>, max_tokens: u32, adapter: Option<&Arc<HostAdapter>>) -> GenerationRequest {
+            let lease = adapter.map(|adapter| self.leases.lease("adapter", adapter));
+            request(prompt, max_tokens, lease)
+        }
+
+        fn schedule(&mut self) -> Option<ScheduledStep> {
+            self.residency.begin_step(&mut self.backend).expect("no failure is scripted");
+            let mut residency = BackendResidency {
+                residency: &mut self.residency,
+                backend: &mut self.backend,
+            };
+            let schedule = self.scheduler.schedule(&mut residency).expect("no failure is scripted");
+            self.preempted += schedule.preempted.len();
+            for (request_id, error) in schedule.failed {
+                self.record(request_id, TokenEvent::Failed(error));
+            }
+            schedule.step
+        }
+
+        fn commit(&mut self, step: ScheduledStep, output: StepOutput) {
+            let mut events = Vec::new();
+            self.scheduler.commit(step, output, &mut events).expect("the output belongs to the step");
+            for (request_id, event) in events {
+                self.record(request_id, event);
+            }
+        }
+
+        fn record(&mut self, request_id: RequestId, event: TokenEvent) {
+            assert!(!self.ended.contains(&request_id), "{request_id:?} got {event:?} after its end");
+            if event.is_terminal() {
+                self.ended.insert(request_id);
+            }
+            self.events.get_mut(&request_id).expect("it was added").push(event);
+        }
+
+        /// One step; false when nothing ran.
+        fn step(&mut self) -> Option<StepBatch> {
+            let step = self.schedule()?;
+            let batch = step.batch.clone();
+            let output = self.backend.execute(&batch).expect("no failure is scripted");
+            self.commit(step, output);
+            Some(batch)
+        }
+
+        /// One step, scheduled before the last one is committed. False when nothing is in flight.
+        fn pipelined_step(&mut self) -> bool {
+            let next = self.schedule();
+            if let Some(step) = self.in_flight.take() {
+                // The device runs steps in order: this one's output is computed before the next one starts.
+                let output = self.backend.execute(&step.batch).expect("no failure is scripted");
+                self.commit(step, output);
+            }
+            self.in_flight = next;
+            self.in_flight.is_some()
+        }
+
+        fn run(&mut self) {
+            for _ in 0..10_000 {
+                if self.scheduler.sequences.is_empty() {
+                    return;
+                }
+                self.step();
+            }
+            panic!("requests that never end");
+        }
+
+        fn cached_tokens(&self, request_id: RequestId) -> u32 {
+            match &self.events[&request_id][0] {
+                TokenEvent::Started { cached_tokens, .. } => *cached_tokens,
+                event => panic!("{event:?}"),
+            }
+        }
+    }
+
+    fn prompt(len: usize) -> Vec<u32> {
+        (0..len as u32).map(|position| (7 * position + 1) % VOCAB_SIZE).collect()
+    }
+
+    #[test]
+    fn a_long_prompt_is_prefilled_in_chunks_beside_decoding() {
+        let mut bench = Bench::new(Limits { token_budget: 16, ..ROOMY });
+        let first_request = bench.request(prompt(3), 20, None);
+        let expected_first = expected_events(&first_request);
+        let first = bench.add(first_request);
+        bench.step();
+        let second_request = bench.request(prompt(40), 1, None);
+        let expected_second = expected_events(&second_request);
+        let second = bench.add(second_request);
+        let rows: Vec<Vec<u32>> = (0..3)
+            .map(|_| bench.step().expect("work").sequences.iter().map(|rows| rows.num_rows).collect())
+            .collect();
+        assert_eq!(rows, [[1, 15], [1, 15], [1, 10]]);
+        bench.run();
+        assert_eq!(bench.events[&first], expected_first);
+        assert_eq!(bench.events[&second], expected_second);
+    }
+
+    #[test]
+    fn rows_are_grouped_by_adapter_and_base_rows_are_in_no_segment() {
+        let mut bench = Bench::new(ROOMY);
+        let adapters = [host_adapter(1, 100), host_adapter(2, 100)];
+        for adapter in [Some(0), None, Some(1), Some(0), None] {
+            let request = bench.request(prompt(2), 4, adapter.map(|number: usize| &adapters[number]));
+            bench.add(request);
+        }
+        let batch = bench.step().expect("work");
+        let order: Vec<u64> = batch.sequences.iter().map(|rows| rows.request_id.0).collect();
+        assert_eq!(order, [1, 4, 0, 3, 2]);
+        let segments: Vec<(u32, u32)> = batch.lora_segments.iter().map(|segment| (segment.row_start, segment.num_rows)).collect();
+        assert_eq!(segments, [(4, 4), (8, 2)]);
+    }
+
+    #[test]
+    fn a_prefix_is_cached_for_its_own_version_alone() {
+        let mut bench = Bench::new(ROOMY);
+        let (old, new, other) = (host_adapter(1, 100), host_adapter(2, 100), host_adapter(3, 100));
+        let run = |bench: &mut Bench, adapter: Option<&Arc<HostAdapter>>| {
+            let request = bench.request(prompt(17), 3, adapter);
+            let expected = expected_events(&request);
+            let request_id = bench.add(request);
+            bench.run();
+            assert_eq!(without_cached_tokens(bench.events[&request_id].clone()), expected);
+            bench.cached_tokens(request_id)
+        };
+        assert_eq!(run(&mut bench, Some(&old)), 0);
+        assert_eq!(run(&mut bench, Some(&other)), 0, "never used by another adapter");
+        assert_eq!(run(&mut bench, None), 0, "nor by the base model");
+        assert_eq!(run(&mut bench, Some(&new)), 0, "nor by another version, though it has the same name here");
+        for adapter in [Some(&old), Some(&other), None, Some(&new)] {
+            assert_eq!(run(&mut bench, adapter), 16, "but by its own");
+        }
+        bench.scheduler.flush_cache();
+        assert_eq!(run(&mut bench, Some(&old)), 0, "not after a flush");
+    }
+
+    #[test]
+    fn one_token_of_a_cached_prompt_is_always_computed() {
+        let mut bench = Bench::new(ROOMY);
+        for expected in [0, 12] {
+            let request = bench.request(prompt(16), 2, None);
+            let request_id = bench.add(request);
+            bench.run();
+            assert_eq!(bench.cached_tokens(request_id), expected, "the fourth block has the last token");
+        }
+    }
+
+    #[test]
+    fn output_is_cached_for_the_next_turn_of_a_conversation() {
+        let mut bench = Bench::new(ROOMY);
+        let request = bench.request(prompt(6), 11, None);
+        let first = bench.add(request);
+        bench.run();
+        let mut next_prompt = prompt(6);
+        next_prompt.extend(tokens(&bench.events[&first]));
+        next_prompt.push(1);
+        let request = bench.request(next_prompt, 2, None);
+        let second = bench.add(request);
+        bench.run();
+        assert_eq!(bench.cached_tokens(second), 16, "6 + 11 tokens, of which the last was never an input");
+    }
+
+    #[test]
+    fn prompt_log_probabilities_are_computed_where_a_cached_prefix_has_none() {
+        let mut bench = Bench::new(ROOMY);
+        for (start, expected_cached) in [(None, 0), (None, 16), (Some(0), 0), (Some(9), 8), (Some(8), 4), (Some(18), 16)] {
+            let mut request = bench.request(prompt(18), 2, None);
+            request.logprobs = LogprobsParams {
+                output_top_k: Some(1),
+                prompt: start.map(|start| PromptLogprobsParams { start, top_k: 2 }),
+            };
+            let expected = expected_events(&request);
+            let request_id = bench.add(request);
+            bench.run();
+            assert_eq!(bench.cached_tokens(request_id), expected_cached, "start {start:?}");
+            assert_eq!(without_cached_tokens(bench.events[&request_id].clone()), expected, "start {start:?}");
+        }
+    }
+
+    #[test]
+    fn a_request_for_no_tokens_gives_its_prompt_log_probabilities() {
+        let mut bench = Bench::new(ROOMY);
+        let mut request = bench.request(prompt(70), 0, None);
+        request.logprobs.prompt = Some(PromptLogprobsParams { start: 1, top_k: 0 });
+        let expected = expected_events(&request);
+        assert!(matches!(&expected[0], TokenEvent::Started { prompt_logprobs, .. } if prompt_logprobs.len() == 69));
+        let request_id = bench.add(request);
+        bench.run();
+        assert_eq!(bench.events[&request_id], expected);
+    }
+
+    #[test]
+    fn preemption_changes_no_output_and_reports_nothing_twice() {
+        let mut bench = Bench::new(Limits { num_blocks: 12, ..ROOMY });
+        let mut expected = BTreeMap::new();
+        for _ in 0..3 {
+            let mut request = bench.request(prompt(9), 28, None);
+            request.logprobs = LogprobsParams {
+                output_top_k: Some(1),
+                prompt: Some(PromptLogprobsParams { start: 2, top_k: 1 }),
+            };
+            request.sampling.frequency_penalty = 1.0;
+            let events = expected_events(&request);
+            expected.insert(bench.add(request), events);
+        }
+        bench.run();
+        assert!(bench.preempted > 0, "three sequences of 10 blocks in 12");
+        for (request_id, expected) in expected {
+            assert_eq!(without_cached_tokens(bench.events[&request_id].clone()), expected);
+        }
+        assert_eq!(bench.scheduler.counters().preemptions, bench.preempted as u64);
+    }
+
+    #[test]
+    fn a_request_whose_adapter_is_on_its_way_holds_nobody_up() {
+        let mut bench = Bench::new(ROOMY);
+        bench.backend.upload_polls = 5;
+        let adapter = host_adapter(1, 100);
+        let slow_request = bench.request(prompt(4), 1, Some(&adapter));
+        let slow = bench.add(slow_request);
+        let request = bench.request(prompt(4), 3, None);
+        let base = bench.add(request);
+        for _ in 0..3 {
+            bench.step().expect("the base request runs");
+        }
+        assert!(bench.ended.contains(&base) && bench.events[&slow].is_empty());
+        bench.run();
+        assert_eq!(tokens(&bench.events[&slow]).len(), 1);
+    }
+
+    #[test]
+    fn an_adapter_that_never_fits_fails_its_request_alone() {
+        let mut bench = Bench::new(Limits {
+            adapter_bytes: 1000,
+            ..ROOMY
+        });
+        let (large, small) = (host_adapter(1, 1001), host_adapter(2, 1000));
+        let large_request = bench.request(prompt(4), 1, Some(&large));
+        let failed = bench.add(large_request);
+        let small_request = bench.request(prompt(4), 1, Some(&small));
+        let served = bench.add(small_request);
+        bench.run();
+        assert!(matches!(&bench.events[&failed][..], [TokenEvent::Failed(RequestError::Adapter { .. })]));
+        assert_eq!(bench.events[&served].len(), 3);
+        assert_eq!(bench.leases.get(), 0);
+    }
+
+    #[test]
+    fn more_running_adapters_than_a_step_may_have_take_turns() {
+        let mut bench = Bench::new(Limits { max_loras: 3, ..ROOMY });
+        let adapters: Vec<_> = (0..8).map(|number| host_adapter(number, 100)).collect();
+        for adapter in &adapters {
+            let request = bench.request(prompt(3), 30, Some(adapter));
+            bench.add(request);
+        }
+        let request = bench.request(prompt(3), 30, None);
+        bench.add(request);
+        let mut last_turn: BTreeMap<RequestId, usize> = BTreeMap::new();
+        for step in 0..60 {
+            let batch = bench.step().expect("work");
+            assert!(batch.lora_segments.len() == 3, "as many as may be");
+            for rows in &batch.sequences {
+                let waited = step - last_turn.insert(rows.request_id, step).unwrap_or(0);
+                assert!(waited <= 3, "{:?} waited {waited} steps", rows.request_id);
+            }
+            let runs = |id: u64| batch.sequences.iter().any(|rows| rows.request_id.0 == id);
+            assert!(step >= 30 || runs(8), "base rows are in every step");
+        }
+        assert_eq!(last_turn.len(), 9);
+    }
+
+    #[test]
+    fn a_hot_adapter_does_not_starve_the_others() {
+        let mut bench = Bench::new(Limits {
+            max_running: 4,
+            max_loras: 2,
+            ..ROOMY
+        });
+        let hot = host_adapter(0, 100);
+        let cold: Vec<_> = (1..6).map(|number| host_adapter(number, 100)).collect();
+        for _ in 0..200 {
+            let request = bench.request(prompt(3), 8, Some(&hot));
+            bench.add(request);
+        }
+        bench.step();
+        let cold: Vec<RequestId> = cold
+            .iter()
+            .map(|adapter| {
+                let request = bench.request(prompt(3), 8, Some(adapter));
+                bench.add(request)
+            })
+            .collect();
+        let mut steps = 0;
+        while !cold.iter().all(|request_id| bench.ended.contains(request_id)) {
+            bench.step().expect("work");
+            steps += 1;
+            assert!(
+                steps < 60,
+                "200 hot requests take 400 steps and more, five cold ones should not wait for them"
+            );
+            // The hot adapter's queue never empties.
+            let request = bench.request(prompt(3), 8, Some(&hot));
+            bench.add(request);
+        }
+        assert!(bench.ended.len() > cold.len(), "and the hot one is served beside them");
+    }
+
+    #[test]
+    fn a_device_too_small_for_all_adapters_serves_each_in_turn() {
+        // Room for two of six adapters, and requests that never stop coming for two of them under ever new tenants.
+        let mut bench = Bench::new(Limits {
+            max_running: 4,
+            adapter_bytes: 200,
+            ..ROOMY
+        });
+        let adapters: Vec<_> = (0..6).map(|number| host_adapter(number, 100)).collect();
+        let mut tenant = 0;
+        let mut add_hot = |bench: &mut Bench| {
+            tenant += 1;
+            let mut request = bench.request(prompt(3), 3, Some(&adapters[tenant % 2]));
+            request.fairness_key = tenant.to_string().into();
+            bench.add(request)
+        };
+        for _ in 0..8 {
+            add_hot(&mut bench);
+        }
+        bench.step();
+        let cold: Vec<RequestId> = (2..6)
+            .map(|number| {
+                let request = bench.request(prompt(3), 3, Some(&adapters[number]));
+                bench.add(request)
+            })
+            .collect();
+        let mut steps = 0;
+        while !cold.iter().all(|request_id| bench.ended.contains(request_id)) {
+            bench.step();
+            add_hot(&mut bench);
+            add_hot(&mut bench);
+            steps += 1;
+            assert!(steps < 200, "waited for {cold:?}, ended {:?}", bench.ended);
+        }
+    }
+
+    /// Arrivals, cancels, adapters, tiny pools, chunks, slow uploads, evictions; one step after another or one ahead.
+    fn random_run(seed: u64) {
+        let mut rng = Rng(seed);
+        let block_size = 1 + rng.below(5);
+        let max_len: usize = 24;
+        let min_blocks = (2 * max_len).div_ceil(block_size);
+        let token_budget = 4 + rng.below(28);
+        let num_adapters = 1 + rng.below(6);
+        let adapter_bytes: Vec<usize> = (0..num_adapters).map(|_| 100 + rng.below(200)).collect();
+        let mut bench = Bench::new(Limits {
+            num_blocks: min_blocks + rng.below(2 * min_blocks),
+            block_size,
+            token_budget,
+            max_running: 1 + rng.below(token_budget.min(8)),
+            max_loras: 1 + rng.below(3),
+            adapter_bytes: 300 + rng.below(600),
+            prefix_caching: !rng.one_in(4),
+        });
+        bench.backend.upload_polls = rng.below(4);
+        let is_pipelined = rng.one_in(2);
+        let adapters: Vec<_> = adapter_bytes
+            .iter()
+            .enumerate()
+            .map(|(number, bytes)| host_adapter(number as u32, *bytes))
+            .collect();
+        if rng.one_in(4) {
+            bench.residency.set_pinned(vec![adapters[0].clone()]);
+        }
+        let mut expected = BTreeMap::new();
+        let mut cancelled = BTreeSet::new();
+        let num_requests = 10 + rng.below(40);
+        let mut idle_steps = 0;
+        while bench.next_id < num_requests as u64 || !bench.scheduler.sequences.is_empty() {
+            while bench.next_id < num_requests as u64 && rng.one_in(3) {
+                let adapter = rng.below(num_adapters + 1);
+                let lease = adapters.get(adapter).map(|adapter| bench.leases.lease("adapter", adapter));
+                let request = random_request(&mut rng, max_len, max_len, lease);
+                let events = expected_events(&request);
+                expected.insert(bench.add(request), events);
+            }
+            if rng.one_in(10) && bench.next_id > 0 {
+                let request_id = RequestId(rng.below(bench.next_id as usize) as u64);
+                if bench.scheduler.remove(request_id) {
+                    cancelled.insert(request_id);
+                    bench.ended.insert(request_id);
+                }
+            }
+            let ran = if is_pipelined { bench.pipelined_step() } else { bench.step().is_some() };
+            bench.scheduler.assert_consistent();
+            idle_steps = if ran { 0 } else { idle_steps + 1 };
+            assert!(
+                idle_steps < 50 || bench.scheduler.sequences.is_empty(),
+                "{} requests wait and nothing runs",
+                bench.scheduler.num_waiting()
+            );
+        }
+        while bench.in_flight.is_some() {
+            bench.pipelined_step();
+        }
+        for (request_id, expected) in expected {
+            let events = without_cached_tokens(bench.events[&request_id].clone());
+            if cancelled.contains(&request_id) {
+                assert!(expected.starts_with(&events), "{request_id:?} until it was cancelled");
+            } else if !matches!(events[..], [TokenEvent::Failed(RequestError::Adapter { .. })]) {
+                assert_eq!(events, expected, "{request_id:?}");
+            }
+        }
+        assert_eq!(bench.leases.get(), 0, "leases");
+        assert_eq!(bench.scheduler.pool().num_used(), 0, "blocks");
+        assert_eq!(bench.scheduler.num_running() + bench.scheduler.num_waiting(), 0);
+        assert!(bench.scheduler.running_adapters.is_empty());
+        assert!(bench.residency.used_bytes() <= bench.residency.capacity_bytes());
+    }
+
+    #[test]
+    fn long_random_runs_conserve_everything_and_every_request_gets_its_own_output_once() {
+        let (first, runs) = match std::env::var("POLYLORA_SEED") {
+            Ok(seed) => (seed.parse().expect("POLYLORA_SEED is a number"), 1),
+            Err(_) => (0, 400),
+        };
+        for seed in first..first + runs {
+            let outcome = std::panic::catch_unwind(|| random_run(seed));
+            if let Err(panic) = outcome {
+                eprintln!("failed with POLYLORA_SEED={seed}");
+                std::panic::resume_unwind(panic);
+            }
+        }
+    }
+}

@@ -1,1 +1,612 @@
-//! The engine thread: admit, schedule, execute, commit; and what lies on the device.
+//! The engine thread: admit, schedule, execute, commit.
+//!
+//! It owns the backend, the scheduler and every request's end of its event channel. It sleeps when there is nothing to do. When the
+//! device fails, or the thread panics, every request ends with one `Failed(Engine)` and the engine is unhealthy for good.
+
+use std::{
+    any::Any,
+    collections::HashMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst},
+        mpsc::{Receiver, RecvTimeoutError, TryRecvError},
+    },
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use tokio::sync::{mpsc::UnboundedSender, oneshot};
+
+use crate::{
+    EngineStats, Histogram,
+    adapter::registry::AdapterRegistry,
+    backend::{Backend, BackendError},
+    batch::StepOutput,
+    request::{Constraint, FinishReason, GenerationRequest, RequestError, RequestId, TokenEvent},
+    residency::{BackendResidency, DeviceResidency},
+    scheduler::{Schedule, ScheduledStep, Scheduler},
+    sequence::Sequence,
+    stats::{AdapterCounters, AdapterTable},
+};
+
+/// How often an upload is looked at while nothing else can run.
+const UPLOAD_POLL_INTERVAL: Duration = Duration::from_micros(100);
+
+const STEP_SECONDS_BOUNDS: &[f64] = &[0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
+const QUEUE_SECONDS_BOUNDS: &[f64] = &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+
+/// What the engine thread is told.
+pub(crate) enum Command {
+    Submit(Box<NewRequest>),
+    /// Something outside changed: pins.
+    Wake,
+    FlushCache(oneshot::Sender<bool>),
+    AbortAll,
+    Shutdown {
+        deadline: Option<Instant>,
+        done: oneshot::Sender<()>,
+    },
+}
+
+/// A request on its way to the engine thread.
+pub(crate) struct NewRequest {
+    pub request_id: RequestId,
+    pub request: GenerationRequest,
+    pub events: EventSender,
+    pub permit: Permit,
+    pub submitted: Instant,
+}
+
+/// What the engine thread and the callers' threads both see. No lock here is held for longer than a pointer is copied.
+pub(crate) struct Shared {
+    pub accepting: AtomicBool,
+    pub in_flight: AtomicUsize,
+    pub failure: OnceLock<String>,
+    pub stats: Mutex<Arc<EngineStats>>,
+    pub adapters: AdapterTable,
+}
+
+impl Shared {
+    pub fn new() -> Self {
+        Self {
+            accepting: AtomicBool::new(true),
+            in_flight: AtomicUsize::new(0),
+            failure: OnceLock::new(),
+            stats: Mutex::default(),
+            adapters: AdapterTable::default(),
+        }
+    }
+}
+
+/// One request's place among those that may be in the engine at once.
+pub(crate) struct Permit(Arc<Shared>);
+
+impl Permit {
+    /// `Err`: how many there are already.
+    pub fn try_take(shared: &Arc<Shared>, limit: usize) -> Result<Self, usize> {
+        shared
+            .in_flight
+            .fetch_update(SeqCst, SeqCst, |in_flight| (in_flight < limit).then_some(in_flight + 1))
+            .map(|_| Self(shared.clone()))
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, SeqCst);
+    }
+}
+
+/// The engine's end of one request's events. However it goes away, exactly one terminal event was sent.
+pub(crate) struct EventSender {
+    sender: UnboundedSender<TokenEvent>,
+    ended: bool,
+}
+
+impl EventSender {
+    pub fn new(sender: UnboundedSender<TokenEvent>) -> Self {
+        Self { sender, ended: false }
+    }
+
+    fn end(mut self, event: TokenEvent) {
+        assert!(event.is_terminal(), "a request ends with a terminal event");
+        self.ended = true;
+        // Nobody listening is no error.
+        self.sender.send(event).ok();
+    }
+}
+
+impl Drop for EventSender {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.sender.send(TokenEvent::Failed(RequestError::ShuttingDown)).ok();
+        }
+    }
+}
+
+/// An event that is sent once the step's statistics are published.
+enum Outgoing {
+    Event(UnboundedSender<TokenEvent>, TokenEvent),
+    End(EventSender, TokenEvent),
+}
+
+/// A request that the scheduler has a sequence of.
+struct ActiveRequest {
+    events: EventSender,
+    submitted: Instant,
+    prompt_len: usize,
+    was_admitted: bool,
+    gauge: Option<AdapterGauge>,
+    _permit: Permit,
+}
+
+/// One request's part of its adapter's gauges.
+struct AdapterGauge {
+    counters: Arc<AdapterCounters>,
+    runs: bool,
+}
+
+impl AdapterGauge {
+    fn new(counters: Arc<AdapterCounters>) -> Self {
+        counters.requests.fetch_add(1, Relaxed);
+        counters.waiting.fetch_add(1, Relaxed);
+        Self { counters, runs: false }
+    }
+
+    fn set_runs(&mut self, runs: bool) {
+        self.current().fetch_sub(1, Relaxed);
+        self.runs = runs;
+        self.current().fetch_add(1, Relaxed);
+    }
+
+    fn current(&self) -> &AtomicU64 {
+        if self.runs { &self.counters.running } else { &self.counters.waiting }
+    }
+}
+
+impl Drop for AdapterGauge {
+    fn drop(&mut self) {
+        self.current().fetch_sub(1, Relaxed);
+    }
+}
+
+/// Asked to stop: at the deadline, or when no request is left.
+struct Drain {
+    deadline: Option<Instant>,
+    done: oneshot::Sender<()>,
+}
+
+/// The engine thread's state.
+pub(crate) struct Worker {
+    backend: Box<dyn Backend>,
+    scheduler: Scheduler,
+    residency: DeviceResidency,
+    inbox: Receiver<Command>,
+    requests: HashMap<RequestId, ActiveRequest>,
+    shared: Arc<Shared>,
+    mask_words: usize,
+    stats: EngineStats,
+    drain: Option<Drain>,
+    flushes: Vec<oneshot::Sender<bool>>,
+    /// Requests wait, but none can run before an upload is done.
+    is_stalled: bool,
+    adapters: Option<Arc<AdapterRegistry>>,
+    pins_generation: Option<usize>,
+    outbox: Vec<Outgoing>,
+}
+
+impl Worker {
+    pub fn new(
+        backend: Box<dyn Backend>,
+        scheduler: Scheduler,
+        residency: DeviceResidency,
+        inbox: Receiver<Command>,
+        shared: Arc<Shared>,
+        adapters: Option<Arc<AdapterRegistry>>,
+        vocab_size: usize,
+    ) -> Self {
+        let stats = EngineStats {
+            healthy: true,
+            step_seconds: Histogram::new(STEP_SECONDS_BOUNDS),
+            queue_seconds: Histogram::new(QUEUE_SECONDS_BOUNDS),
+            ..EngineStats::default()
+        };
+        let mut worker = Self {
+            backend,
+            scheduler,
+            residency,
+            inbox,
+            requests: HashMap::new(),
+            shared,
+            mask_words: vocab_size.div_ceil(32),
+            stats,
+            drain: None,
+            flushes: Vec::new(),
+            is_stalled: false,
+            adapters,
+            pins_generation: None,
+            outbox: Vec::new(),
+        };
+        worker.publish();
+        worker
+    }
+
+    /// The thread's whole life.
+    pub fn run(mut self) {
+        let reason = match catch_unwind(AssertUnwindSafe(|| self.run_steps())) {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(panic) => format!("the engine thread panicked: {}", panic_message(&*panic)),
+        };
+        self.fail(&reason);
+    }
+
+    fn run_steps(&mut self) -> Result<(), BackendError> {
+        while self.admit()? {
+            let started = Instant::now();
+            if let Some(step) = self.schedule()? {
+                let output = self.execute(&step)?;
+                self.commit(step, output, started)?;
+            }
+        }
+        Ok(())
+    }
+
+    // Admit.
+
+    /// Takes commands, waiting for one if there is nothing else to do, and ends what was cancelled. False: the engine is to stop.
+    fn admit(&mut self) -> Result<bool, BackendError> {
+        match self.next_command() {
+            Ok(command) => self.handle(command),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Ok(false),
+        }
+        while let Ok(command) = self.inbox.try_recv() {
+            self.handle(command);
+        }
+        self.refresh_pins();
+        self.residency.begin_step(&mut *self.backend)?;
+        self.reap_cancelled();
+        self.publish();
+        self.flush_cache_if_asked();
+        Ok(!self.is_drained())
+    }
+
+    fn next_command(&self) -> Result<Command, RecvTimeoutError> {
+        let waits_for_upload = match self.requests.is_empty() {
+            true => self.residency.is_uploading() && self.drain.is_none(),
+            false => self.is_stalled,
+        };
+        if waits_for_upload {
+            self.inbox.recv_timeout(UPLOAD_POLL_INTERVAL)
+        } else if self.requests.is_empty() && self.drain.is_none() {
+            self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        } else {
+            self.inbox.try_recv().map_err(|error| match error {
+                TryRecvError::Empty => RecvTimeoutError::Timeout,
+                TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
+            })
+        }
+    }
+
+    fn handle(&mut self, command: Command) {
+        match command {
+            Command::Submit(new) => self.add(*new),
+            Command::Wake => {}
+            Command::FlushCache(answer) => self.flushes.push(answer),
+            Command::AbortAll => self.end_all(|| TokenEvent::Finished {
+                reason: FinishReason::Aborted,
+            }),
+            Command::Shutdown { deadline, done } => self.drain = Some(Drain { deadline, done }),
+        }
+    }
+
+    fn add(&mut self, new: NewRequest) {
+        let request_id = new.request_id;
+        let counters = new.request.adapter.as_ref().map(|lease| self.shared.adapters.counters(lease.name()));
+        let active = ActiveRequest {
+            events: new.events,
+            submitted: new.submitted,
+            prompt_len: new.request.prompt_tokens.len(),
+            was_admitted: false,
+            gauge: counters.map(AdapterGauge::new),
+            _permit: new.permit,
+        };
+        self.requests.insert(request_id, active);
+        self.scheduler.add(Sequence::new(request_id, new.request));
+        self.advance_constraint(request_id, None);
+    }
+
+    fn refresh_pins(&mut self) {
+        let Some(registry) = &self.adapters else { return };
+        let generation = registry.pins_generation();
+        if self.pins_generation != Some(generation) {
+            self.pins_generation = Some(generation);
+            let pinned = registry.pinned().into_iter().map(|adapter| adapter.weights).collect();
+            self.residency.set_pinned(pinned);
+        }
+    }
+
+    fn reap_cancelled(&mut self) {
+        let cancelled: Vec<RequestId> = self
+            .requests
+            .iter()
+            .filter(|(_, request)| request.events.sender.is_closed())
+            .map(|(request_id, _)| *request_id)
+            .collect();
+        let reason = FinishReason::Aborted;
+        for request_id in cancelled {
+            self.remove(request_id, TokenEvent::Finished { reason: reason.clone() });
+        }
+    }
+
+    fn flush_cache_if_asked(&mut self) {
+        if self.flushes.is_empty() {
+            return;
+        }
+        let is_idle = self.requests.is_empty();
+        if is_idle {
+            self.scheduler.flush_cache();
+            self.publish();
+        }
+        for answer in self.flushes.drain(..) {
+            answer.send(is_idle).ok();
+        }
+    }
+
+    fn is_drained(&mut self) -> bool {
+        let Some(drain) = self
+            .drain
+            .take_if(|drain| self.requests.is_empty() || drain.deadline.is_some_and(|deadline| Instant::now() >= deadline))
+        else {
+            return false;
+        };
+        self.end_all(|| TokenEvent::Failed(RequestError::ShuttingDown));
+        self.publish();
+        drain.done.send(()).ok();
+        true
+    }
+
+    // Schedule, execute, commit.
+
+    fn schedule(&mut self) -> Result<Option<ScheduledStep>, BackendError> {
+        let mut residency = BackendResidency {
+            residency: &mut self.residency,
+            backend: &mut *self.backend,
+        };
+        let Schedule {
+            step,
+            admitted,
+            preempted,
+            failed,
+            first_asks,
+        } = self.scheduler.schedule(&mut residency)?;
+        for (request_id, runs) in admitted
+            .into_iter()
+            .map(|id| (id, true))
+            .chain(preempted.into_iter().map(|id| (id, false)))
+        {
+            self.note_runs(request_id, runs);
+        }
+        for (name, is_hit) in first_asks {
+            let counters = self.shared.adapters.counters(&name);
+            if is_hit { &counters.hits } else { &counters.misses }.fetch_add(1, Relaxed);
+            *(if is_hit {
+                &mut self.stats.device_hits_total
+            } else {
+                &mut self.stats.device_misses_total
+            }) += 1;
+        }
+        for (request_id, error) in failed {
+            self.push_event(request_id, TokenEvent::Failed(error));
+        }
+        self.is_stalled = step.is_none();
+        if self.is_stalled {
+            self.publish();
+        }
+        Ok(step)
+    }
+
+    fn note_runs(&mut self, request_id: RequestId, runs: bool) {
+        let request = self.requests.get_mut(&request_id).expect("a scheduled request is active");
+        let is_first = runs && !std::mem::replace(&mut request.was_admitted, true);
+        let waited = request.submitted.elapsed();
+        if is_first {
+            self.stats.queue_seconds.observe(waited.as_secs_f64());
+        }
+        if let Some(gauge) = &mut request.gauge {
+            gauge.set_runs(runs);
+            if is_first {
+                gauge.counters.admitted.fetch_add(1, Relaxed);
+                gauge.counters.waiting_nanos.fetch_add(waited.as_nanos() as u64, Relaxed);
+            }
+        }
+    }
+
+    fn execute(&mut self, step: &ScheduledStep) -> Result<StepOutput, BackendError> {
+        let _span = tracing::debug_span!(
+            "step",
+            rows = step.batch.token_ids.len(),
+            sequences = step.batch.sequences.len(),
+            adapters = step.batch.lora_segments.len()
+        )
+        .entered();
+        self.backend.execute(&step.batch)
+    }
+
+    fn commit(&mut self, step: ScheduledStep, output: StepOutput, started: Instant) -> Result<(), BackendError> {
+        let mut events = Vec::new();
+        self.scheduler.commit(step, output, &mut events)?;
+        for (request_id, event) in events {
+            let token_id = match &event {
+                TokenEvent::Token { token_id, .. } => Some(*token_id),
+                _ => None,
+            };
+            self.push_event(request_id, event);
+            if token_id.is_some() {
+                self.advance_constraint(request_id, token_id);
+            }
+        }
+        self.stats.steps_total += 1;
+        self.stats.step_seconds.observe(started.elapsed().as_secs_f64());
+        self.publish();
+        Ok(())
+    }
+
+    /// Tells a request's constraint of the token that was chosen, if one was, and the sequence of the mask for the next one.
+    /// A sequence that ended with this token is gone and needs none.
+    fn advance_constraint(&mut self, request_id: RequestId, chosen: Option<u32>) {
+        let Some(sequence) = self.scheduler.sequence_mut(request_id) else {
+            return;
+        };
+        let Some(constraint) = &mut sequence.constraint else {
+            return;
+        };
+        let event = match next_mask(&mut **constraint, chosen, self.mask_words) {
+            Ok(Some(mask)) => return sequence.set_mask(mask),
+            Ok(None) => TokenEvent::Finished {
+                reason: FinishReason::ConstraintDone,
+            },
+            Err(reason) => TokenEvent::Failed(RequestError::Constraint(reason)),
+        };
+        self.remove(request_id, event);
+    }
+
+    // Ends.
+
+    fn remove(&mut self, request_id: RequestId, event: TokenEvent) {
+        self.scheduler.remove(request_id);
+        self.push_event(request_id, event);
+    }
+
+    fn end_all(&mut self, event: impl Fn() -> TokenEvent) {
+        let request_ids: Vec<RequestId> = self.requests.keys().copied().collect();
+        for request_id in request_ids {
+            self.remove(request_id, event());
+        }
+    }
+
+    /// Keeps an event for `publish`. The terminal one ends the request: its sequence is gone already, its place in the queue goes here.
+    fn push_event(&mut self, request_id: RequestId, event: TokenEvent) {
+        if event.is_terminal() {
+            let request = self.requests.remove(&request_id).expect("a request ends once");
+            self.stats.finished_total += 1;
+            self.outbox.push(Outgoing::End(request.events, event));
+            return;
+        }
+        let request = &self.requests[&request_id];
+        if let Some(gauge) = &request.gauge {
+            match &event {
+                TokenEvent::Started { .. } => gauge.counters.prompt_tokens.fetch_add(request.prompt_len as u64, Relaxed),
+                _ => gauge.counters.output_tokens.fetch_add(1, Relaxed),
+            };
+        }
+        self.outbox.push(Outgoing::Event(request.events.sender.clone(), event));
+    }
+
+    /// Makes statistics visible, then sends the events that were kept: whoever sees a request's end finds its lease, its blocks and its
+    /// place in the queue free, and the statistics counting it.
+    fn publish(&mut self) {
+        let counters = self.scheduler.counters();
+        let pool = self.scheduler.pool();
+        let stats = &mut self.stats;
+        stats.running = self.scheduler.num_running();
+        stats.waiting = self.scheduler.num_waiting();
+        stats.used_blocks = pool.num_used();
+        stats.cached_blocks = pool.num_cached();
+        stats.total_blocks = pool.num_blocks();
+        stats.prompt_tokens_total = counters.prompt_tokens;
+        stats.cached_tokens_total = counters.cached_tokens;
+        stats.output_tokens_total = counters.output_tokens;
+        stats.preemptions_total = counters.preemptions;
+        stats.device_adapter_bytes = self.residency.used_bytes();
+        stats.device_adapter_capacity_bytes = self.residency.capacity_bytes();
+        stats.device_uploads_total = self.residency.uploads();
+        stats.device_evictions_total = self.residency.evictions();
+        *self.shared.stats.lock() = Arc::new(stats.clone());
+        for outgoing in self.outbox.drain(..) {
+            match outgoing {
+                Outgoing::Event(sender, event) => drop(sender.send(event)),
+                Outgoing::End(events, event) => events.end(event),
+            }
+        }
+    }
+
+    /// The engine is done: every request ends, now and later.
+    fn fail(self, reason: &str) {
+        let Self {
+            scheduler,
+            backend,
+            residency,
+            inbox,
+            requests,
+            shared,
+            mut stats,
+            drain,
+            flushes,
+            outbox,
+            ..
+        } = self;
+        tracing::error!(reason, "the engine failed");
+        shared.failure.set(reason.to_owned()).ok();
+        stats.healthy = false;
+        stats.running = 0;
+        stats.waiting = 0;
+        stats.used_blocks = 0;
+        stats.finished_total += requests.len() as u64;
+        *shared.stats.lock() = Arc::new(stats);
+        // What panicked may panic again when it is dropped.
+        catch_unwind(AssertUnwindSafe(|| drop(scheduler))).ok();
+        drop(residency);
+        catch_unwind(AssertUnwindSafe(|| drop(backend))).ok();
+        let failed = || TokenEvent::Failed(RequestError::Engine(reason.to_owned()));
+        for outgoing in outbox {
+            match outgoing {
+                Outgoing::Event(sender, event) => drop(sender.send(event)),
+                Outgoing::End(events, event) => events.end(event),
+            }
+        }
+        for (_, request) in requests {
+            let events = request.events;
+            drop(request.gauge);
+            drop(request._permit);
+            events.end(failed());
+        }
+        drop(flushes);
+        if let Some(drain) = drain {
+            drain.done.send(()).ok();
+        }
+        for command in inbox {
+            match command {
+                Command::Submit(new) => {
+                    let NewRequest { request, events, permit, .. } = *new;
+                    drop((request, permit));
+                    events.end(failed());
+                }
+                Command::FlushCache(answer) => drop(answer.send(false)),
+                Command::Shutdown { done, .. } => drop(done.send(())),
+                Command::Wake | Command::AbortAll => {}
+            }
+        }
+    }
+}
+
+/// Commits the chosen token, if there is one, and gives the mask for the next position; `None` when nothing may follow.
+/// A panic in a constraint is an error of its request.
+fn next_mask(constraint: &mut dyn Constraint, chosen: Option<u32>, mask_words: usize) -> Result<Option<Arc<[u32]>>, String> {
+    let call = AssertUnwindSafe(|| {
+        if let Some(token_id) = chosen {
+            constraint.commit(token_id)?;
+        }
+        let mut mask = vec![u32::MAX; mask_words];
+        let goes_on = constraint.fill_mask(&mut mask)?;
+        Ok(goes_on.then(|| mask.into()))
+    });
+    catch_unwind(call).unwrap_or_else(|panic| Err(format!("it panicked: {}", panic_message(&*panic))))
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let owned = panic.downcast_ref::<String>().map(String::as_str);
+    owned.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a message")
+}

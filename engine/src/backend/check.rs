@@ -165,6 +165,7 @@ mod tests {
                     block_table: Arc::from([1]),
                 },
             ],
+            carried_tokens: vec![],
             lora_segments: vec![LoraSegment {
                 adapter: AdapterHandle(9),
                 row_start: 1,

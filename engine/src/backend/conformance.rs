@@ -482,6 +482,7 @@ fn one_row() -> StepBatch {
             context_len: 1,
             block_table: Arc::from([0]),
         }],
+        carried_tokens: vec![],
         lora_segments: vec![],
         samples: vec![SampleRow {
             row: 0,
