@@ -2,4 +2,6 @@
 //! CUDA kernels; [`reference`] says plainly what each of them computes.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod reference;

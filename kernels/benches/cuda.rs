@@ -1,0 +1,608 @@
+//! The CUDA kernels on the shapes of Llama-3.1-8B, each against the roof that its header names.
+//!
+//! `cargo bench -p polylora-kernels --features cuda --bench cuda [-- FILTER]`
+//!
+//! What is timed are graphs of all 32 layers, each with its own weights, cache and adapters: every byte is as cold as in a decode step.
+//! Median, p10 and p90 of repeated replays on random data; correctness is `tests/cuda`'s. Shares are of a copy and of a large GEMM, measured
+//! first by this program.
+
+use std::sync::Arc;
+
+use bytemuck::{Pod, bytes_of};
+use half::bf16;
+use polylora_kernels::cuda::{
+    CudaError, Device, DeviceBuffer, Event, Kernels, Stream, View,
+    activation::Gate,
+    attention_decode::{AttentionDecode, AttentionDecodeArgs},
+    attention_prefill::{AttentionPrefill, AttentionPrefillArgs, PrefillTile},
+    gemm::{Gemm, GemmArgs, GemmOutput},
+    lora::{ExpandInto, ItemRows, Lora, LoraDescriptor, LoraItem, LoraItems, RANK_TILE, Shrunk},
+    rms_norm::RmsNormArgs,
+    rope_kv::{HeadShape, RopeKvArgs},
+    sampling::{MAX_TOP, SampleEdit, SampleParams, SampleResult, SamplingArgs, flags},
+};
+
+const HIDDEN: usize = 4096;
+const FFN: usize = 14336;
+const LAYERS: usize = 32;
+const VOCAB: usize = 128_256;
+const SHAPE: HeadShape = HeadShape {
+    num_heads: 32,
+    num_kv_heads: 8,
+    head_dim: 128,
+    block_size: 16,
+};
+
+/// A group of projections that share their input.
+struct Group {
+    name: &'static str,
+    d_in: usize,
+    d_out: &'static [usize],
+    f32_output: bool,
+}
+
+const GROUPS: [Group; 4] = [
+    Group {
+        name: "qkv",
+        d_in: HIDDEN,
+        d_out: &[4096, 1024, 1024],
+        f32_output: false,
+    },
+    Group {
+        name: "o",
+        d_in: 4096,
+        d_out: &[HIDDEN],
+        f32_output: true,
+    },
+    Group {
+        name: "gate_up",
+        d_in: HIDDEN,
+        d_out: &[FFN, FFN],
+        f32_output: false,
+    },
+    Group {
+        name: "down",
+        d_in: FFN,
+        d_out: &[HIDDEN],
+        f32_output: true,
+    },
+];
+
+impl Group {
+    fn width(&self) -> usize {
+        self.d_out.iter().sum()
+    }
+}
+
+struct Bench {
+    device: Arc<Device>,
+    stream: Stream,
+    kernels: Kernels,
+    copy_bytes_per_second: f64,
+}
+
+fn main() {
+    let filter = std::env::args().skip(1).find(|argument| argument != "--bench").unwrap_or_default();
+    let device = Device::open(0).expect("this bench needs a CUDA device");
+    let stream = Stream::new(&device).expect("a stream");
+    let kernels = Kernels::load(&device).expect("the kernels load");
+    let mut bench = Bench {
+        device,
+        stream,
+        kernels,
+        copy_bytes_per_second: 0.0,
+    };
+    bench.copy_bytes_per_second = bench.copy_roof();
+    println!("{}, copy {:.2} TB/s", bench.device.info().name, bench.copy_bytes_per_second / 1e12);
+    type Family = (&'static str, fn(&Bench));
+    let families: [Family; 6] = [
+        ("gemm", Bench::gemm),
+        ("lora", Bench::lora),
+        ("decode", Bench::attention_decode),
+        ("prefill", Bench::attention_prefill),
+        ("elementwise", Bench::elementwise),
+        ("sampling", Bench::sampling),
+    ];
+    for (name, run) in families {
+        if name.contains(&filter) {
+            println!("{name}");
+            run(&bench);
+        }
+    }
+}
+
+impl Bench {
+    fn random(&self, len: usize, seed: u64, half_width: f32) -> DeviceBuffer<bf16> {
+        let buffer = DeviceBuffer::uninit(&self.device, len).expect("memory");
+        self.kernels
+            .random_fill
+            .launch(&self.stream, buffer.view(), seed, 0.0, half_width)
+            .expect("fill");
+        buffer
+    }
+
+    fn zeros<T: Pod>(&self, len: usize) -> DeviceBuffer<T> {
+        DeviceBuffer::zeroed(&self.stream, len).expect("memory")
+    }
+
+    /// Milliseconds of one replay of what `enqueue` puts on the stream: median, p10, p90.
+    fn time(&self, enqueue: impl FnMut() -> Result<(), CudaError>) -> [f64; 3] {
+        self.time_repeats(30, enqueue)
+    }
+
+    fn time_repeats(&self, repeats: usize, enqueue: impl FnMut() -> Result<(), CudaError>) -> [f64; 3] {
+        let graph = self.stream.capture(enqueue).expect("capture");
+        let events: Vec<Event> = (0..=repeats).map(|_| Event::new(&self.device, true).expect("event")).collect();
+        for _ in 0..3 {
+            self.stream.launch_graph(&graph).expect("launch");
+        }
+        for event in &events {
+            event.record(&self.stream).expect("record");
+            self.stream.launch_graph(&graph).expect("launch");
+        }
+        self.stream.synchronize().expect("no kernel fails");
+        let mut times: Vec<f64> = events
+            .windows(2)
+            .map(|pair| f64::from(pair[1].milliseconds_since(&pair[0]).expect("done")))
+            .collect();
+        times.sort_by(f64::total_cmp);
+        [times[times.len() / 2], times[times.len() / 10], times[times.len() * 9 / 10]]
+    }
+
+    fn copy_roof(&self) -> f64 {
+        let len = 1usize << 30;
+        let (from, to) = (self.random(len, 1, 1.0), self.zeros::<bf16>(len));
+        let [ms, ..] = self.time_repeats(10, || self.stream.copy_on_device(to.view(), from.view()));
+        4.0 * len as f64 / (ms / 1e3)
+    }
+
+    /// A line: time, bytes moved, share of the copy roof.
+    fn report(&self, what: &str, [ms, p10, p90]: [f64; 3], bytes: f64) {
+        let floor = bytes / self.copy_bytes_per_second * 1e3;
+        println!(
+            "  {what:<44} {ms:8.4} ms (p10 {p10:.4}, p90 {p90:.4})  {:7.1} MB  {:6.0} GB/s  {:5.1} % of copy",
+            bytes / 1e6,
+            bytes / ms / 1e6,
+            floor / ms * 100.0
+        );
+    }
+
+    /// cuBLASLt with tuned algorithms, every layer's own weights: what the engine can hope for.
+    fn gemm(&self) {
+        let weights: Vec<Vec<DeviceBuffer<bf16>>> = GROUPS
+            .iter()
+            .map(|group| {
+                (0..LAYERS)
+                    .map(|layer| self.random(group.width() * group.d_in, layer as u64, 0.02))
+                    .collect()
+            })
+            .collect();
+        let head = self.random(VOCAB * HIDDEN, 99, 0.02);
+        for m in [1, 8, 32, 64, 128, 256, 2048] {
+            let mut gemm = Gemm::new(&self.device).expect("cuBLASLt");
+            let mut total = 0.0;
+            for (group, weights) in GROUPS.iter().zip(&weights) {
+                let (k, n) = (group.d_in, group.width());
+                let x = self.random(m * k, 5, 1.0);
+                let (y16, y32) = (self.zeros::<bf16>(m * n), self.zeros::<f32>(m * n));
+                let y = if group.f32_output {
+                    GemmOutput::AddF32(y32.view())
+                } else {
+                    GemmOutput::Bf16(y16.view())
+                };
+                let args = |w| GemmArgs {
+                    x: x.view(),
+                    w,
+                    bias: None,
+                    y,
+                    m,
+                    n,
+                    k,
+                };
+                let views: Vec<View<'_, bf16>> = weights.iter().map(DeviceBuffer::view).collect();
+                gemm.tune(&self.stream, &args(views[0]), &views).expect("tune");
+                let times = self.time_repeats(10, || views.iter().try_for_each(|w| gemm.launch(&self.stream, &args(*w))));
+                total += times[0];
+                let bytes = (LAYERS * (n * k + m * k + m * n) * 2) as f64;
+                let flops = (LAYERS * 2 * m * n * k) as f64;
+                self.report(&format!("{} m={m} ({:.0} TFLOP/s)", group.name, flops / times[0] / 1e9), times, bytes);
+            }
+            let x = self.random(m.min(256) * HIDDEN, 5, 1.0);
+            let rows = m.min(256);
+            let y = self.zeros::<f32>(rows * VOCAB);
+            let args = GemmArgs {
+                x: x.view(),
+                w: head.view(),
+                bias: None,
+                y: GemmOutput::F32(y.view()),
+                m: rows,
+                n: VOCAB,
+                k: HIDDEN,
+            };
+            gemm.tune(&self.stream, &args, &[head.view()]).expect("tune");
+            let times = self.time_repeats(10, || gemm.launch(&self.stream, &args));
+            total += times[0];
+            self.report(&format!("lm_head m={rows}"), times, (VOCAB * HIDDEN * 2 + rows * VOCAB * 4) as f64);
+            println!("  all GEMMs of a step, m={m}: {total:.3} ms");
+        }
+    }
+
+    fn lora(&self) {
+        self.lora_case("64 rows, an adapter each", 64, 64, 16, ItemRows::UpTo8);
+        self.lora_case("64 rows sharing one", 64, 1, 16, ItemRows::UpTo8);
+        self.lora_case("1 row", 1, 1, 16, ItemRows::UpTo8);
+        self.lora_case("8 rows, an adapter each", 8, 8, 16, ItemRows::UpTo8);
+        self.lora_case("256 rows over 64", 256, 64, 16, ItemRows::UpTo8);
+        self.lora_case("256 rows over 8", 256, 8, 16, ItemRows::UpTo8);
+        self.lora_case("32 rows, an adapter each, rank 64", 32, 32, 64, ItemRows::UpTo8);
+        self.lora_case("2048 prefill rows over 8", 2048, 8, 16, ItemRows::UpTo64);
+        self.lora_case("2048 prefill rows over 8, rank 64", 2048, 8, 64, ItemRows::UpTo64);
+        self.lora_case("64 rows, an adapter each, naive", 64, 64, 16, ItemRows::Naive);
+    }
+
+    fn lora_case(&self, what: &str, rows: usize, num_adapters: usize, rank: usize, variant: ItemRows) {
+        // Adapters as an engine has them: one block of memory each, with a table of descriptors per layer and group.
+        let table_len = LAYERS * GROUPS.len();
+        let len: usize = GROUPS
+            .iter()
+            .map(|group| LAYERS * rank * (group.d_out.len() * group.d_in + group.width()))
+            .sum();
+        let adapters: Vec<(DeviceBuffer<bf16>, DeviceBuffer<LoraDescriptor>)> = (0..num_adapters)
+            .map(|adapter| {
+                let weights = self.random(len, adapter as u64, 0.05);
+                let mut table = vec![LoraDescriptor::default(); table_len];
+                let mut address = weights.view().address();
+                for (index, descriptor) in table.iter_mut().enumerate() {
+                    let group = &GROUPS[index % GROUPS.len()];
+                    descriptor.a = address;
+                    address += (group.d_out.len() * rank * group.d_in * 2) as u64;
+                    for (slice, d_out) in group.d_out.iter().enumerate() {
+                        descriptor.b_t[slice] = address;
+                        descriptor.lora_rank[slice] = rank as u16;
+                        descriptor.scaling[slice] = 1.0;
+                        address += (rank * d_out * 2) as u64;
+                    }
+                    descriptor.rank_total = (group.d_out.len() * rank) as u16;
+                }
+                (weights, self.stream.upload(&table).expect("memory"))
+            })
+            .collect();
+        let segment = rows / num_adapters;
+        let tile = variant.max_rows().min(segment);
+        let expand_items: Vec<LoraItem> = (0..rows)
+            .step_by(tile)
+            .map(|row| LoraItem {
+                descriptors: adapters[row / segment].1.view().address(),
+                row_start: row as u32,
+                num_rows: tile.min(segment - row % segment) as u16,
+                rank_tile: 0,
+            })
+            .collect();
+        let expand = self.stream.upload(&expand_items).expect("memory");
+        let num_expand = self.stream.upload(&[expand_items.len() as u32]).expect("memory");
+        let shrinks: Vec<(DeviceBuffer<LoraItem>, DeviceBuffer<u32>, usize)> = GROUPS
+            .iter()
+            .map(|group| {
+                let tiles = (group.d_out.len() * rank).div_ceil(RANK_TILE);
+                let items: Vec<LoraItem> = expand_items
+                    .iter()
+                    .flat_map(|item| {
+                        (0..tiles).map(|rank_tile| LoraItem {
+                            rank_tile: rank_tile as u16,
+                            ..*item
+                        })
+                    })
+                    .collect();
+                (
+                    self.stream.upload(&items).expect("memory"),
+                    self.stream.upload(&[items.len() as u32]).expect("memory"),
+                    items.len(),
+                )
+            })
+            .collect();
+        let v_stride = 3 * rank;
+        let v = self.zeros::<f32>(14 * rows * v_stride);
+        let xs: Vec<DeviceBuffer<bf16>> = GROUPS.iter().map(|group| self.random(rows * group.d_in, 3, 1.0)).collect();
+        let y16 = self.zeros::<bf16>(rows * 2 * FFN);
+        let y32 = self.zeros::<f32>(rows * HIDDEN);
+        let max_splits = if variant == ItemRows::UpTo64 { 4 } else { 14 };
+        let one = |group_idx: usize, layer: usize, shrink: bool, widen: bool| -> Result<(), CudaError> {
+            let group = &GROUPS[group_idx];
+            let shrunk = Shrunk {
+                v: v.view(),
+                num_splits: Lora::num_splits(group.d_in, max_splits),
+                split_rows: rows,
+                v_stride,
+            };
+            let descriptor_offset = ((layer * GROUPS.len() + group_idx) * 64) as u32;
+            let most = 16 * self.device.num_multiprocessors();
+            if shrink {
+                let (items, num_items, count) = &shrinks[group_idx];
+                let grid = ((count * shrunk.num_splits) as u32).min(most);
+                let work = LoraItems {
+                    items: items.view(),
+                    num_items: num_items.view(),
+                    rows: variant,
+                    descriptor_offset,
+                    grid,
+                };
+                self.kernels
+                    .lora
+                    .launch_shrink(&self.stream, work, xs[group_idx].view(), group.d_in, shrunk)?;
+            }
+            if widen {
+                let grid = ((expand_items.len() * Lora::column_tiles(group.d_out)) as u32).min(most);
+                let work = LoraItems {
+                    items: expand.view(),
+                    num_items: num_expand.view(),
+                    rows: variant,
+                    descriptor_offset,
+                    grid,
+                };
+                let y = if group.f32_output {
+                    ExpandInto::F32(y32.view())
+                } else {
+                    ExpandInto::Bf16(y16.view())
+                };
+                self.kernels.lora.launch_expand(&self.stream, work, shrunk, y, group.d_out)?;
+            }
+            Ok(())
+        };
+        let bytes_of_group = |group: &Group, shrink: bool, widen: bool| {
+            let weights = num_adapters * rank * 2;
+            let y_bytes = if group.f32_output { 8 } else { 4 };
+            let shrink_bytes = weights * group.d_out.len() * group.d_in + rows * group.d_in * 2;
+            let expand_bytes = weights * group.width() + rows * group.width() * y_bytes;
+            (LAYERS * (usize::from(shrink) * shrink_bytes + usize::from(widen) * expand_bytes)) as f64
+        };
+        println!("  {what}");
+        let repeats = if variant == ItemRows::Naive { 3 } else { 30 };
+        for (group_idx, group) in GROUPS.iter().enumerate() {
+            for (name, shrink, widen) in [("shrink", true, false), ("expand", false, true)] {
+                let times = self.time_repeats(repeats, || (0..LAYERS).try_for_each(|layer| one(group_idx, layer, shrink, widen)));
+                self.report(
+                    &format!("  {name} {} x {LAYERS}", group.name),
+                    times,
+                    bytes_of_group(group, shrink, widen),
+                );
+            }
+        }
+        let times = self.time_repeats(repeats, || {
+            (0..LAYERS).try_for_each(|layer| (0..GROUPS.len()).try_for_each(|group| one(group, layer, true, true)))
+        });
+        self.report(
+            "  all of a step",
+            times,
+            GROUPS.iter().map(|group| bytes_of_group(group, true, true)).sum(),
+        );
+        let _ = bytes_of(&expand_items[0]);
+    }
+
+    fn attention_decode(&self) {
+        for (rows, context) in [(1, 192), (8, 192), (64, 192), (256, 192), (1, 8192), (16, 4096)] {
+            let blocks = context / 16;
+            let num_blocks = rows * blocks;
+            let layers = LAYERS.min((16usize << 30) / (num_blocks * SHAPE.block_len() * 4));
+            let caches: Vec<[DeviceBuffer<bf16>; 2]> = (0..layers)
+                .map(|layer| [0, 1].map(|kv| self.random(num_blocks * SHAPE.block_len(), 2 * layer as u64 + kv, 1.0)))
+                .collect();
+            let q = self.random(rows * SHAPE.qkv_width(), 7, 0.1);
+            let out = self.zeros::<bf16>(rows * HIDDEN);
+            // Blocks of one sequence lie apart, as in use.
+            let tables: Vec<u32> = (0..rows)
+                .flat_map(|row| (0..blocks).map(move |block| (block * rows + row) as u32))
+                .collect();
+            let tables = self.stream.upload(&tables).expect("memory");
+            let starts = self
+                .stream
+                .upload(&(0..rows).map(|row| (row * blocks) as u32).collect::<Vec<_>>())
+                .expect("memory");
+            let lens = self.stream.upload(&vec![context as u32; rows]).expect("memory");
+            let max_splits = AttentionDecode::splits_for(&SHAPE, rows, self.device.num_multiprocessors());
+            let partial = self.zeros::<f32>(AttentionDecode::partial_len(&SHAPE, rows, max_splits));
+            let counters = self.zeros::<u32>(rows * SHAPE.num_kv_heads);
+            let times = self.time(|| {
+                caches.iter().try_for_each(|[k, v]| {
+                    let args = AttentionDecodeArgs {
+                        shape: SHAPE,
+                        out: out.view(),
+                        q: q.view(),
+                        q_stride: SHAPE.qkv_width(),
+                        k_cache: k.view(),
+                        v_cache: v.view(),
+                        context_lens: lens.view(),
+                        block_table_starts: starts.view(),
+                        block_tables: tables.view(),
+                        partial: partial.view(),
+                        counters: counters.view(),
+                        sequences: rows,
+                        max_splits,
+                        window: None,
+                        scale: 0.088,
+                    };
+                    self.kernels.attention_decode.launch(&self.stream, &args)
+                })
+            });
+            let bytes = (layers * rows * context * SHAPE.num_kv_heads * 128 * 4) as f64;
+            self.report(&format!("{rows} rows, context {context}, {max_splits} splits, x {layers}"), times, bytes);
+        }
+    }
+
+    fn attention_prefill(&self) {
+        for (sequences, chunk) in [(1, 2048), (8, 256), (1, 8192)] {
+            let rows = sequences * chunk;
+            let blocks = chunk / 16;
+            let cache = [0, 1].map(|kv| self.random(sequences * blocks * SHAPE.block_len(), kv, 1.0));
+            let q = self.random(rows * SHAPE.qkv_width(), 7, 0.1);
+            let out = self.zeros::<bf16>(rows * HIDDEN);
+            let tables = self.stream.upload(&(0..(sequences * blocks) as u32).collect::<Vec<_>>()).expect("memory");
+            let tile_rows = AttentionPrefill::tile_rows(&SHAPE);
+            let tiles: Vec<PrefillTile> = (0..rows)
+                .step_by(tile_rows)
+                .map(|row| PrefillTile {
+                    row_start: row as u32,
+                    num_rows: tile_rows as u32,
+                    position: (row % chunk) as u32,
+                    block_table_start: (row / chunk * blocks) as u32,
+                })
+                .collect();
+            let tiles = self.stream.upload(&tiles).expect("memory");
+            let layers = 8;
+            let times = self.time(|| {
+                (0..layers).try_for_each(|_| {
+                    let args = AttentionPrefillArgs {
+                        shape: SHAPE,
+                        out: out.view(),
+                        q: q.view(),
+                        q_stride: SHAPE.qkv_width(),
+                        k_cache: cache[0].view(),
+                        v_cache: cache[1].view(),
+                        tiles: tiles.view(),
+                        block_tables: tables.view(),
+                        window: None,
+                        scale: 0.088,
+                    };
+                    self.kernels.attention_prefill.launch(&self.stream, &args)
+                })
+            });
+            let flops = layers as f64 * sequences as f64 * 2.0 * 4096.0 * (chunk * (chunk + 1)) as f64;
+            println!(
+                "  {sequences} x {chunk} rows: {:.4} ms a layer, {:.0} TFLOP/s, {:.2} ms for {LAYERS} layers",
+                times[0] / f64::from(layers),
+                flops / times[0] / 1e9,
+                times[0] / f64::from(layers) * LAYERS as f64
+            );
+        }
+    }
+
+    fn elementwise(&self) {
+        for rows in [1, 64, 256, 2048] {
+            let residual = self.zeros::<f32>(rows * HIDDEN);
+            let weight = self.random(HIDDEN, 1, 1.0);
+            let (x, y) = (self.random(rows * HIDDEN, 1, 1.0), self.zeros::<bf16>(rows * HIDDEN));
+            for (name, with_x) in [("rms_norm", false), ("add_rms_norm", true)] {
+                let args = RmsNormArgs {
+                    residual: residual.view(),
+                    x: with_x.then(|| x.view()),
+                    weight: weight.view(),
+                    y: y.view(),
+                    gather: None,
+                    rows,
+                    eps: 1e-5,
+                };
+                let times = self.time(|| (0..LAYERS).try_for_each(|_| self.kernels.rms_norm.launch(&self.stream, &args)));
+                self.report(
+                    &format!("{name} {rows} rows x {LAYERS}"),
+                    times,
+                    (LAYERS * rows * HIDDEN * if with_x { 12 } else { 6 }) as f64,
+                );
+            }
+            let gate_up = self.random(rows * 2 * FFN, 1, 1.0);
+            let act = self.zeros::<bf16>(rows * FFN);
+            let times = self.time(|| {
+                (0..LAYERS).try_for_each(|_| {
+                    self.kernels
+                        .activation
+                        .launch(&self.stream, Gate::Silu, gate_up.view(), act.view(), rows, FFN)
+                })
+            });
+            self.report(&format!("silu_mul {rows} rows x {LAYERS}"), times, (LAYERS * rows * FFN * 6) as f64);
+            let qkv = self.random(rows * SHAPE.qkv_width(), 1, 1.0);
+            let cache = [0, 1].map(|_| self.zeros::<bf16>(rows.div_ceil(16) * SHAPE.block_len()));
+            let positions = self.stream.upload(&(0..rows as u32).collect::<Vec<_>>()).expect("memory");
+            let cos_sin = self.stream.upload(&vec![[0.6f32, 0.8]; 2048 * 64]).expect("memory");
+            let args = RopeKvArgs {
+                shape: SHAPE,
+                qkv: qkv.view(),
+                positions: positions.view(),
+                kv_slots: positions.view(),
+                cos_sin: cos_sin.view(),
+                qk_norm: None,
+                k_cache: cache[0].view(),
+                v_cache: cache[1].view(),
+                rows,
+                eps: 1e-5,
+            };
+            let times = self.time(|| (0..LAYERS).try_for_each(|_| self.kernels.rope_kv.launch(&self.stream, &args)));
+            self.report(
+                &format!("rope_kv {rows} rows x {LAYERS}"),
+                times,
+                (LAYERS * rows * 128 * 2 * (2 * 32 + 4 * 8)) as f64,
+            );
+        }
+    }
+
+    fn sampling(&self) {
+        let greedy = SampleParams {
+            flags: flags::CHOOSE,
+            top_p: 1.0,
+            repetition_penalty: 1.0,
+            ..SampleParams::default()
+        };
+        let plain = SampleParams {
+            temperature: 0.8,
+            u: 0.5,
+            ..greedy
+        };
+        let cases = [
+            ("greedy", greedy),
+            ("temperature", plain),
+            ("top-k 50", SampleParams { top_k: 50, ..plain }),
+            (
+                "top-k 50, top-p 0.9",
+                SampleParams {
+                    top_k: 50,
+                    top_p: 0.9,
+                    ..plain
+                },
+            ),
+            ("top-p 0.9", SampleParams { top_p: 0.9, ..plain }),
+            (
+                "greedy, 20 log-probabilities",
+                SampleParams {
+                    flags: flags::CHOOSE | flags::OUTPUT_LOGPROB,
+                    num_top: 20,
+                    ..greedy
+                },
+            ),
+        ];
+        for rows in [1, 64, 256] {
+            // Peaked, as a model's logits are: a few large ones over a broad floor.
+            let mut state = 1u64;
+            let host: Vec<f32> = (0..rows * VOCAB)
+                .map(|i| {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    let x = (state >> 40) as f32 / (1u64 << 24) as f32;
+                    x * 4.0 + if i % 997 == 0 { 12.0 * x } else { 0.0 }
+                })
+                .collect();
+            let logits = self.stream.upload(&host).expect("memory");
+            let results = self.zeros::<SampleResult>(rows);
+            let edits = self.zeros::<SampleEdit>(1);
+            let (masks, chosen, top_ids, top_logprobs) = (
+                self.zeros::<u32>(1),
+                self.zeros::<u32>(rows),
+                self.zeros::<u32>(rows * MAX_TOP),
+                self.zeros::<f32>(rows * MAX_TOP),
+            );
+            for (name, params) in cases {
+                let params: Vec<SampleParams> = (0..rows).map(|row| SampleParams { slot: row as u32, ..params }).collect();
+                let params = self.stream.upload(&params).expect("memory");
+                let args = SamplingArgs {
+                    logits: logits.view(),
+                    params: params.view(),
+                    edits: edits.view(),
+                    masks: masks.view(),
+                    results: results.view(),
+                    top_ids: top_ids.view(),
+                    top_logprobs: top_logprobs.view(),
+                    chosen: chosen.view(),
+                    rows,
+                    vocab: VOCAB,
+                };
+                let times = self.time(|| self.kernels.sampling.launch(&self.stream, &args));
+                self.report(&format!("{name}, {rows} rows"), times, (rows * VOCAB * 4) as f64);
+            }
+        }
+    }
+}

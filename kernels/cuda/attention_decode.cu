@@ -1,0 +1,215 @@
+// attention_decode.cu   o[s,h,:] = softmax(scale · q[s,h]·K[0..len)ᵀ) · V[0..len)   one query row a sequence, paged K and V
+//                       Source: online softmax arXiv:1805.02867, split over K and V arXiv:2311.01282, pages arXiv:2309.06180
+// Shapes  q [S, q_stride] bf16 (head h at h·D); k, v [num_blocks, KV, block_size, D] bf16; context_lens [S] (0: the row is left alone);
+//         block_table_starts [S], block_tables: block of positions p of sequence s is block_tables[starts[s] + p / block_size];
+//         out [S, H·D] bf16; partial [S, H, max_splits, D + 2] f32 and counters [S, KV] u32 (all 0, left 0) when max_splits > 1
+// Launch  grid (KV, S, max_splits), block 128: a block serves the H/KV query heads that share a K/V head and one split of the positions; the last
+//         block of a (sequence, K/V head) to finish merges the splits, in their order
+// Cost    bytes 4·KV·D·Σ len, flops 4·H·D·Σ len: bandwidth is the roof
+// Limits  D in {64, 96, 128, 256}; H/KV <= 16; block_size % 16 == 0
+// Variants heads8 for H/KV <= 8 (half of the registers), heads16
+#include "common.cuh"
+
+struct DecodeArgs {
+  bf16* out;
+  const bf16* q;
+  const bf16* k;
+  const bf16* v;
+  const uint32_t* context_lens;
+  const uint32_t* block_table_starts;
+  const uint32_t* block_tables;
+  float* partial;
+  uint32_t* counters;
+  int q_stride;
+  int num_heads;
+  int num_kv_heads;
+  int block_size;
+  int max_splits;
+  int min_split;  // positions below which a split is not worth its merge; % 64 == 0
+  int window;     // 0: none
+  float scale;
+};
+
+// Each of 4 warps takes groups of 16 positions in turn: 16 x 16 scores by K fragments that come straight from memory (permuted k), then
+// probabilities as the left operand against V, whose rows are loaded 16 bytes wide and transposed in registers. Nothing passes through shared
+// memory until the four warps' results are merged.
+template <int D, bool heads8>
+DEVICE void decode(const DecodeArgs& p) {
+  constexpr int CHUNKS = D / 32;
+  constexpr int ROWS = heads8 ? 8 : 16;
+  __shared__ float shared_o[ROWS][D + 4];
+  __shared__ float shared_max[4][ROWS], shared_sum[4][ROWS];
+  __shared__ bool is_last;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int kv_head = blockIdx.x, sequence = blockIdx.y, split = blockIdx.z;
+  const int group = p.num_heads / p.num_kv_heads;
+  const int len = (int)p.context_lens[sequence];
+  const uint32_t* block_table = p.block_tables + p.block_table_starts[sequence];
+  const int first = p.window > 0 && len > p.window ? (len - p.window) & ~15 : 0;
+  const int visible_from = p.window > 0 && len > p.window ? len - p.window : 0;
+  int per_split = ((len - first + p.max_splits - 1) / p.max_splits + 63) & ~63;
+  if (per_split < p.min_split) per_split = p.min_split;
+  const int num_splits = (len - first + per_split - 1) / per_split;
+  const int begin = first + split * per_split;
+  const int end = min(len, begin + per_split);
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  if (begin >= end) return;
+
+  uint4 q_low[CHUNKS], q_high[CHUNKS];
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++) {
+    const bf16* q = p.q + (int64_t)sequence * p.q_stride + (int64_t)kv_head * group * D + c * 32 + t * 8;
+    q_low[c] = g < group ? load_16(q + g * D) : zero_16();
+    q_high[c] = !heads8 && g + 8 < group ? load_16(q + (g + 8) * D) : zero_16();
+  }
+  const float scale_log2 = p.scale * 1.4426950408889634f;
+  float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {};
+  float o[CHUNKS][4][4] = {};
+  for (int position = begin + warp * 16; position < end; position += 64) {
+    const uint32_t block = block_table[position / p.block_size];
+    const int64_t base = (((int64_t)block * p.num_kv_heads + kv_head) * p.block_size + position % p.block_size) * D;
+    uint4 keys[2][CHUNKS], values[2][CHUNKS];
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      const bool valid = position + n * 8 + g < end;
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) keys[n][c] = valid ? load_stream_16(p.k + base + (int64_t)(n * 8 + g) * D + c * 32 + t * 8) : zero_16();
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) values[n][c] = valid ? load_stream_16(p.v + base + (int64_t)(n * 8 + g) * D + c * 32 + t * 8) : zero_16();
+    }
+    float s[2][4] = {};
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) {
+        mma_bf16(s[n], q_low[c].x, q_high[c].x, q_low[c].y, q_high[c].y, keys[n][c].x, keys[n][c].y);
+        mma_bf16(s[n], q_low[c].z, q_high[c].z, q_low[c].w, q_high[c].w, keys[n][c].z, keys[n][c].w);
+      }
+    }
+    // Row g (and g+8): positions 2t, 2t+1 of each half of the 16.
+    uint32_t weights[4] = {};
+#pragma unroll
+    for (int half = 0; half < (heads8 ? 1 : 2); half++) {
+      float x[4], peak = row_max[half];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int at = position + (i / 2) * 8 + 2 * t + i % 2;
+        x[i] = at < end && at >= visible_from ? s[i / 2][2 * half + i % 2] * scale_log2 : -INFINITY;
+        peak = fmaxf(peak, x[i]);
+      }
+      peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 1));
+      peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 2));
+      const float reference = peak == -INFINITY ? 0.f : peak;
+      const float keep = exp2f(row_max[half] - reference);
+      row_max[half] = peak;
+      float sum = 0.f;
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        x[i] = exp2f(x[i] - reference);
+        sum += x[i];
+      }
+      row_sum[half] = row_sum[half] * keep + sum;
+      weights[half] = pack_bf16(x[0], x[1]);
+      weights[half + 2] = pack_bf16(x[2], x[3]);
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          o[c][j][2 * half] *= keep;
+          o[c][j][2 * half + 1] *= keep;
+        }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+      const uint32_t low[4] = {values[0][c].x, values[0][c].y, values[0][c].z, values[0][c].w};
+      const uint32_t high[4] = {values[1][c].x, values[1][c].y, values[1][c].z, values[1][c].w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) mma_bf16(o[c][j], weights[0], weights[1], weights[2], weights[3], transpose_8x8(low[j]), transpose_8x8(high[j]));
+    }
+  }
+
+  // Merge of the four warps, in their order.
+#pragma unroll
+  for (int half = 0; half < (heads8 ? 1 : 2); half++) {
+    row_sum[half] += __shfl_xor_sync(0xffffffffu, row_sum[half], 1);
+    row_sum[half] += __shfl_xor_sync(0xffffffffu, row_sum[half], 2);
+    if (t == 0) {
+      shared_max[warp][half * 8 + g] = row_max[half];
+      shared_sum[warp][half * 8 + g] = row_sum[half];
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < 4; w++) {
+    if (warp == w) {
+#pragma unroll
+      for (int half = 0; half < (heads8 ? 1 : 2); half++) {
+        const int row = half * 8 + g;
+        const float peak = fmaxf(fmaxf(shared_max[0][row], shared_max[1][row]), fmaxf(shared_max[2][row], shared_max[3][row]));
+        const float factor = row_max[half] == -INFINITY ? 0.f : exp2f(row_max[half] - peak);
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+#pragma unroll
+          for (int i = 0; i < 8; i++) {
+            float* cell = &shared_o[row][c * 32 + t * 8 + i];
+            const float value = o[c][i / 2][2 * half + i % 2] * factor;
+            *cell = w == 0 ? value : *cell + value;
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  float* partial = p.partial + ((int64_t)sequence * p.num_heads + (int64_t)kv_head * group) * p.max_splits * (D + 2);
+  for (int i = threadIdx.x; i < group * (D / 2); i += 128) {
+    const int row = i / (D / 2), column = i % (D / 2) * 2;
+    float peak = -INFINITY, sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < 4; w++) peak = fmaxf(peak, shared_max[w][row]);
+#pragma unroll
+    for (int w = 0; w < 4; w++) sum += shared_max[w][row] == -INFINITY ? 0.f : shared_sum[w][row] * exp2f(shared_max[w][row] - peak);
+    const float a = shared_o[row][column], b = shared_o[row][column + 1];
+    if (num_splits == 1) {
+      *reinterpret_cast<uint32_t*>(p.out + ((int64_t)sequence * p.num_heads + kv_head * group + row) * D + column) = pack_bf16(a / sum, b / sum);
+    } else {
+      float* to = partial + ((int64_t)row * p.max_splits + split) * (D + 2);
+      *reinterpret_cast<float2*>(to + column) = make_float2(a, b);
+      if (column == 0) *reinterpret_cast<float2*>(to + D) = make_float2(peak, sum);
+    }
+  }
+  if (num_splits == 1) return;
+
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) is_last = atomicAdd(p.counters + (int64_t)sequence * p.num_kv_heads + kv_head, 1u) == (uint32_t)num_splits - 1;
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  if (threadIdx.x == 0) p.counters[(int64_t)sequence * p.num_kv_heads + kv_head] = 0;
+  for (int i = threadIdx.x; i < group * (D / 2); i += 128) {
+    const int row = i / (D / 2), column = i % (D / 2) * 2;
+    const volatile float* from = partial + (int64_t)row * p.max_splits * (D + 2);
+    float peak = -INFINITY;
+    for (int s = 0; s < num_splits; s++) peak = fmaxf(peak, from[s * (D + 2) + D]);
+    float sum = 0.f, a = 0.f, b = 0.f;
+    for (int s = 0; s < num_splits; s++) {
+      const float split_max = from[s * (D + 2) + D];
+      const float factor = split_max == -INFINITY ? 0.f : exp2f(split_max - peak);
+      sum += factor * from[s * (D + 2) + D + 1];
+      a += factor * from[s * (D + 2) + column];
+      b += factor * from[s * (D + 2) + column + 1];
+    }
+    *reinterpret_cast<uint32_t*>(p.out + ((int64_t)sequence * p.num_heads + kv_head * group + row) * D + column) = pack_bf16(a / sum, b / sum);
+  }
+}
+
+#define DECODE_KERNEL(D)                                                                                                            \
+  KERNEL __launch_bounds__(128) attention_decode_d##D##_heads8(const __grid_constant__ DecodeArgs args) { decode<D, true>(args); } \
+  KERNEL __launch_bounds__(128) attention_decode_d##D##_heads16(const __grid_constant__ DecodeArgs args) { decode<D, false>(args); }
+DECODE_KERNEL(64)
+DECODE_KERNEL(96)
+DECODE_KERNEL(128)
+DECODE_KERNEL(256)

@@ -1,0 +1,56 @@
+// embedding.cu   x[t,:] = table[token(t),:] (+ scaling · A[:,token(t)]ᵀ · Bᵀ)   bf16 in, f32 out.   Source: PEFT's lora.Embedding
+// Shapes  table [vocab, hidden]; token_sources [rows] u32; adapters [rows] address of an EmbeddingAdapter or 0; out [rows, hidden]
+// Layout  row-major, rows 16-byte aligned; an adapter's A is token-major [vocab, lora_rank], its Bᵀ is [lora_rank, hidden]
+// Token   a source below 2^31 is a token id; otherwise its low 31 bits are an index into `chosen` (ids that the step before left on the device)
+// Launch  grid (rows), block 128
+// Cost    bytes rows · hidden · (2 + 4), + 2 · lora_rank · (hidden + 1) per row with an adapter; no arithmetic to speak of
+// Limits  hidden % 8 == 0; token ids below vocab (clamped: an id outside never reads outside)
+#include "common.cuh"
+
+struct EmbeddingAdapter {
+  const bf16* a;
+  const bf16* b_t;
+  uint32_t lora_rank;
+  float scaling;
+  uint32_t reserved[2];
+};
+static_assert(sizeof(EmbeddingAdapter) == 32, "written by the host");
+
+KERNEL __launch_bounds__(128) embedding(
+    float* out, const bf16* table, const uint32_t* token_sources, const uint32_t* chosen, const uint64_t* adapters, int hidden, uint32_t vocab) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  const int64_t row = blockIdx.x;
+  uint32_t token = token_sources[row];
+  if (token & 0x80000000u) token = chosen[token & 0x7fffffffu];
+  if (token >= vocab) token = vocab - 1;
+  const EmbeddingAdapter* adapter = reinterpret_cast<const EmbeddingAdapter*>(adapters[row]);
+  for (int column = threadIdx.x * 8; column < hidden; column += blockDim.x * 8) {
+    const uint4 packed = load_16(table + (int64_t)token * hidden + column);
+    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+    float values[8];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      values[2 * i] = low_bf16(words[i]);
+      values[2 * i + 1] = high_bf16(words[i]);
+    }
+    if (adapter != nullptr) {
+      float delta[8] = {};
+      for (uint32_t r = 0; r < adapter->lora_rank; r++) {
+        const float a = __bfloat162float(adapter->a[(int64_t)token * adapter->lora_rank + r]);
+        const uint4 b = load_16(adapter->b_t + (int64_t)r * hidden + column);
+        const uint32_t b_words[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          delta[2 * i] += a * low_bf16(b_words[i]);
+          delta[2 * i + 1] += a * high_bf16(b_words[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 8; i++) values[i] += adapter->scaling * delta[i];
+    }
+    float4* to = reinterpret_cast<float4*>(out + row * hidden + column);
+    to[0] = make_float4(values[0], values[1], values[2], values[3]);
+    to[1] = make_float4(values[4], values[5], values[6], values[7]);
+  }
+}

@@ -1,0 +1,363 @@
+//! Dense GEMMs by cuBLASLt: `y[m, n] = x[m, k] · w[n, k]ᵀ (+ bias)`, bf16 in, f32 sums, bf16 or f32 out, or accumulated into f32.
+//!
+//! Everything that a call needs is made once per shape and kept (a *plan*): descriptors, layouts, and the algorithm, which [`Gemm::tune`]
+//! picks by measuring cuBLASLt's candidates on the device.
+
+use std::{collections::HashMap, ffi::c_void, ptr, sync::Arc};
+
+use cudarc::cublaslt::sys::{self, cublasLtMatmulDescAttributes_t as DescAttribute, cublasStatus_t, cudaDataType_t};
+use half::bf16;
+
+use super::{CudaError, Device, DeviceBuffer, Event, Stream, View, require, require_len};
+
+const NAME: &str = "gemm";
+/// What NVIDIA recommends for Hopper; smaller cards do with less.
+const WORKSPACE_BYTES: usize = 32 << 20;
+/// Candidates that are timed.
+const MAX_CANDIDATES: usize = 12;
+
+fn check(call: &'static str, status: cublasStatus_t) -> Result<(), CudaError> {
+    match status {
+        cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
+        status => Err(CudaError::Cublas {
+            call,
+            status: format!("{status:?}"),
+        }),
+    }
+}
+
+macro_rules! cublas {
+    ($function:ident($($argument:expr),* $(,)?)) => {
+        // SAFETY: handles are live (their owners keep them), pointers are to locals or to device memory whose length the caller checked.
+        check(stringify!($function), unsafe { sys::$function($($argument),*) })
+    };
+}
+
+/// Bias of a GEMM, in the dtype of its output (cuBLASLt knows no other).
+#[derive(Clone, Copy)]
+pub enum GemmBias<'a> {
+    /// For [`GemmOutput::Bf16`].
+    Bf16(View<'a, bf16>),
+    /// For the others.
+    F32(View<'a, f32>),
+}
+
+/// y of a GEMM.
+#[derive(Clone, Copy)]
+pub enum GemmOutput<'a> {
+    /// Overwritten.
+    Bf16(View<'a, bf16>),
+    /// Overwritten.
+    F32(View<'a, f32>),
+    /// Added to.
+    AddF32(View<'a, f32>),
+}
+
+impl GemmOutput<'_> {
+    fn kind(self) -> OutputKind {
+        match self {
+            Self::Bf16(_) => OutputKind::Bf16,
+            Self::F32(_) => OutputKind::F32,
+            Self::AddF32(_) => OutputKind::AddF32,
+        }
+    }
+
+    fn address_and_len(self) -> (u64, usize) {
+        match self {
+            Self::Bf16(view) => (view.address(), view.len()),
+            Self::F32(view) | Self::AddF32(view) => (view.address(), view.len()),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum OutputKind {
+    Bf16,
+    F32,
+    AddF32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    m: usize,
+    n: usize,
+    k: usize,
+    output: OutputKind,
+    bias: bool,
+}
+
+/// Arguments of a GEMM.
+#[derive(Clone, Copy)]
+pub struct GemmArgs<'a> {
+    /// `[m, k]`.
+    pub x: View<'a, bf16>,
+    /// `[n, k]`.
+    pub w: View<'a, bf16>,
+    /// `[n]`.
+    pub bias: Option<GemmBias<'a>>,
+    /// `[m, n]`.
+    pub y: GemmOutput<'a>,
+    /// Rows of x.
+    pub m: usize,
+    /// Rows of w.
+    pub n: usize,
+    /// Columns of both.
+    pub k: usize,
+}
+
+impl GemmArgs<'_> {
+    fn key(&self) -> Key {
+        Key {
+            m: self.m,
+            n: self.n,
+            k: self.k,
+            output: self.y.kind(),
+            bias: self.bias.is_some(),
+        }
+    }
+
+    fn check(&self) -> Result<(), CudaError> {
+        require(NAME, self.m > 0 && self.n > 0 && self.k > 0, || {
+            format!("m, n, k are {}, {}, {}", self.m, self.n, self.k)
+        })?;
+        require(NAME, self.k.is_multiple_of(8), || format!("k is {}, not a multiple of 8", self.k))?;
+        require_len(NAME, "x", self.x, self.m * self.k)?;
+        require_len(NAME, "w", self.w, self.n * self.k)?;
+        match (self.bias, self.y) {
+            (None, _) => {}
+            (Some(GemmBias::Bf16(bias)), GemmOutput::Bf16(_)) => require_len(NAME, "bias", bias, self.n)?,
+            (Some(GemmBias::F32(bias)), GemmOutput::F32(_) | GemmOutput::AddF32(_)) => require_len(NAME, "bias", bias, self.n)?,
+            _ => require(NAME, false, || "the bias is not of the output's dtype".into())?,
+        }
+        let (_, len) = self.y.address_and_len();
+        require(NAME, len >= self.m * self.n, || {
+            format!("y has {len} elements, {} are needed", self.m * self.n)
+        })
+    }
+}
+
+/// Descriptors and algorithm of one shape.
+struct Plan {
+    operation: sys::cublasLtMatmulDesc_t,
+    w: sys::cublasLtMatrixLayout_t,
+    x: sys::cublasLtMatrixLayout_t,
+    y: sys::cublasLtMatrixLayout_t,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // What was not made is null. Errors here have nobody left to hear them.
+        for layout in [self.w, self.x, self.y] {
+            if !layout.is_null() {
+                let _ = cublas!(cublasLtMatrixLayoutDestroy(layout));
+            }
+        }
+        if !self.operation.is_null() {
+            let _ = cublas!(cublasLtMatmulDescDestroy(self.operation));
+        }
+    }
+}
+
+/// cuBLASLt with its workspace and its plans. For one stream at a time: the workspace is shared by all calls.
+pub struct Gemm {
+    handle: sys::cublasLtHandle_t,
+    workspace: DeviceBuffer<u8>,
+    plans: HashMap<Key, Plan>,
+}
+
+// SAFETY: handles may be used from any thread, one at a time (`&mut self`).
+unsafe impl Send for Gemm {}
+
+impl Gemm {
+    /// Opens cuBLASLt on the device that is bound to this thread.
+    ///
+    /// # Errors
+    /// `Cublas`, `OutOfMemory`.
+    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        let mut handle = ptr::null_mut();
+        cublas!(cublasLtCreate(&mut handle))?;
+        Ok(Self {
+            handle,
+            workspace: DeviceBuffer::uninit(device, WORKSPACE_BYTES)?,
+            plans: HashMap::new(),
+        })
+    }
+
+    /// Enqueues a GEMM. A shape that was not seen before gets the algorithm that cuBLASLt thinks best.
+    ///
+    /// # Errors
+    /// `Shape` for lengths that don't fit; `Cublas`.
+    pub fn launch(&mut self, stream: &Stream, args: &GemmArgs<'_>) -> Result<(), CudaError> {
+        args.check()?;
+        let key = args.key();
+        if !self.plans.contains_key(&key) {
+            let mut plan = new_plan(key)?;
+            plan.algorithm = *self.candidates(&plan)?.first().ok_or_else(|| CudaError::Cublas {
+                call: "cublasLtMatmulAlgoGetHeuristic",
+                status: format!("no algorithm for {key:?}"),
+            })?;
+            self.plans.insert(key, plan);
+        }
+        self.enqueue(stream, &self.plans[&key], args)
+    }
+
+    /// Picks the fastest algorithm for a shape by timing cuBLASLt's candidates on `weights` in turn (several, so that they come from memory
+    /// as in use, not from the cache). Returns its time in microseconds. y is left with any values.
+    ///
+    /// # Errors
+    /// As [`Self::launch`].
+    pub fn tune(&mut self, stream: &Stream, args: &GemmArgs<'_>, weights: &[View<'_, bf16>]) -> Result<f32, CudaError> {
+        args.check()?;
+        let key = args.key();
+        let mut plan = new_plan(key)?;
+        let (begin, end) = (Event::new(stream.device(), true)?, Event::new(stream.device(), true)?);
+        let mut best = (f32::INFINITY, None);
+        for algorithm in self.candidates(&plan)? {
+            plan.algorithm = algorithm;
+            let run = |rounds: usize| {
+                (0..rounds).try_for_each(|round| {
+                    let w = weights.get(round % weights.len().max(1)).copied().unwrap_or(args.w);
+                    self.enqueue(stream, &plan, &GemmArgs { w, ..*args })
+                })
+            };
+            // A candidate that can't run after all is no candidate.
+            if run(2).is_err() {
+                continue;
+            }
+            let rounds = 10;
+            begin.record(stream)?;
+            run(rounds)?;
+            end.record(stream)?;
+            end.synchronize()?;
+            let microseconds = end.milliseconds_since(&begin)? * 1000.0 / rounds as f32;
+            if microseconds < best.0 {
+                best = (microseconds, Some(algorithm));
+            }
+        }
+        let (microseconds, algorithm) = best;
+        plan.algorithm = algorithm.ok_or_else(|| CudaError::Cublas {
+            call: "cublasLtMatmul",
+            status: format!("no algorithm for {key:?}"),
+        })?;
+        self.plans.insert(key, plan);
+        Ok(microseconds)
+    }
+
+    fn candidates(&self, plan: &Plan) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, CudaError> {
+        let mut preference = ptr::null_mut();
+        cublas!(cublasLtMatmulPreferenceCreate(&mut preference))?;
+        let bytes = WORKSPACE_BYTES;
+        let which = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+        let mut results: Vec<sys::cublasLtMatmulHeuristicResult_t> = Vec::with_capacity(MAX_CANDIDATES);
+        let mut found = 0;
+        let asked = cublas!(cublasLtMatmulPreferenceSetAttribute(
+            preference,
+            which,
+            (&raw const bytes).cast(),
+            size_of_val(&bytes)
+        ))
+        .and_then(|()| {
+            cublas!(cublasLtMatmulAlgoGetHeuristic(
+                self.handle,
+                plan.operation,
+                plan.w,
+                plan.x,
+                plan.y,
+                plan.y,
+                preference,
+                MAX_CANDIDATES as i32,
+                results.as_mut_ptr(),
+                &mut found
+            ))
+        });
+        cublas!(cublasLtMatmulPreferenceDestroy(preference))?;
+        asked?;
+        // SAFETY: cuBLASLt has written `found` of the results, at most as many as were asked for.
+        unsafe { results.set_len((found as usize).min(MAX_CANDIDATES)) };
+        let usable = results.into_iter().filter(|result| result.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS);
+        Ok(usable.map(|result| result.algo).collect())
+    }
+
+    fn enqueue(&self, stream: &Stream, plan: &Plan, args: &GemmArgs<'_>) -> Result<(), CudaError> {
+        if let Some(bias) = args.bias {
+            let address = match bias {
+                GemmBias::Bf16(bias) => bias.address(),
+                GemmBias::F32(bias) => bias.address(),
+            };
+            let which = DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+            cublas!(cublasLtMatmulDescSetAttribute(
+                plan.operation,
+                which,
+                (&raw const address).cast(),
+                size_of_val(&address)
+            ))?;
+        }
+        let alpha = 1f32;
+        let beta = if args.y.kind() == OutputKind::AddF32 { 1f32 } else { 0f32 };
+        let (y, _) = args.y.address_and_len();
+        let device_pointer = |address: u64| ptr::with_exposed_provenance_mut::<c_void>(address as usize);
+        cublas!(cublasLtMatmul(
+            self.handle,
+            plan.operation,
+            (&raw const alpha).cast(),
+            device_pointer(args.w.address()),
+            plan.w,
+            device_pointer(args.x.address()),
+            plan.x,
+            (&raw const beta).cast(),
+            device_pointer(y),
+            plan.y,
+            device_pointer(y),
+            plan.y,
+            &plan.algorithm,
+            device_pointer(self.workspace.view().address()),
+            WORKSPACE_BYTES,
+            stream.raw().cast()
+        ))
+    }
+}
+
+impl Drop for Gemm {
+    fn drop(&mut self) {
+        self.plans.clear();
+        let _ = cublas!(cublasLtDestroy(self.handle));
+    }
+}
+
+/// cuBLASLt is column-major: it computes yᵀ `[n, m]` = w · xᵀ, with w read as the transpose of `[k, n]`.
+fn new_plan(key: Key) -> Result<Plan, CudaError> {
+    let mut plan = Plan {
+        operation: ptr::null_mut(),
+        w: ptr::null_mut(),
+        x: ptr::null_mut(),
+        y: ptr::null_mut(),
+        algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+    };
+    let (bf16_type, f32_type) = (cudaDataType_t::CUDA_R_16BF, cudaDataType_t::CUDA_R_32F);
+    let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+    cublas!(cublasLtMatmulDescCreate(&mut plan.operation, compute, f32_type))?;
+    // `CUBLAS_OP_T`, of cublas_api.h.
+    const TRANSPOSE: i32 = 1;
+    let transpose = TRANSPOSE;
+    let set = |which, value: *const c_void, bytes| cublas!(cublasLtMatmulDescSetAttribute(plan.operation, which, value, bytes));
+    set(
+        DescAttribute::CUBLASLT_MATMUL_DESC_TRANSA,
+        (&raw const transpose).cast(),
+        size_of_val(&transpose),
+    )?;
+    if key.bias {
+        let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
+        set(
+            DescAttribute::CUBLASLT_MATMUL_DESC_EPILOGUE,
+            (&raw const epilogue).cast(),
+            size_of_val(&epilogue),
+        )?;
+    }
+    let (m, n, k) = (key.m as u64, key.n as u64, key.k as u64);
+    let y_type = if key.output == OutputKind::Bf16 { bf16_type } else { f32_type };
+    cublas!(cublasLtMatrixLayoutCreate(&mut plan.w, bf16_type, k, n, k as i64))?;
+    cublas!(cublasLtMatrixLayoutCreate(&mut plan.x, bf16_type, k, m, k as i64))?;
+    cublas!(cublasLtMatrixLayoutCreate(&mut plan.y, y_type, n, m, n as i64))?;
+    Ok(plan)
+}

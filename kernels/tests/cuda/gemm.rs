@@ -1,0 +1,93 @@
+//! cuBLASLt's GEMMs as the engine calls them.
+
+use polylora_kernels::{
+    cuda::gemm::{Gemm, GemmArgs, GemmBias, GemmOutput},
+    reference,
+};
+
+use crate::support::{Rng, TOLERANCE, assert_close, gpu, poison_bf16, widen};
+
+#[test]
+fn gemm_overwrites_accumulates_and_adds_bias() {
+    let gpu = gpu();
+    let mut gemm = Gemm::new(&gpu.device).unwrap();
+    let mut rng = Rng(21);
+    for (m, n, k) in [(1, 64, 128), (3, 136, 64), (17, 96, 576), (64, 320, 32)] {
+        let (x, w, bias) = (rng.bf16s(m * k, 1.0), rng.bf16s(n * k, 0.1), rng.bf16s(n, 1.0));
+        let device_bias32 = gpu.stream.upload(&widen(&bias)).unwrap();
+        let old = rng.f32s(m * n, 1.0);
+        let (device_x, device_w, device_bias) = (
+            gpu.stream.upload(&x).unwrap(),
+            gpu.stream.upload(&w).unwrap(),
+            gpu.stream.upload(&bias).unwrap(),
+        );
+        for with_bias in [false, true] {
+            let expected = reference::gemm(&widen(&x), m, &widen(&w), n, k, with_bias.then(|| widen(&bias)).as_deref());
+            let args = |y| GemmArgs {
+                x: device_x.view(),
+                w: device_w.view(),
+                bias: with_bias.then(|| match y {
+                    GemmOutput::Bf16(_) => GemmBias::Bf16(device_bias.view()),
+                    _ => GemmBias::F32(device_bias32.view()),
+                }),
+                y,
+                m,
+                n,
+                k,
+            };
+            let y = gpu.stream.upload(&poison_bf16(m * n)).unwrap();
+            gemm.launch(&gpu.stream, &args(GemmOutput::Bf16(y.view()))).unwrap();
+            assert_close("bf16", &widen(&gpu.stream.download(y.view()).unwrap()), &expected, TOLERANCE);
+            let y = gpu.stream.upload(&vec![f32::NAN; m * n]).unwrap();
+            gemm.launch(&gpu.stream, &args(GemmOutput::F32(y.view()))).unwrap();
+            assert_close("f32", &gpu.stream.download(y.view()).unwrap(), &expected, 1e-4);
+            let y = gpu.stream.upload(&old).unwrap();
+            gemm.launch(&gpu.stream, &args(GemmOutput::AddF32(y.view()))).unwrap();
+            let sums: Vec<f32> = expected.iter().zip(&old).map(|(a, b)| a + b).collect();
+            assert_close("add", &gpu.stream.download(y.view()).unwrap(), &sums, 1e-4);
+        }
+    }
+}
+
+#[test]
+fn tuned_gemm_is_the_same() {
+    let gpu = gpu();
+    let mut gemm = Gemm::new(&gpu.device).unwrap();
+    let mut rng = Rng(22);
+    let (m, n, k) = (8, 256, 128);
+    let (x, w) = (rng.bf16s(m * k, 1.0), rng.bf16s(n * k, 0.1));
+    let (device_x, device_w) = (gpu.stream.upload(&x).unwrap(), gpu.stream.upload(&w).unwrap());
+    let y = gpu.stream.upload(&poison_bf16(m * n)).unwrap();
+    let args = GemmArgs {
+        x: device_x.view(),
+        w: device_w.view(),
+        bias: None,
+        y: GemmOutput::Bf16(y.view()),
+        m,
+        n,
+        k,
+    };
+    gemm.tune(&gpu.stream, &args, &[device_w.view()]).unwrap();
+    gpu.stream.copy_to_device(y.view(), &poison_bf16(m * n)).unwrap();
+    gemm.launch(&gpu.stream, &args).unwrap();
+    let expected = reference::gemm(&widen(&x), m, &widen(&w), n, k, None);
+    assert_close("tuned", &widen(&gpu.stream.download(y.view()).unwrap()), &expected, TOLERANCE);
+}
+
+#[test]
+fn wrong_lengths_are_refused() {
+    let gpu = gpu();
+    let mut gemm = Gemm::new(&gpu.device).unwrap();
+    let x = gpu.stream.upload(&poison_bf16(64)).unwrap();
+    let args = GemmArgs {
+        x: x.view(),
+        w: x.view(),
+        bias: None,
+        y: GemmOutput::Bf16(x.view()),
+        m: 8,
+        n: 8,
+        k: 16,
+    };
+    let error = gemm.launch(&gpu.stream, &args).unwrap_err().to_string();
+    assert_eq!(error, "gemm: x has 64 elements, 128 are needed");
+}
