@@ -17,7 +17,11 @@ use super::{
     config::{BiasMode, CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfig, Resolution, ResolvedModule, module_path},
     tensors::{Element, MAX_HEADER_BYTES, Role, Tensor, WEIGHTS_FILE, WeightFiles, bad, read_file},
 };
-use crate::{decoder::DecoderConfig, files::FileSource};
+use crate::{
+    decoder::{DecoderConfig, DecoderTensor, LayerTensor},
+    files::FileSource,
+    weights::ModelWeights,
+};
 
 /// Tokens that an adapter's tokenizer adds.
 const ADDED_TOKENS_FILE: &str = "added_tokens.json";
@@ -59,6 +63,62 @@ pub struct LoraFeatures {
     pub replaced_weights: bool,
 }
 
+/// Opens the base model's weights for the time of one load: kept open, the mapped checkpoint would count as memory.
+pub type BaseOpener = Arc<dyn Fn() -> Result<Box<dyn BaseWeights>, AdapterError> + Send + Sync>;
+
+/// Opens the checkpoint that the base model was loaded from.
+pub fn checkpoint_opener(files: FileSource, decoder: Arc<DecoderConfig>) -> BaseOpener {
+    Arc::new(move || {
+        let weights = ModelWeights::open(&files).map_err(|error| AdapterError::Internal {
+            reason: format!("the base model's weights can't be read again: {error}"),
+        })?;
+        let decoder = decoder.clone();
+        Ok(Box::new(Checkpoint { weights, decoder }))
+    })
+}
+
+struct Checkpoint {
+    weights: ModelWeights,
+    decoder: Arc<DecoderConfig>,
+}
+
+impl Checkpoint {
+    fn layer_tensor(&self, projection: Projection, is_bias: bool) -> Option<LayerTensor> {
+        let (weight, bias) = match projection {
+            Projection::Q => (LayerTensor::Q, LayerTensor::QBias),
+            Projection::K => (LayerTensor::K, LayerTensor::KBias),
+            Projection::V => (LayerTensor::V, LayerTensor::VBias),
+            Projection::O => (LayerTensor::O, LayerTensor::OBias),
+            Projection::Gate => (LayerTensor::Gate, LayerTensor::GateBias),
+            Projection::Up => (LayerTensor::Up, LayerTensor::UpBias),
+            Projection::Down => (LayerTensor::Down, LayerTensor::DownBias),
+        };
+        Some(if is_bias { bias } else { weight }).filter(|tensor| tensor.is_in(&self.decoder))
+    }
+}
+
+impl BaseWeights for Checkpoint {
+    fn read_row(&self, id: ModuleId, row: usize, out: &mut [f32]) {
+        let tensor = match id {
+            ModuleId::Layer { layer, projection } => {
+                let tensor = self.layer_tensor(projection, false).expect("every decoder has its projections");
+                DecoderTensor::Layer(layer.into(), tensor)
+            }
+            ModuleId::LmHead if !self.decoder.tie_word_embeddings => DecoderTensor::LmHead,
+            ModuleId::LmHead | ModuleId::EmbedTokens => DecoderTensor::EmbedTokens,
+        };
+        // The model was loaded from these files. Should they have been replaced since, the loader's `catch_unwind` makes an error of it.
+        let tensor = self.weights.tensor(tensor, &self.decoder).expect("the base model has its own tensors");
+        tensor.read_row(row, out);
+    }
+
+    fn bias(&self, id: ModuleId) -> Option<Vec<f32>> {
+        let ModuleId::Layer { layer, projection } = id else { return None };
+        let tensor = DecoderTensor::Layer(layer.into(), self.layer_tensor(projection, true)?);
+        Some(self.weights.tensor(tensor, &self.decoder).ok()?.to_f32())
+    }
+}
+
 /// What an adapter must keep to, and what its weights are packed for.
 #[derive(Clone)]
 pub struct LoraLimits {
@@ -70,8 +130,9 @@ pub struct LoraLimits {
     pub dtype: PackedDtype,
     /// What the backend can apply.
     pub features: LoraFeatures,
-    /// The base model's weights. Without them DoRA and trained biases are refused, and saved copies of base weights are taken on trust.
-    pub base: Option<Arc<dyn BaseWeights>>,
+    /// Opens the base model's weights, for the adapters that need them. Without it DoRA and trained biases are refused, and saved
+    /// copies of base weights are taken on trust.
+    pub base: Option<BaseOpener>,
     /// Most bytes of weight files, whatever the configuration says.
     pub max_file_bytes: u64,
     /// Threads that pack one adapter.
@@ -165,6 +226,7 @@ pub fn load_adapter(files: &FileSource, decoder: &DecoderConfig, limits: &LoraLi
         },
         pieces: Vec::new(),
         blob_bytes: 0,
+        base: None,
     };
     let replaced = loader.plan_replaced(&resolution)?;
     let modules = loader.plan_modules(&resolution)?;
@@ -259,6 +321,8 @@ struct Loader<'a> {
     /// Ascending by offset.
     pieces: Vec<Piece<'a>>,
     blob_bytes: usize,
+    /// Opened when first needed.
+    base: Option<Box<dyn BaseWeights>>,
 }
 
 /// The tensors of one pair and where they come from in the file.
@@ -345,15 +409,17 @@ impl<'a> Loader<'a> {
 
     /// PEFT saves the base's embedding beside a pair on it, and loads it back over the base's.
     fn check_base_copy(&mut self, id: ModuleId, tensor: &Tensor<'a>) -> Result<(), AdapterError> {
-        let Some(base) = &self.limits.base else {
+        if self.limits.base.is_none() {
             self.report
                 .tensors_without_effect
                 .push(format!("{}: taken to equal the base model's, not compared", tensor.name));
             return Ok(());
-        };
+        }
         let hidden = self.decoder.hidden_size;
         let values = tensor.to_f32()?;
         let mut row = vec![0.0; hidden];
+        let base = self.base()?;
+        let mut is_rounded = false;
         for (index, saved) in values.chunks_exact(hidden).enumerate() {
             base.read_row(id, index, &mut row);
             // A copy saved in another dtype is the rounded one.
@@ -362,6 +428,7 @@ impl<'a> Loader<'a> {
                 Dtype::BF16 => bf16::from_f32(value).to_f32(),
                 _ => value,
             };
+            is_rounded |= saved != row;
             if let Some(column) = (0..hidden).find(|&column| saved[column] != row[column] && saved[column] != rounded(row[column])) {
                 return Err(AdapterError::Incompatible {
                     reason: format!(
@@ -372,7 +439,16 @@ impl<'a> Loader<'a> {
                 });
             }
         }
-        self.report.tensors_without_effect.push(tensor.name.clone());
+        let note = if is_rounded {
+            format!(
+                "{}: the base model's rounded to {:?}; the base model's is used",
+                tensor.name,
+                tensor.view.dtype()
+            )
+        } else {
+            tensor.name.clone()
+        };
+        self.report.tensors_without_effect.push(note);
         Ok(())
     }
 
@@ -569,13 +645,17 @@ impl<'a> Loader<'a> {
         Ok(OutputTerms { scale, bias })
     }
 
-    fn base(&self) -> Result<&'a Arc<dyn BaseWeights>, AdapterError> {
-        self.limits.base.as_ref().ok_or_else(|| AdapterError::Internal {
-            reason: "output terms were planned without the base model's weights".into(),
-        })
+    fn base(&mut self) -> Result<&dyn BaseWeights, AdapterError> {
+        if self.base.is_none() {
+            let open = self.limits.base.as_ref().ok_or_else(|| AdapterError::Internal {
+                reason: "output terms were planned without the base model's weights".into(),
+            })?;
+            self.base = Some(open()?);
+        }
+        Ok(self.base.as_deref().expect("opened above"))
     }
 
-    fn base_bias(&self, id: ModuleId, d_out: usize) -> Result<Vec<f32>, AdapterError> {
+    fn base_bias(&mut self, id: ModuleId, d_out: usize) -> Result<Vec<f32>, AdapterError> {
         let bias = self.base()?.bias(id).filter(|bias| bias.len() == d_out);
         bias.ok_or_else(|| AdapterError::Internal {
             reason: format!("the base model's bias of `{}` can't be read", module_path(id)),
@@ -584,10 +664,11 @@ impl<'a> Loader<'a> {
 
     /// DoRA's output scale `m / ‖W + scaling·B·A‖` (arXiv:2402.09353, eq. 5), the norm over each output's row. An embedding's norm is
     /// over the vocabulary, one per hidden column, as PEFT has it.
-    fn dora_scale(&self, module: &ResolvedModule, pair: &Pair<'a>, magnitude: &Tensor<'a>) -> Result<Vec<f32>, AdapterError> {
+    fn dora_scale(&mut self, module: &ResolvedModule, pair: &Pair<'a>, magnitude: &Tensor<'a>) -> Result<Vec<f32>, AdapterError> {
         let (d_in, d_out) = module_shape(self.decoder, module.id);
         let rank = module.lora_rank as usize;
         let scaling = module.scaling as f32;
+        let threads = self.limits.pack_threads;
         let base = self.base()?;
         let magnitude = magnitude.to_f32()?;
         let a = source_values(&pair.a)?;
@@ -604,7 +685,7 @@ impl<'a> Loader<'a> {
             }
             sums.into_iter().map(|sum| sum.sqrt() as f32).collect()
         } else {
-            row_norms(self.limits.pack_threads, d_out, d_in, &|output, row| {
+            row_norms(threads, d_out, d_in, &|output, row| {
                 base.read_row(module.id, output, row);
                 for k in 0..rank {
                     axpy(scaling * b_t[k * d_out + output], &a[k * d_in..(k + 1) * d_in], row);
@@ -1421,14 +1502,18 @@ mod tests {
         let name = tensor_name(ModuleId::EmbedTokens, "base_layer.weight");
         let mut values: Vec<f32> = (0..88).map(|at| 0.1 * at as f32).collect();
         let limits = LoraLimits {
-            base: Some(Arc::new(Base)),
+            base: Some(Arc::new(|| Ok(Box::new(Base)))),
             ..limits()
         };
         let copy = FileTensor::f32(&[11, 8], &values);
         for tensor in [copy.clone(), copy.cast(Dtype::F16), copy.cast(Dtype::BF16)] {
-            files.tensors.insert(name.clone(), tensor);
+            files.tensors.insert(name.clone(), tensor.clone());
             let (_, report) = load_adapter(&source(&files.write()), &decoder, &limits).unwrap();
-            assert_eq!(report.tensors_without_effect, [name.as_str()]);
+            let [note] = &report.tensors_without_effect[..] else {
+                panic!("{report:?}")
+            };
+            assert!(note.starts_with(&name), "{note}");
+            assert_eq!(note.contains("rounded"), tensor.dtype != Dtype::F32, "{note}");
         }
         values[13] += 0.01;
         files.tensors.insert(name.clone(), FileTensor::f32(&[11, 8], &values));

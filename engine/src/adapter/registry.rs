@@ -1739,7 +1739,7 @@ mod tests {
         files.add(crate::adapter::ModuleId::EmbedTokens, "base_layer.weight", &[11, 8], &mut 1);
         let bad = files.write();
         let registry = registry(|config| {
-            config.limits.base = Some(Arc::new(Panics));
+            config.limits.base = Some(Arc::new(|| Ok(Box::new(Panics))));
             config.loader_threads = 1;
         });
         for _ in 0..3 {

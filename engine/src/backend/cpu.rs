@@ -13,7 +13,7 @@ use super::{
     check::{ModelLimits, check_batch},
 };
 use crate::{
-    adapter::HostAdapter,
+    adapter::{HostAdapter, LoraFeatures},
     batch::{AdapterHandle, SampleOutput, StepBatch, StepOutput},
     decoder::{DecoderConfig, RopeTables},
     files::FileSource,
@@ -149,6 +149,12 @@ struct LayerKv {
 }
 
 impl CpuBackend {
+    /// What it applies of an adapter beyond A and B: everything that there is.
+    pub const LORA_FEATURES: LoraFeatures = LoraFeatures {
+        output_terms: true,
+        replaced_weights: true,
+    };
+
     /// Loads the weights of a model folder.
     ///
     /// # Errors
@@ -311,9 +317,9 @@ impl Backend for CpuBackend {
         &self.capacity
     }
 
-    /// Keeps the host's buffer: nothing is copied.
+    /// Keeps the host's buffer: nothing is copied, but for a head of the adapter's own, which is packed.
     fn begin_upload(&mut self, adapter: &Arc<HostAdapter>) -> Result<AdapterHandle, BackendError> {
-        self.adapters.insert(adapter, &self.config)
+        self.adapters.insert(&self.pool, adapter, &self.config)
     }
 
     fn poll_upload(&mut self, _handle: AdapterHandle) -> Result<bool, BackendError> {

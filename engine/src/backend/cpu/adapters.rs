@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use half::bf16;
-use polylora_kernels::cpu::{LoraJob, ThreadPool, lora};
+use polylora_kernels::cpu::{LoraJob, PackedMatrix, ThreadPool, WeightDtype, gemm, lora};
 
 use crate::{
     adapter::{HostAdapter, ModuleId, PackedDtype, PackedModule, Projection},
@@ -11,6 +11,9 @@ use crate::{
     batch::{AdapterHandle, LoraSegment},
     decoder::DecoderConfig,
 };
+
+/// Rows that one thread takes at least when outputs are scaled.
+const MIN_ROWS: usize = 8;
 
 /// The adapters that batches may name, and their bytes against a budget.
 pub(super) struct Adapters {
@@ -27,6 +30,12 @@ pub(super) struct Resident {
     projections: Vec<[Option<usize>; Projection::ALL.len()]>,
     embed_tokens: Option<usize>,
     lm_head: Option<usize>,
+    /// Byte offset of the embedding that is used in place of the base model's.
+    replaced_embedding: Option<usize>,
+    /// The head that is used in place of the base model's.
+    replaced_head: Option<PackedMatrix>,
+    /// Of `host` and of the packed head.
+    bytes: usize,
 }
 
 /// Rows of a buffer that run under one adapter.
@@ -51,30 +60,31 @@ impl Adapters {
         self.resident.contains_key(&handle)
     }
 
-    pub fn insert(&mut self, host: &Arc<HostAdapter>, config: &DecoderConfig) -> Result<AdapterHandle, BackendError> {
+    pub fn insert(&mut self, pool: &ThreadPool, host: &Arc<HostAdapter>, config: &DecoderConfig) -> Result<AdapterHandle, BackendError> {
         let available_bytes = self.budget_bytes - self.used_bytes;
-        if host.bytes() > available_bytes {
+        let needed_bytes = resident_bytes(host, config);
+        if needed_bytes > available_bytes {
             return Err(BackendError::OutOfMemory {
                 what: format!("adapter {}", host.version),
-                needed_bytes: host.bytes(),
+                needed_bytes,
                 available_bytes,
             });
         }
-        let resident = Resident::new(host, config)?;
+        let resident = Resident::new(pool, host, config)?;
         while self.resident.contains_key(&AdapterHandle(self.next_handle)) {
             self.next_handle = self.next_handle.wrapping_add(1);
         }
         let handle = AdapterHandle(self.next_handle);
         // A handle that was freed is not given again soon: a batch that still names it is found out.
         self.next_handle = self.next_handle.wrapping_add(1);
-        self.used_bytes += host.bytes();
+        self.used_bytes += resident.bytes;
         self.resident.insert(handle, resident);
         Ok(handle)
     }
 
     pub fn remove(&mut self, handle: AdapterHandle) {
         if let Some(resident) = self.resident.remove(&handle) {
-            self.used_bytes -= resident.host.bytes();
+            self.used_bytes -= resident.bytes;
         }
     }
 
@@ -89,20 +99,55 @@ impl Adapters {
     }
 }
 
+/// Bytes of an adapter here: the host's buffer, and a replaced head once more, packed for the kernels.
+fn resident_bytes(host: &HostAdapter, config: &DecoderConfig) -> usize {
+    let packed_head = match host.replaced(ModuleId::LmHead) {
+        Some(_) => config.vocab_size * config.hidden_size * host.dtype.size_bytes(),
+        None => 0,
+    };
+    host.bytes() + packed_head
+}
+
+/// Row `row` of a `[_, out.len()]` matrix of the blob.
+fn read_row(host: &HostAdapter, offset_bytes: usize, row: usize, out: &mut [f32]) {
+    let row_bytes = out.len() * host.dtype.size_bytes();
+    let bytes = &host.blob.as_bytes()[offset_bytes + row * row_bytes..][..row_bytes];
+    match host.dtype {
+        PackedDtype::F32 => out.copy_from_slice(bytemuck::cast_slice(bytes)),
+        PackedDtype::Bf16 => {
+            let values: &[bf16] = bytemuck::cast_slice(bytes);
+            out.iter_mut().zip(values).for_each(|(out, value)| *out = value.to_f32());
+        }
+    }
+}
+
 impl Resident {
-    fn new(host: &Arc<HostAdapter>, config: &DecoderConfig) -> Result<Self, BackendError> {
+    fn new(pool: &ThreadPool, host: &Arc<HostAdapter>, config: &DecoderConfig) -> Result<Self, BackendError> {
         let mut resident = Self {
             host: Arc::clone(host),
             projections: vec![[None; Projection::ALL.len()]; config.num_layers],
             embed_tokens: None,
             lm_head: None,
+            replaced_embedding: None,
+            replaced_head: None,
+            bytes: resident_bytes(host, config),
         };
-        if let Some(replaced) = host.replaced.first() {
-            let reason = format!(
-                "adapter {}: {:?}: replaced weights are not applied by this backend",
-                host.version, replaced.id
-            );
-            return Err(BackendError::BadBatch(reason));
+        for weight in &host.replaced {
+            match weight.id {
+                ModuleId::EmbedTokens => resident.replaced_embedding = Some(weight.offset_bytes),
+                ModuleId::LmHead => {
+                    let dtype = match host.dtype {
+                        PackedDtype::F32 => WeightDtype::F32,
+                        PackedDtype::Bf16 => WeightDtype::Bf16,
+                    };
+                    let read = |row: usize, out: &mut [f32]| read_row(host, weight.offset_bytes, row, out);
+                    resident.replaced_head = Some(PackedMatrix::pack(pool, config.vocab_size, config.hidden_size, dtype, &read));
+                }
+                ModuleId::Layer { .. } => {
+                    let reason = format!("adapter {}: {:?}: a projection can't be replaced", host.version, weight.id);
+                    return Err(BackendError::BadBatch(reason));
+                }
+            }
         }
         for (index, module) in host.modules.iter().enumerate() {
             let bad = |reason: String| Err(BackendError::BadBatch(format!("adapter {}: {:?}: {reason}", host.version, module.id)));
@@ -115,9 +160,6 @@ impl Resident {
                 },
             };
             *place = Some(index);
-            if module.output_scale_offset_bytes.is_some() || module.output_bias_offset_bytes.is_some() {
-                return bad("scales and biases on outputs are not applied by this backend".to_owned());
-            }
             let (d_in, d_out) = module_shape(module.id, config);
             if (module.d_in as usize, module.d_out as usize) != (d_in, d_out) {
                 return bad(format!("expected {d_in} to {d_out}, got {} to {}", module.d_in, module.d_out));
@@ -134,8 +176,12 @@ impl Resident {
         self.lm_head.map(|index| &self.host.modules[index])
     }
 
-    /// `out[hidden] += scaling · A[:, token] · Bᵀ` if the adapter changes the embedding.
-    pub fn add_embedding_delta(&self, token_id: u32, out: &mut [f32], delta: &mut Vec<f32>) {
+    /// The embedding of a token under this adapter, from the base model's in `out [hidden]`: replaced, or
+    /// `out ← scale ⊙ (out + scaling · A[:, token] · Bᵀ) + bias`.
+    pub fn change_embedding(&self, token_id: u32, out: &mut [f32], delta: &mut Vec<f32>) {
+        if let Some(offset_bytes) = self.replaced_embedding {
+            read_row(&self.host, offset_bytes, token_id as usize, out);
+        }
         let Some(module) = self.embed_tokens.map(|index| &self.host.modules[index]) else {
             return;
         };
@@ -159,6 +205,17 @@ impl Resident {
             }
         }
         out.iter_mut().zip(delta).for_each(|(out, delta)| *out += module.scaling * *delta);
+        self.apply_output_terms(module, out);
+    }
+
+    /// `y ← scale ⊙ y + bias` for the columns of a module in one row, as [`HostAdapter`] has it.
+    fn apply_output_terms(&self, module: &PackedModule, y: &mut [f32]) {
+        if let Some(scale) = self.host.output_scale(module) {
+            y.iter_mut().zip(scale).for_each(|(y, scale)| *y *= scale);
+        }
+        if let Some(bias) = self.host.output_bias(module) {
+            y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+        }
     }
 }
 
@@ -203,8 +260,16 @@ pub(super) fn add_layer_deltas(
     add_deltas(pool, pairs, buffers);
 }
 
-/// Adds the deltas of the head.
+/// Adds the deltas of the head; where an adapter brings its own head, that one's logits take the place of the base model's.
 pub(super) fn add_head_deltas(pool: &ThreadPool, segments: &[Segment<'_>], buffers: LoraBuffers<'_>) {
+    for segment in segments {
+        if let Some(head) = &segment.adapter.replaced_head {
+            let rows = segment.row_start..segment.row_start + segment.num_rows;
+            let x = &buffers.x[rows.start * buffers.d_in..rows.end * buffers.d_in];
+            let y = &mut buffers.y[rows.start * buffers.y_stride..rows.end * buffers.y_stride];
+            gemm(pool, x, segment.num_rows, head, None, y);
+        }
+    }
     let pairs = segments.iter().filter_map(|segment| Some((*segment, segment.adapter.lm_head()?, 0)));
     add_deltas(pool, pairs, buffers);
 }
@@ -212,9 +277,15 @@ pub(super) fn add_head_deltas(pool: &ThreadPool, segments: &[Segment<'_>], buffe
 fn add_deltas<'a>(pool: &ThreadPool, pairs: impl Iterator<Item = (Segment<'a>, &'a PackedModule, usize)>, buffers: LoraBuffers<'_>) {
     let mut f32_jobs: Vec<LoraJob<'a, f32>> = Vec::new();
     let mut bf16_jobs: Vec<LoraJob<'a, bf16>> = Vec::new();
+    let mut with_output_terms = Vec::new();
     for (segment, module, y_offset) in pairs {
         let host: &'a HostAdapter = &segment.adapter.host;
+        if module.output_scale_offset_bytes.is_some() || module.output_bias_offset_bytes.is_some() {
+            with_output_terms.push((segment, module, y_offset));
+        }
         match host.dtype {
+            // A bias alone.
+            _ if module.lora_rank == 0 => {}
             PackedDtype::F32 => f32_jobs.push(job(segment, module, y_offset, host.a_f32(module), host.b_t_f32(module))),
             PackedDtype::Bf16 => bf16_jobs.push(job(segment, module, y_offset, host.a_bf16(module), host.b_t_bf16(module))),
         }
@@ -228,6 +299,15 @@ fn add_deltas<'a>(pool: &ThreadPool, pairs: impl Iterator<Item = (Segment<'a>, &
     } = buffers;
     lora(pool, x, d_in, &f32_jobs, y, y_stride, scratch);
     lora(pool, x, d_in, &bf16_jobs, y, y_stride, scratch);
+    for (segment, module, y_offset) in with_output_terms {
+        let rows = &mut y[segment.row_start * y_stride..(segment.row_start + segment.num_rows) * y_stride];
+        pool.for_rows(rows, y_stride, MIN_ROWS, |_, rows| {
+            for row in rows.chunks_exact_mut(y_stride) {
+                let columns = &mut row[y_offset..y_offset + module.d_out as usize];
+                segment.adapter.apply_output_terms(module, columns);
+            }
+        });
+    }
 }
 
 fn job<'a, T>(segment: Segment<'_>, module: &PackedModule, y_offset: usize, a: &'a [T], b_t: &'a [T]) -> LoraJob<'a, T> {

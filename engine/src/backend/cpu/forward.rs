@@ -169,7 +169,7 @@ impl<'a> Forward<'a> {
         for segment in &self.segments {
             for row in segment.row_start..segment.row_start + segment.num_rows {
                 let out = &mut w.residual[row * hidden..(row + 1) * hidden];
-                segment.adapter.add_embedding_delta(self.batch.token_ids[row], out, &mut w.lora);
+                segment.adapter.change_embedding(self.batch.token_ids[row], out, &mut w.lora);
             }
         }
     }

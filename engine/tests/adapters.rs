@@ -1,0 +1,205 @@
+//! Adapters of every kind that is applied, against what PEFT computes with the same files (`golden/make_adapters.py`).
+
+use std::{path::PathBuf, sync::Arc};
+
+use polylora_engine::{
+    FileSource,
+    adapter::{
+        HostAdapter, PackedDtype,
+        load::{CoverageReport, LoraLimits, checkpoint_opener, load_adapter},
+    },
+    backend::{
+        Backend,
+        conformance::{Outcome, Run, generate},
+        cpu::{ComputeDtype, CpuBackend, CpuOptions, KvBudget},
+    },
+    batch::AdapterHandle,
+    decoder::DecoderConfig,
+};
+
+/// Log-probabilities in f32 against PEFT's in f32: sums of other order over two layers.
+const TOLERANCE: f32 = 1e-4;
+
+#[derive(serde::Deserialize)]
+struct Golden {
+    prompt_ids: Vec<u32>,
+    bases: std::collections::BTreeMap<String, Answer>,
+    cases: Vec<Case>,
+}
+
+#[derive(serde::Deserialize)]
+struct Case {
+    name: String,
+    base: String,
+    #[serde(flatten)]
+    answer: Answer,
+}
+
+#[derive(serde::Deserialize)]
+struct Answer {
+    output_ids: Vec<u32>,
+    top_logprobs: Vec<Vec<(u32, f32)>>,
+}
+
+fn golden() -> Golden {
+    serde_json::from_str(include_str!("golden/adapters.json")).unwrap()
+}
+
+struct Base {
+    decoder: Arc<DecoderConfig>,
+    files: FileSource,
+    backend: CpuBackend,
+}
+
+fn base(name: &str, dtype: ComputeDtype) -> Base {
+    let files = FileSource::Directory(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name));
+    let decoder = DecoderConfig::from_json(&files.read("config.json", 1 << 20).unwrap(), None).unwrap();
+    let options = CpuOptions {
+        dtype,
+        num_threads: 2,
+        kv_cache: KvBudget::Blocks(64),
+        block_size: 4,
+        max_batch_tokens: 256,
+        adapter_bytes: 16 << 20,
+        max_adapters_per_batch: 64,
+    };
+    let backend = CpuBackend::load(&files, &decoder, &options).unwrap();
+    Base {
+        decoder: Arc::new(decoder),
+        files,
+        backend,
+    }
+}
+
+impl Base {
+    fn load(&self, name: &str, dtype: PackedDtype) -> (HostAdapter, CoverageReport) {
+        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/adapters").join(name);
+        let limits = LoraLimits {
+            features: CpuBackend::LORA_FEATURES,
+            base: Some(checkpoint_opener(self.files.clone(), self.decoder.clone())),
+            ..LoraLimits::new(dtype)
+        };
+        load_adapter(&FileSource::Directory(folder), &self.decoder, &limits).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    fn upload(&mut self, name: &str) -> AdapterHandle {
+        let (adapter, _) = self.load(name, PackedDtype::F32);
+        let handle = self.backend.begin_upload(&Arc::new(adapter)).unwrap();
+        assert!(self.backend.poll_upload(handle).unwrap());
+        handle
+    }
+}
+
+/// The largest difference of any log-probability that PEFT reports.
+fn check(name: &str, outcome: &Outcome, answer: &Answer) {
+    assert_eq!(outcome.output_ids, answer.output_ids, "{name}");
+    // The last prompt position's distribution is the first output token's.
+    let got = outcome.prompt_logprobs.iter().chain(&outcome.output_logprobs);
+    for (position, (got, expected)) in got.zip(&answer.top_logprobs).enumerate() {
+        for (token, logprob) in expected {
+            let found = got.top.iter().find(|(other, _)| other == token);
+            let Some((_, found)) = found else {
+                panic!("{name}: position {position}: token {token} is not among {:?}", got.top)
+            };
+            assert!(
+                (found - logprob).abs() < TOLERANCE,
+                "{name}: position {position}: token {token}: expected {logprob}, got {found}"
+            );
+        }
+    }
+    assert_eq!(outcome.prompt_logprobs.len() + outcome.output_logprobs.len(), answer.top_logprobs.len());
+}
+
+fn run(golden: &Golden, adapter: Option<AdapterHandle>, answer: &Answer) -> Run {
+    // Two more than are compared: the fifth and the sixth may be closer than the tolerance.
+    Run {
+        top_k: 7,
+        ..Run::greedy(&golden.prompt_ids, adapter, answer.output_ids.len() as u32)
+    }
+}
+
+#[test]
+fn every_kind_of_adapter_computes_what_peft_computes() {
+    let golden = golden();
+    assert!(golden.cases.len() >= 28);
+    for (base_name, base_answer) in &golden.bases {
+        let mut base = base(base_name, ComputeDtype::Float32);
+        let cases: Vec<&Case> = golden.cases.iter().filter(|case| case.base == *base_name).collect();
+        let handles: Vec<AdapterHandle> = cases.iter().map(|case| base.upload(&case.name)).collect();
+        // Alone.
+        let alone: Vec<Outcome> = cases
+            .iter()
+            .zip(&handles)
+            .map(|(case, handle)| {
+                let outcome = generate(&mut base.backend, &[run(&golden, Some(*handle), &case.answer)])
+                    .unwrap()
+                    .remove(0);
+                check(&case.name, &outcome, &case.answer);
+                outcome
+            })
+            .collect();
+        // All in one batch, with a base row between: the same bits.
+        let mut runs: Vec<Run> = cases
+            .iter()
+            .zip(&handles)
+            .map(|(case, handle)| run(&golden, Some(*handle), &case.answer))
+            .collect();
+        runs.insert(cases.len() / 2, run(&golden, None, base_answer));
+        // As many as the cache holds at once.
+        let mut together = Vec::new();
+        for runs in runs.chunks(12) {
+            together.extend(generate(&mut base.backend, runs).unwrap());
+        }
+        check(base_name, &together.remove(cases.len() / 2), base_answer);
+        for ((case, alone), together) in cases.iter().zip(&alone).zip(&together) {
+            assert_eq!(alone, together, "{}: alone and in a batch", case.name);
+        }
+    }
+}
+
+#[test]
+fn every_kind_of_adapter_runs_in_bfloat16() {
+    let golden = golden();
+    for base_name in golden.bases.keys() {
+        let mut base = base(base_name, ComputeDtype::Bfloat16);
+        for case in golden.cases.iter().filter(|case| case.base == *base_name) {
+            let (adapter, _) = base.load(&case.name, PackedDtype::Bf16);
+            let handle = base.backend.begin_upload(&Arc::new(adapter)).unwrap();
+            let outcome = generate(&mut base.backend, &[run(&golden, Some(handle), &case.answer)])
+                .unwrap()
+                .remove(0);
+            base.backend.free_adapter(handle);
+            // 8 bits of mantissa through two layers with large random deltas: near, not equal.
+            for (position, (got, expected)) in outcome.prompt_logprobs.iter().zip(&case.answer.top_logprobs).enumerate() {
+                let (token, logprob) = expected[0];
+                let found = got.top.iter().find(|(other, _)| *other == token);
+                assert!(
+                    found.is_some_and(|(_, found)| (found - logprob).abs() < 0.35),
+                    "{}: position {position}: expected {token} at {logprob}, got {:?}",
+                    case.name,
+                    got.top
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn reports_say_what_is_covered() {
+    let llama = base("tiny-llama3", ComputeDtype::Float32);
+    let (_, report) = llama.load("rslora_patterns", PackedDtype::F32);
+    assert_eq!(report.modules.len(), 14);
+    let module = |name: &str| report.modules.iter().find(|module| module.module == name).unwrap();
+    let up = module("model.layers.0.mlp.up_proj");
+    assert_eq!((up.lora_rank, up.lora_alpha, up.scaling), (4, 11.0, 5.5));
+    let down = module("model.layers.1.mlp.down_proj");
+    assert_eq!((down.lora_rank, down.scaling), (7, (6.0 / 7f64.sqrt()) as f32));
+    let (_, report) = llama.load("saved_both", PackedDtype::F32);
+    assert_eq!(report.replaced_modules, ["model.embed_tokens", "lm_head"]);
+    let (_, report) = llama.load("embedding_and_head", PackedDtype::F32);
+    assert_eq!(report.tensors_without_effect.len(), 2, "{report:?}");
+    let (_, report) = llama.load("one_layer", PackedDtype::F32);
+    assert_eq!(report.layers, [1]);
+    let (_, report) = llama.load("bias_all_without_biases", PackedDtype::F32);
+    assert!(report.keys_without_effect.contains(&"bias".to_owned()), "{report:?}");
+}
