@@ -188,6 +188,7 @@ pub(crate) struct Worker {
     mask_words: usize,
     stats: EngineStats,
     drain: Option<Drain>,
+    drained: Option<oneshot::Sender<()>>,
     flushes: Vec<oneshot::Sender<bool>>,
     /// Requests wait, but none can run before an upload is done.
     is_stalled: bool,
@@ -222,6 +223,7 @@ impl Worker {
             mask_words: vocab_size.div_ceil(32),
             stats,
             drain: None,
+            drained: None,
             flushes: Vec::new(),
             is_stalled: false,
             adapters,
@@ -235,7 +237,13 @@ impl Worker {
     /// The thread's whole life.
     pub fn run(mut self) {
         let reason = match catch_unwind(AssertUnwindSafe(|| self.run_steps())) {
-            Ok(Ok(())) => return,
+            Ok(Ok(())) => {
+                // Whoever waits for the end finds the device's memory free.
+                let drained = self.drained.take();
+                drop(self);
+                drained.map(|done| done.send(()));
+                return;
+            }
             Ok(Err(error)) => error.to_string(),
             Err(panic) => format!("the engine thread panicked: {}", panic_message(&*panic)),
         };
@@ -364,7 +372,7 @@ impl Worker {
         };
         self.end_all(|| TokenEvent::Failed(RequestError::ShuttingDown));
         self.publish();
-        drain.done.send(()).ok();
+        self.drained = Some(drain.done);
         true
     }
 
