@@ -236,7 +236,8 @@ impl std::fmt::Debug for Auth {
     }
 }
 
-fn sha256_hex(key: &str) -> String {
+/// The SHA-256 of a key, in hex, as the keys file has it.
+pub fn sha256_hex(key: &str) -> String {
     Sha256::digest(key.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -886,7 +887,7 @@ mod tests {
                 fs::write(folder.path().join(adapter).join("adapter_config.json"), "{}").unwrap();
             }
             let hub = Hub::new(HubConfig {
-                endpoint: "http://127.0.0.1:9".into(),
+                endpoint: Some("http://127.0.0.1:9".into()),
                 cache_dir: folder.path().join("cache"),
                 token: None,
                 offline: true,

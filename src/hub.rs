@@ -78,8 +78,8 @@ impl FromStr for HubId {
 /// Where the Hub is and how to speak to it; `config.rs` reads it from the usual variables.
 #[derive(Clone)]
 pub struct HubConfig {
-    /// `HF_ENDPOINT`.
-    pub endpoint: String,
+    /// `HF_ENDPOINT`; `None` is the Hub itself.
+    pub endpoint: Option<String>,
     /// `HF_HUB_CACHE`, or `hub` under `HF_HOME`.
     pub cache_dir: PathBuf,
     /// `HF_TOKEN`, or the `token` file of `HF_HOME`.
@@ -341,12 +341,19 @@ mod client {
         }
 
         fn api(&self) -> Result<Api, ApiError> {
-            ApiBuilder::from_cache(Cache::new(self.config.cache_dir.clone()))
-                .with_endpoint(self.config.endpoint.clone())
+            let builder = ApiBuilder::from_cache(Cache::new(self.config.cache_dir.clone()))
                 .with_token(self.config.token.clone())
                 .with_user_agent("polylora", env!("CARGO_PKG_VERSION"))
-                .with_retries(2)
-                .build()
+                .with_retries(2);
+            match &self.config.endpoint {
+                Some(endpoint) => builder.with_endpoint(endpoint.clone()).build(),
+                None => builder.build(),
+            }
+        }
+
+        /// The endpoint as errors show it.
+        fn endpoint(&self) -> String {
+            self.config.endpoint.clone().unwrap_or_else(|| "the Hub".to_owned())
         }
 
         fn progress_bar(&self) -> DownloadBar {
@@ -366,7 +373,7 @@ mod client {
                 },
                 _ => None,
             };
-            let endpoint = self.config.endpoint.clone();
+            let endpoint = self.endpoint();
             match status {
                 Some(404) => HubError::NotFound {
                     id: id.to_string(),
@@ -389,7 +396,7 @@ mod client {
         fn failed(&self, id: &HubId, reason: String) -> HubError {
             HubError::Failed {
                 id: id.to_string(),
-                endpoint: self.config.endpoint.clone(),
+                endpoint: self.endpoint(),
                 reason,
             }
         }

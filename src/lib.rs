@@ -3,6 +3,8 @@
 pub mod app;
 pub mod auth;
 pub mod chat_template;
+pub mod cli;
+pub mod config;
 pub mod conversation;
 pub mod demo;
 pub mod error;
@@ -16,5 +18,6 @@ pub mod protocol;
 pub mod requests;
 pub mod routes;
 pub mod routing;
+pub mod server;
 pub mod stream;
 pub mod tokenizer;

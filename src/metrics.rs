@@ -19,7 +19,7 @@ use std::{
 };
 
 use parking_lot::{Mutex, RwLock};
-use polylora_engine::{AdapterInfo, EngineDescription, EngineStats, InferenceEngine, adapter::AdapterState};
+use polylora_engine::{AdapterInfo, AdapterStats, EngineDescription, EngineStats, InferenceEngine, adapter::AdapterState};
 
 /// Media type of [`Metrics::render`]'s text.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -99,6 +99,7 @@ definitions! {
     VLLM_ITL = "vllm:inter_token_latency_seconds", Kind::Histogram(ITL_BUCKETS), VLLM, "Between one token of a request and the next.";
     VLLM_TPOT = "vllm:request_time_per_output_token_seconds", Kind::Histogram(ITL_BUCKETS), VLLM, "A request's mean time per token after the first.";
     VLLM_E2E = "vllm:e2e_request_latency_seconds", Kind::Histogram(REQUEST_BUCKETS), VLLM, "From a request's arrival to its end.";
+    VLLM_QUEUE_TIME = "vllm:request_queue_time_seconds", Kind::Histogram(REQUEST_BUCKETS), VLLM, "From a request's arrival at the engine to its admission to the batch.";
     VLLM_DECODE_TIME = "vllm:request_decode_time_seconds", Kind::Histogram(REQUEST_BUCKETS), VLLM, "From a request's first token to its end.";
     VLLM_REQUEST_PROMPT = "vllm:request_prompt_tokens", Kind::Histogram(TOKEN_BUCKETS), VLLM, "Prompt tokens of a request.";
     VLLM_REQUEST_GENERATION = "vllm:request_generation_tokens", Kind::Histogram(TOKEN_BUCKETS), VLLM, "Tokens generated for a request.";
@@ -127,10 +128,14 @@ definitions! {
     ADAPTER_TTFT = "polylora_adapter_time_to_first_token_seconds", Kind::Histogram(ADAPTER_TTFT_BUCKETS), &["adapter"], "From a sequence's arrival to its first token, by adapter.";
     CACHE_HITS = "polylora_adapter_cache_hits_total", Kind::Counter, &["adapter", "tier"], "Requests that found their adapter in this tier (device, host) on arrival.";
     CACHE_MISSES = "polylora_adapter_cache_misses_total", Kind::Counter, &["adapter", "tier"], "Requests that did not find their adapter in this tier (device, host) on arrival.";
-    LOADS = "polylora_adapter_loads_total", Kind::Counter, &["outcome"], "Adapters read, checked and packed into host memory, by outcome (ok, error).";
+    ADAPTER_RUNNING = "polylora_adapter_running_requests", Kind::Gauge, &["adapter"], "Requests in the batch, by adapter.";
+    ADAPTER_WAITING = "polylora_adapter_waiting_requests", Kind::Gauge, &["adapter"], "Requests waiting, by adapter.";
+    ADAPTER_WAITED = "polylora_adapter_waiting_seconds_total", Kind::Counter, &["adapter"], "Time that admitted requests had waited, by adapter.";
+    LOADS = "polylora_adapter_loads_total", Kind::Counter, &["outcome"], "Times that an adapter was read, checked and packed into host memory, by outcome (ok, error).";
     UNLOADS = "polylora_adapter_unloads_total", Kind::Counter, &[], "Adapters unloaded by an operator.";
-    LOAD_SECONDS = "polylora_adapter_load_seconds", Kind::Histogram(LOAD_BUCKETS), &[], "Time to read, check and pack an adapter into host memory.";
-    DEVICE_HITS = "polylora_device_adapter_hits_total", Kind::Counter, &[], "Times that a batch found an adapter on the device.";
+    LOAD_SECONDS = "polylora_adapter_load_seconds", Kind::Histogram(LOAD_BUCKETS), &[], "Time of the loads that clients asked for, downloads included.";
+    HOST_EVICTIONS = "polylora_host_adapter_evictions_total", Kind::Counter, &[], "Adapters that left host memory for others.";
+    DEVICE_HITS = "polylora_device_adapter_hits_total", Kind::Counter, &[], "Requests that found their adapter on the device when they were first scheduled.";
     DEVICE_UPLOADS = "polylora_device_adapter_uploads_total", Kind::Counter, &[], "Times that an adapter had to be copied to the device.";
     DEVICE_EVICTIONS = "polylora_device_adapter_evictions_total", Kind::Counter, &[], "Adapters that left the device for others.";
     ADAPTER_BYTES = "polylora_adapter_resident_bytes", Kind::Gauge, &["tier"], "Bytes of adapters in each tier.";
@@ -138,6 +143,7 @@ definitions! {
     ADAPTERS = "polylora_adapters", Kind::Gauge, &["state"], "Adapters by state: registered (known by name), host, device.";
     ADAPTER_LEASES = "polylora_adapter_leases", Kind::Gauge, &["adapter"], "Requests in flight that hold the adapter.";
     STEPS = "polylora_steps_total", Kind::Counter, &[], "Batches run.";
+    STEP_SECONDS = "polylora_step_seconds", Kind::Histogram(ITL_BUCKETS), &[], "From the scheduling of a batch to the commit of its output.";
     KV_BLOCKS = "polylora_kv_blocks", Kind::Gauge, &["state"], "KV blocks: used by running requests, cached for later ones, free.";
     RESIDENT = "process_resident_memory_bytes", Kind::Gauge, &[], "Resident memory of the process.";
     CPU_SECONDS = "process_cpu_seconds_total", Kind::Counter, &[], "CPU time of the process, user and system.";
@@ -193,7 +199,6 @@ pub struct Metrics {
     started_at: f64,
     latency: Latency,
     successes: [AtomicU64; 4],
-    loads: [AtomicU64; 2],
     unloads: AtomicU64,
     load_seconds: Histogram,
     http: RwLock<BTreeMap<(String, u16), AtomicU64>>,
@@ -234,6 +239,7 @@ struct Listing {
     read_at: Option<Instant>,
     by_state: [usize; 3],
     resident: Vec<(Arc<str>, AdapterState, bool, usize)>,
+    busy: Vec<AdapterStats>,
 }
 
 struct Histogram {
@@ -295,7 +301,6 @@ impl Metrics {
                 max_tokens: Histogram::new(&VLLM_PARAM_MAX_TOKENS),
             },
             successes: Default::default(),
-            loads: Default::default(),
             unloads: AtomicU64::new(0),
             load_seconds: Histogram::new(&LOAD_SECONDS),
             http: RwLock::default(),
@@ -357,9 +362,8 @@ impl Metrics {
         }
     }
 
-    /// Records an adapter load: how long it took and whether it worked.
+    /// Records an adapter load that a client asked for: how long it took and whether it worked.
     pub fn adapter_loaded(&self, took: std::time::Duration, ok: bool) {
-        self.loads[usize::from(!ok)].fetch_add(1, Relaxed);
         if ok {
             self.load_seconds.observe(took.as_secs_f64());
         }
@@ -390,10 +394,10 @@ impl Metrics {
 
     /// The text of `/metrics`.
     pub fn render(&self, engine: &dyn InferenceEngine) -> String {
-        self.render_from(&engine.stats(), || engine.list_adapters())
+        self.render_from(&engine.stats(), || (engine.list_adapters(), engine.adapter_stats()))
     }
 
-    fn render_from(&self, stats: &EngineStats, list_adapters: impl FnOnce() -> Vec<AdapterInfo>) -> String {
+    fn render_from(&self, stats: &EngineStats, list_adapters: impl FnOnce() -> (Vec<AdapterInfo>, Vec<AdapterStats>)) -> String {
         let mut out = Writer::default();
         self.write_vllm(&mut out, stats);
         self.write_residency(&mut out, list_adapters);
@@ -434,6 +438,7 @@ impl Metrics {
             out.head(definition);
             out.histogram(definition.name, &model, histogram);
         }
+        out.engine_histogram(&VLLM_QUEUE_TIME, &model, &stats.queue_seconds);
         let cache = labels(
             VLLM_CACHE_CONFIG.labels,
             &[&self.block_size.to_string(), &stats.total_blocks.to_string(), "0"],
@@ -450,10 +455,11 @@ impl Metrics {
         out.one(&VLLM_LORA_INFO, &lora, unix_seconds());
     }
 
-    fn write_residency(&self, out: &mut Writer, list_adapters: impl FnOnce() -> Vec<AdapterInfo>) {
+    fn write_residency(&self, out: &mut Writer, list_adapters: impl FnOnce() -> (Vec<AdapterInfo>, Vec<AdapterStats>)) {
         let mut listing = self.listing.lock();
         if listing.read_at.is_none_or(|at| at.elapsed().as_secs() >= 1) {
-            *listing = Listing::of(&list_adapters(), self.config.max_adapter_labels);
+            let (adapters, busy) = list_adapters();
+            *listing = Listing::of(&adapters, busy, self.config.max_adapter_labels);
         }
         out.head(&VLLM_LORA_LOADED);
         for (name, state, pinned, _) in &listing.resident {
@@ -472,6 +478,25 @@ impl Metrics {
         out.head(&ADAPTER_LEASES);
         for (name, _, _, leases) in &listing.resident {
             out.sample(ADAPTER_LEASES.name, &labels(ADAPTER_LEASES.labels, &[name]), *leases as f64);
+        }
+        self.write_waiting(out, &listing.busy);
+    }
+
+    /// What runs and waits, by adapter; those without a label of their own together.
+    fn write_waiting(&self, out: &mut Writer, busy: &[AdapterStats]) {
+        let known = self.adapters.read();
+        let mut by_label: BTreeMap<&str, (u64, u64, f64)> = BTreeMap::new();
+        for stats in busy {
+            let label = if known.contains_key(&stats.name) { &*stats.name } else { OTHER_LABEL };
+            let sums = by_label.entry(label).or_default();
+            *sums = (sums.0 + stats.running, sums.1 + stats.waiting, sums.2 + stats.waiting_seconds_total);
+        }
+        for (index, definition) in [&ADAPTER_RUNNING, &ADAPTER_WAITING, &ADAPTER_WAITED].into_iter().enumerate() {
+            out.head(definition);
+            for (label, sums) in &by_label {
+                let value = [sums.0 as f64, sums.1 as f64, sums.2][index];
+                out.sample(definition.name, &labels(definition.labels, &[label]), value);
+            }
         }
     }
 
@@ -495,14 +520,15 @@ impl Metrics {
         }
         self.write_adapters(out);
         out.head(&LOADS);
-        for (outcome, count) in ["ok", "error"].iter().zip(&self.loads) {
-            out.sample(LOADS.name, &labels(LOADS.labels, &[outcome]), count.load(Relaxed) as f64);
+        for (outcome, count) in [("ok", stats.registry.loads_total), ("error", stats.registry.load_failures_total)] {
+            out.sample(LOADS.name, &labels(LOADS.labels, &[outcome]), count as f64);
         }
         out.one(&UNLOADS, "", self.unloads.load(Relaxed) as f64);
         out.head(&LOAD_SECONDS);
         out.histogram(LOAD_SECONDS.name, "", &self.load_seconds);
+        out.one(&HOST_EVICTIONS, "", stats.registry.evictions_total as f64);
         out.one(&DEVICE_HITS, "", stats.device_hits_total as f64);
-        out.one(&DEVICE_UPLOADS, "", stats.device_misses_total as f64);
+        out.one(&DEVICE_UPLOADS, "", stats.device_uploads_total as f64);
         out.one(&DEVICE_EVICTIONS, "", stats.device_evictions_total as f64);
         out.head(&ADAPTER_BYTES);
         for (tier, bytes) in [("device", stats.device_adapter_bytes), ("host", stats.host_adapter_bytes)] {
@@ -514,6 +540,7 @@ impl Metrics {
             stats.device_adapter_capacity_bytes as f64,
         );
         out.one(&STEPS, "", stats.steps_total as f64);
+        out.engine_histogram(&STEP_SECONDS, "", &stats.step_seconds);
         out.head(&KV_BLOCKS);
         let free = stats.total_blocks.saturating_sub(stats.used_blocks + stats.cached_blocks);
         for (state, blocks) in [("used", stats.used_blocks), ("cached", stats.cached_blocks), ("free", free)] {
@@ -585,7 +612,7 @@ impl AdapterSeries {
 }
 
 impl Listing {
-    fn of(adapters: &[AdapterInfo], most: usize) -> Self {
+    fn of(adapters: &[AdapterInfo], busy: Vec<AdapterStats>, most: usize) -> Self {
         let mut by_state = [0; 3];
         for adapter in adapters {
             by_state[adapter.state as usize] += 1;
@@ -603,6 +630,7 @@ impl Listing {
             read_at: Some(Instant::now()),
             by_state,
             resident,
+            busy,
         }
     }
 }
@@ -705,15 +733,27 @@ impl Writer {
     }
 
     fn histogram(&mut self, name: &str, labels: &str, histogram: &Histogram) {
+        let counts = histogram.buckets.iter().map(|bucket| bucket.load(Relaxed));
+        self.buckets(name, labels, histogram.bounds, counts, f64::from_bits(histogram.sum.load(Relaxed)));
+    }
+
+    /// One that the engine keeps, with bounds of its own; an engine that keeps none has an empty one.
+    fn engine_histogram(&mut self, definition: &Definition, labels: &str, histogram: &polylora_engine::Histogram) {
+        self.head(definition);
+        self.buckets(definition.name, labels, histogram.bounds, histogram.counts.iter().copied(), histogram.sum);
+    }
+
+    fn buckets(&mut self, name: &str, labels: &str, bounds: &[f64], counts: impl Iterator<Item = u64>, sum: f64) {
         let comma = if labels.is_empty() { "" } else { "," };
         let mut count = 0;
-        for (bucket, bound) in histogram.buckets.iter().zip(histogram.bounds) {
-            count += bucket.load(Relaxed);
-            let _ = writeln!(self.text, "{name}_bucket{{{labels}{comma}le=\"{bound}\"}} {count}");
+        let mut bounds = bounds.iter();
+        for bucket in counts {
+            count += bucket;
+            let _ = match bounds.next() {
+                Some(bound) => writeln!(self.text, "{name}_bucket{{{labels}{comma}le=\"{bound}\"}} {count}"),
+                None => writeln!(self.text, "{name}_bucket{{{labels}{comma}le=\"+Inf\"}} {count}"),
+            };
         }
-        count += histogram.buckets[histogram.bounds.len()].load(Relaxed);
-        let _ = writeln!(self.text, "{name}_bucket{{{labels}{comma}le=\"+Inf\"}} {count}");
-        let sum = f64::from_bits(histogram.sum.load(Relaxed));
         let braced = if labels.is_empty() { String::new() } else { format!("{{{labels}}}") };
         let _ = write!(self.text, "{name}_sum{braced} {sum}\n{name}_count{braced} {count}\n");
     }
@@ -814,6 +854,15 @@ mod tests {
             cached_tokens_total: 32,
             running_adapters: vec!["json".into(), "table".into()],
             waiting_adapters: vec!["sql".into()],
+            registry: polylora_engine::adapter::registry::RegistryStats {
+                load_failures_total: 1,
+                ..Default::default()
+            },
+            step_seconds: polylora_engine::Histogram {
+                bounds: &[0.01, 0.1],
+                counts: vec![3, 2, 1],
+                sum: 0.5,
+            },
             ..EngineStats::default()
         }
     }
@@ -863,10 +912,20 @@ mod tests {
 
     #[test]
     fn every_metric_but_those_without_a_label_value_is_there_before_traffic() {
-        let text = metrics(8).render_from(&stats(), Vec::new);
+        let text = metrics(8).render_from(&stats(), Default::default);
         for definition in ALL {
             assert!(text.contains(&format!("# TYPE {} ", definition.name)), "{}", definition.name);
-            let by_traffic = [HTTP_REQUESTS, VLLM_LORA_LOADED, ADAPTER_LEASES, CACHE_HITS, CACHE_MISSES].contains(definition);
+            let by_traffic = [
+                HTTP_REQUESTS,
+                VLLM_LORA_LOADED,
+                ADAPTER_LEASES,
+                ADAPTER_RUNNING,
+                ADAPTER_WAITING,
+                ADAPTER_WAITED,
+                CACHE_HITS,
+                CACHE_MISSES,
+            ]
+            .contains(definition);
             let series = text.lines().filter(|line| line.starts_with(definition.name)).count();
             assert_eq!(series == 0, by_traffic, "{}", definition.name);
         }
@@ -874,7 +933,7 @@ mod tests {
 
     #[test]
     fn what_routers_read_is_written_as_they_expect_it() {
-        let text = metrics(8).render_from(&stats(), Vec::new);
+        let text = metrics(8).render_from(&stats(), Default::default);
         assert_eq!(value(&text, "vllm:num_requests_running{model_name=\"demo\",engine=\"0\"}"), 3.0);
         assert_eq!(value(&text, "vllm:num_requests_waiting{model_name=\"demo\",engine=\"0\"}"), 5.0);
         assert_eq!(value(&text, "vllm:kv_cache_usage_perc{model_name=\"demo\",engine=\"0\"}"), 0.25);
@@ -885,6 +944,9 @@ mod tests {
         let info = "vllm:lora_requests_info{max_lora=\"8\",running_lora_adapters=\"json,table\",waiting_lora_adapters=\"sql\"}";
         assert!(value(&text, info) > 1.7e9, "a time stamp");
         assert_eq!(value(&text, "polylora_kv_blocks{state=\"free\"}"), 60.0);
+        assert_eq!(value(&text, "polylora_step_seconds_bucket{le=\"0.1\"}"), 5.0);
+        assert_eq!(value(&text, "polylora_step_seconds_bucket{le=\"+Inf\"}"), 6.0);
+        assert_eq!(value(&text, "polylora_step_seconds_sum"), 0.5);
     }
 
     #[test]
@@ -897,7 +959,7 @@ mod tests {
         request.finish(Outcome::Length);
         drop(metrics.begin_request(None, 5));
 
-        let text = metrics.render_from(&stats(), Vec::new);
+        let text = metrics.render_from(&stats(), Default::default);
         assert_eq!(value(&text, "polylora_requests_total{adapter=\"json\",outcome=\"length\"}"), 1.0);
         assert_eq!(value(&text, "polylora_requests_total{adapter=\"json\",outcome=\"abort\"}"), 0.0);
         assert_eq!(value(&text, "polylora_requests_total{adapter=\"(base)\",outcome=\"abort\"}"), 1.0);
@@ -917,7 +979,7 @@ mod tests {
         for name in ["a", "b", "c", "d", "a"] {
             metrics.begin_request(Some(name), 1).finish(Outcome::Stop);
         }
-        let text = metrics.render_from(&stats(), Vec::new);
+        let text = metrics.render_from(&stats(), Default::default);
         assert_eq!(value(&text, "polylora_requests_total{adapter=\"a\",outcome=\"stop\"}"), 2.0);
         assert_eq!(value(&text, "polylora_requests_total{adapter=\"(other)\",outcome=\"stop\"}"), 2.0);
         assert!(!text.contains("adapter=\"c\""));
@@ -931,8 +993,18 @@ mod tests {
         metrics.adapter_acquired("a", AdapterState::Device);
         metrics.adapter_loaded(std::time::Duration::from_millis(20), true);
         metrics.adapter_loaded(std::time::Duration::from_millis(20), false);
-        let adapters = || vec![adapter("a", AdapterState::Device, true), adapter("b", AdapterState::Registered, false)];
-        let text = metrics.render_from(&stats(), adapters);
+        let adapters = vec![adapter("a", AdapterState::Device, true), adapter("b", AdapterState::Registered, false)];
+        let busy = [("a", 1, 2), ("c", 3, 4), ("d", 5, 6)].map(|(name, running, waiting)| AdapterStats {
+            name: name.into(),
+            running,
+            waiting,
+            waiting_seconds_total: 0.5,
+            ..AdapterStats::default()
+        });
+        let text = metrics.render_from(&stats(), || (adapters, busy.into()));
+        assert_eq!(value(&text, "polylora_adapter_waiting_requests{adapter=\"a\"}"), 2.0);
+        assert_eq!(value(&text, "polylora_adapter_running_requests{adapter=\"(other)\"}"), 8.0);
+        assert_eq!(value(&text, "polylora_adapter_waiting_seconds_total{adapter=\"(other)\"}"), 1.0);
         assert_eq!(value(&text, "polylora_adapter_cache_hits_total{adapter=\"a\",tier=\"device\"}"), 1.0);
         assert_eq!(value(&text, "polylora_adapter_cache_misses_total{adapter=\"a\",tier=\"device\"}"), 2.0);
         assert_eq!(value(&text, "polylora_adapter_cache_hits_total{adapter=\"a\",tier=\"host\"}"), 1.0);

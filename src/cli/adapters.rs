@@ -1,0 +1,389 @@
+//! `polylora adapters`: a client of a running server, and `inspect`, which needs none.
+
+use std::{io::Write, path::PathBuf, time::Duration};
+
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand};
+use polylora_engine::{
+    FileSource,
+    adapter::{
+        PackedDtype,
+        load::{CoverageReport, LoraLimits, load_adapter},
+    },
+    decoder::DecoderConfig,
+};
+use serde_json::{Value, json};
+
+/// `polylora adapters …`
+#[derive(Args, Debug)]
+pub struct AdaptersArgs {
+    #[command(subcommand)]
+    command: AdaptersCommand,
+    /// The server.
+    #[arg(long, global = true, env = "POLYLORA_URL", default_value = "http://127.0.0.1:30000", value_name = "URL")]
+    url: String,
+    /// Its (admin) key, if it asks for one.
+    #[arg(long, global = true, env = "POLYLORA_API_KEY", hide_env_values = true, value_name = "KEY")]
+    api_key: Option<String>,
+    /// Print the server's answer as JSON.
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum AdaptersCommand {
+    /// List the base model and every adapter.
+    List,
+    /// Load an adapter.
+    Load {
+        /// The name that clients will use.
+        name: String,
+        /// A folder on the server's machine, org/name[@revision] on the Hub, or demo:NAME.
+        path: String,
+        /// Keep it on the device.
+        #[arg(long)]
+        pin: bool,
+        /// Put it in the place of an adapter of the same name; requests in flight end on the old one.
+        #[arg(long)]
+        replace: bool,
+    },
+    /// Unload an adapter; returns when the last request on it has ended.
+    Unload {
+        /// Its name.
+        name: String,
+    },
+    /// Keep an adapter on the device.
+    Pin {
+        /// Its name.
+        name: String,
+    },
+    /// Let an adapter leave the device again.
+    Unpin {
+        /// Its name.
+        name: String,
+    },
+    /// Check adapter files against a base model, without a server: what they change, at which rank and scale.
+    Inspect {
+        /// A folder with adapter_config.json and adapter_model.safetensors, or demo:NAME.
+        path: String,
+        /// The base model's folder. Unset: the demo model.
+        #[arg(long, value_name = "DIR")]
+        model_path: Option<PathBuf>,
+    },
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// What the server answered, or why it could not be asked.
+pub fn run(args: &AdaptersArgs) -> anyhow::Result<()> {
+    let client = Client::new(&args.url, args.api_key.as_deref());
+    let mut out = std::io::stdout();
+    let (answer, text) = match &args.command {
+        AdaptersCommand::List => {
+            let answer = client.get("/v1/models")?;
+            let table = models_table(&answer)?;
+            (answer, table)
+        }
+        AdaptersCommand::Load { name, path, pin, replace } => {
+            let mut body = json!({"lora_name": name, "lora_path": path, "pinned": pin});
+            if *replace {
+                body["replace"] = true.into();
+            }
+            let answer = client.post("/load_lora_adapter", &body)?;
+            (answer, format!("loaded {name} from {path}\n"))
+        }
+        AdaptersCommand::Unload { name } => {
+            let answer = client.post("/unload_lora_adapter", &json!({"lora_name": name}))?;
+            (answer, format!("unloaded {name}\n"))
+        }
+        AdaptersCommand::Pin { name } | AdaptersCommand::Unpin { name } => {
+            let pinned = matches!(args.command, AdaptersCommand::Pin { .. });
+            let answer = client.post("/pin_lora_adapter", &json!({"lora_name": name, "pinned": pinned}))?;
+            (answer, format!("{} {name}\n", if pinned { "pinned" } else { "unpinned" }))
+        }
+        AdaptersCommand::Inspect { path, model_path } => inspect(path, model_path.as_ref())?,
+    };
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&answer)?)?;
+    } else {
+        write!(out, "{text}")?;
+    }
+    Ok(())
+}
+
+/// The report as JSON and as text.
+fn inspect(path: &str, model_path: Option<&PathBuf>) -> anyhow::Result<(Value, String)> {
+    let files = match path.strip_prefix(crate::auth::EMBEDDED_PREFIX) {
+        Some(name) => {
+            let adapter = crate::demo::ADAPTERS.iter().find(|adapter| adapter.name == name);
+            FileSource::Embedded(adapter.with_context(|| format!("the binary has no adapter {name:?}"))?.files)
+        }
+        None => FileSource::Directory(path.into()),
+    };
+    let base = model_path.map_or(FileSource::Embedded(crate::demo::BASE), |path| FileSource::Directory(path.clone()));
+    let decoder = read_decoder_config(&base)?;
+    let (adapter, report) = load_adapter(&files, &decoder, &LoraLimits::new(PackedDtype::Bf16))?;
+    let answer = json!({
+        "version": adapter.version.to_string(),
+        "bytes_bf16": adapter.bytes(),
+        "max_lora_rank": adapter.max_lora_rank,
+        "report": report,
+    });
+    let mut text = format!(
+        "version {}\nlargest rank {}, {} in bf16\n\n",
+        adapter.version,
+        adapter.max_lora_rank,
+        human_bytes(adapter.bytes() as u64)
+    );
+    text.push_str(&report_text(&report, decoder.num_layers));
+    Ok((answer, text))
+}
+
+/// Reads `config.json` of a base model.
+pub(super) fn read_decoder_config(base: &FileSource) -> anyhow::Result<DecoderConfig> {
+    const MOST: u64 = 16 << 20;
+    let config = base.read("config.json", MOST).context("config.json of the base model")?;
+    let generation = base.contains("generation_config.json").then(|| base.read("generation_config.json", MOST));
+    Ok(DecoderConfig::from_json(&config, generation.transpose()?.as_deref())?)
+}
+
+/// One line per kind of module: layers, ranks and scales are mostly the same for all layers.
+fn report_text(report: &CoverageReport, num_layers: usize) -> String {
+    let mut rows: Vec<(String, Vec<u16>, u32, f32, f32)> = Vec::new();
+    for module in &report.modules {
+        let (layer, name) = split_layer(&module.module);
+        let same = |row: &&mut (String, Vec<u16>, u32, f32, f32)| {
+            (row.0.as_str(), row.2, row.3, row.4) == (name.as_str(), module.lora_rank, module.lora_alpha, module.scaling)
+        };
+        match rows.iter_mut().find(same) {
+            Some(row) => row.1.extend(layer),
+            None => rows.push((name, layer.into_iter().collect(), module.lora_rank, module.lora_alpha, module.scaling)),
+        }
+    }
+    let mut table = Table::new(&["module", "layers", "rank", "alpha", "scaling"]);
+    for (name, layers, rank, alpha, scaling) in rows {
+        table.row([name, layer_ranges(&layers), rank.to_string(), alpha.to_string(), format!("{scaling:.6}")]);
+    }
+    let mut text = table.to_string();
+    text.push_str(&format!(
+        "\n{} modules in {} of {num_layers} layers\n",
+        report.modules.len(),
+        report.layers.len()
+    ));
+    if !report.keys_without_effect.is_empty() {
+        text.push_str(&format!("without effect on inference: {}\n", report.keys_without_effect.join(", ")));
+    }
+    text
+}
+
+/// `model.layers.3.self_attn.q_proj` is `self_attn.q_proj` of layer 3.
+fn split_layer(module: &str) -> (Option<u16>, String) {
+    let parts = module.split_once(".layers.").and_then(|(_, rest)| rest.split_once('.'));
+    match parts.and_then(|(layer, name)| Some((layer.parse().ok()?, name))) {
+        Some((layer, name)) => (Some(layer), name.to_owned()),
+        None => (None, module.to_owned()),
+    }
+}
+
+/// `0-3, 7`
+fn layer_ranges(layers: &[u16]) -> String {
+    let mut ranges: Vec<(u16, u16)> = Vec::new();
+    for &layer in layers {
+        match ranges.last_mut() {
+            Some((_, last)) if *last + 1 == layer => *last = layer,
+            _ => ranges.push((layer, layer)),
+        }
+    }
+    let range = |(first, last): (u16, u16)| if first == last { first.to_string() } else { format!("{first}-{last}") };
+    ranges.into_iter().map(range).collect::<Vec<_>>().join(", ")
+}
+
+/// The answer of `/v1/models` as a table.
+fn models_table(answer: &Value) -> anyhow::Result<String> {
+    let models = answer["data"].as_array().context("the server's list has no `data`")?;
+    let mut table = Table::new(&["name", "kind", "state", "rank", "modules", "bytes", "pinned", "leases", "from"]);
+    for model in models {
+        let text = |value: &Value| match value {
+            Value::String(text) => text.clone(),
+            Value::Null => "-".to_owned(),
+            Value::Array(values) => values.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(","),
+            other => other.to_string(),
+        };
+        let more = &model["adapter"];
+        table.row([
+            text(&model["id"]),
+            if model["parent"].is_null() { "base" } else { "adapter" }.to_owned(),
+            text(&more["state"]),
+            text(&more["lora_rank"]),
+            text(&more["target_modules"]),
+            more["size_bytes"].as_u64().map_or_else(|| "-".to_owned(), human_bytes),
+            text(&more["pinned"]),
+            text(&more["leases"]),
+            text(&model["root"]),
+        ]);
+    }
+    Ok(table.to_string())
+}
+
+/// `1.5 MiB`
+pub(super) fn human_bytes(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{bytes} B")
+    } else {
+        format!("{value:.1} {}", units[unit])
+    }
+}
+
+/// Columns as wide as their widest cell.
+pub(super) struct Table {
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    pub(super) fn new(head: &[&str]) -> Self {
+        Self {
+            rows: vec![head.iter().map(|&cell| cell.to_owned()).collect()],
+        }
+    }
+
+    pub(super) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+        self.rows.push(cells.into_iter().collect());
+    }
+}
+
+impl std::fmt::Display for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let columns = self.rows[0].len();
+        let width = |column: usize| self.rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..columns).map(width).collect();
+        for row in &self.rows {
+            let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+            writeln!(f, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+/// A client of a running server.
+struct Client {
+    agent: ureq::Agent,
+    url: String,
+    authorization: Option<String>,
+}
+
+impl Client {
+    fn new(url: &str, api_key: Option<&str>) -> Self {
+        let config = ureq::Agent::config_builder()
+            // An error's body says what is wrong.
+            .http_status_as_error(false)
+            .timeout_connect(Some(Duration::from_secs(5)))
+            .build();
+        Self {
+            agent: config.into(),
+            url: url.trim_end_matches('/').to_owned(),
+            authorization: api_key.map(|key| format!("Bearer {key}")),
+        }
+    }
+
+    fn get(&self, path: &str) -> anyhow::Result<Value> {
+        let mut request = self.agent.get(format!("{}{path}", self.url));
+        if let Some(authorization) = &self.authorization {
+            request = request.header("Authorization", authorization);
+        }
+        self.answer(request.call())
+    }
+
+    fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        let mut request = self.agent.post(format!("{}{path}", self.url));
+        if let Some(authorization) = &self.authorization {
+            request = request.header("Authorization", authorization);
+        }
+        self.answer(request.send_json(body))
+    }
+
+    fn answer(&self, response: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> anyhow::Result<Value> {
+        let mut response = response.with_context(|| format!("no server answers at {} (--url says where)", self.url))?;
+        let status = response.status();
+        let text = response.body_mut().read_to_string()?;
+        if status.is_success() {
+            return serde_json::from_str(&text).with_context(|| format!("the server's answer is no JSON: {text}"));
+        }
+        bail!(
+            "{}",
+            error_message(&text).unwrap_or_else(|| format!("the server answered {status}: {text}"))
+        )
+    }
+}
+
+/// The sentence in an error body: OpenAI's, SGLang's load answer.
+fn error_message(body: &str) -> Option<String> {
+    let body: Value = serde_json::from_str(body).ok()?;
+    let message = [&body["error"]["message"], &body["error_message"], &body["message"]];
+    message.into_iter().find_map(Value::as_str).map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use polylora_engine::adapter::load::ModuleCoverage;
+
+    use super::*;
+
+    #[test]
+    fn layers_of_alike_modules_are_one_line() {
+        let module = |module: &str, lora_rank, scaling| ModuleCoverage {
+            module: module.to_owned(),
+            lora_rank,
+            lora_alpha: 32.0,
+            scaling,
+        };
+        let report = CoverageReport {
+            modules: vec![
+                module("model.layers.0.self_attn.q_proj", 16, 2.0),
+                module("model.layers.1.self_attn.q_proj", 16, 2.0),
+                module("model.layers.2.self_attn.q_proj", 8, 4.0),
+                module("model.layers.4.self_attn.q_proj", 16, 2.0),
+                module("lm_head", 16, 2.0),
+            ],
+            layers: vec![0, 1, 2, 4],
+            keys_without_effect: vec!["lora_dropout".into()],
+            ..CoverageReport::default()
+        };
+        let expected = "\
+module            layers  rank  alpha  scaling
+self_attn.q_proj  0-1, 4  16    32     2.000000
+self_attn.q_proj  2       8     32     4.000000
+lm_head                   16    32     2.000000
+
+5 modules in 4 of 6 layers
+without effect on inference: lora_dropout
+";
+        assert_eq!(report_text(&report, 6), expected);
+    }
+
+    #[test]
+    fn the_sentence_is_taken_out_of_every_error_body() {
+        for body in [
+            r#"{"error":{"message":"no","type":"x"}}"#,
+            r#"{"rid":null,"success":false,"error_message":"no","loaded_adapters":null}"#,
+            r#"{"object":"error","message":"no"}"#,
+        ] {
+            assert_eq!(error_message(body).as_deref(), Some("no"));
+        }
+        assert_eq!(error_message("<html>"), None);
+    }
+
+    #[test]
+    fn sizes_for_people() {
+        for (bytes, text) in [(1023, "1023 B"), (1536, "1.5 KiB"), (84 << 20, "84.0 MiB"), (3 << 40, "3.0 TiB")] {
+            assert_eq!(human_bytes(bytes), text);
+        }
+    }
+}

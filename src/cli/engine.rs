@@ -1,0 +1,395 @@
+//! From settings to a running engine: memory, device, limits.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use anyhow::{Context, bail, ensure};
+use polylora_engine::{
+    EngineConfig, EngineParts, FileSource, LlmEngine, LoraConfig, StartError,
+    adapter::{
+        PackedDtype,
+        load::LoraLimits,
+        registry::{AdapterRegistry, RegistryConfig},
+    },
+    backend::cpu::{ComputeDtype, CpuBackend, CpuOptions, KvBudget, kv_block_bytes},
+    decoder::DecoderConfig,
+    weights::{Dtype as StoredDtype, ModelWeights},
+};
+
+use super::bench::BenchArgs;
+use crate::config::{Device, Dtype, EngineSettings, LoraSettings, MemoryBudget};
+
+/// An engine and what is worth saying about it.
+pub(super) struct BuiltEngine {
+    pub engine: Arc<LlmEngine>,
+    pub decoder: Arc<DecoderConfig>,
+    pub memory: MemoryPlan,
+    pub weight_bytes: usize,
+}
+
+/// What an engine is built from.
+pub(super) struct EngineInputs<'a> {
+    pub weights: &'a ModelWeights,
+    pub decoder: DecoderConfig,
+    pub dtype: Dtype,
+    pub context_length: Option<usize>,
+    pub settings: &'a EngineSettings,
+    pub lora: Option<LoraConfig>,
+    /// No adapter may have these names.
+    pub base_names: Vec<String>,
+}
+
+/// Bytes for the KV cache and for adapters that batches use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct MemoryPlan {
+    pub kv_bytes: usize,
+    pub adapter_bytes: usize,
+}
+
+/// Sequences at once on the CPU, unless set.
+const CPU_RUNNING_REQUESTS: usize = 64;
+/// Tokens of a step on the CPU, unless set.
+const CPU_CHUNKED_PREFILL: usize = 512;
+/// Most bytes of KV cache on the CPU, unless set.
+const CPU_KV_BYTES: u64 = 4 << 30;
+
+/// The engine of `polylora serve`.
+pub(super) fn build(inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine> {
+    refuse_cuda(inputs.settings.device)?;
+    let compute = compute_dtype(inputs.dtype, inputs.weights.dtype(&inputs.decoder)?);
+    let needs = MemoryNeeds {
+        weight_bytes: weight_bytes(&inputs.decoder, compute),
+        block_bytes: kv_block_bytes(&inputs.decoder, inputs.settings.block_size),
+        block_size: inputs.settings.block_size,
+        useful_tokens: inputs.settings.max_running_requests.unwrap_or(CPU_RUNNING_REQUESTS)
+            * inputs.context_length.unwrap_or(inputs.decoder.max_position_embeddings),
+        lora: inputs.lora.is_some(),
+    };
+    let plan = MemoryPlan::of(inputs.settings.memory, &needs, &HostMemory::read())?;
+    start_on_cpu(inputs, compute, plan)
+}
+
+/// The engine of `polylora bench`.
+pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result<BuiltEngine> {
+    refuse_cuda(args.device)?;
+    let (weights, decoder) = match &args.model_path {
+        Some(path) => {
+            let files = FileSource::Directory(path.clone());
+            (ModelWeights::open(&files)?, super::adapters::read_decoder_config(&files)?)
+        }
+        None => {
+            let stored = if args.dtype == Dtype::Bfloat16 {
+                StoredDtype::Bf16
+            } else {
+                StoredDtype::F32
+            };
+            let config = serde_json::to_vec(&args.shape.config_json())?;
+            (ModelWeights::random(args.seed, stored), DecoderConfig::from_json(&config, None)?)
+        }
+    };
+    let max_batch = args.batch_size.iter().copied().max().unwrap_or(1);
+    let settings = EngineSettings {
+        device: args.device,
+        num_threads: args.num_threads,
+        memory: args.mem_fraction_static,
+        max_running_requests: Some(max_batch),
+        max_queued_requests: max_batch,
+        chunked_prefill_size: Some(args.chunked_prefill_size.max(max_batch)),
+        block_size: 16,
+        prefix_caching: false,
+        cuda_graph_max_bs: None,
+    };
+    let compute = compute_dtype(args.dtype, weights.dtype(&decoder)?);
+    let blocks = max_batch * (args.prompt_tokens + args.output_tokens).div_ceil(settings.block_size);
+    let exact = MemoryPlan {
+        kv_bytes: blocks * kv_block_bytes(&decoder, settings.block_size),
+        // As many as are made: residency is not what is measured.
+        adapter_bytes: isize::MAX as usize,
+    };
+    let lora = (num_adapters > 0).then_some(LoraConfig {
+        max_loras_per_batch: num_adapters,
+        max_loaded_loras: None,
+        eviction: polylora_engine::EvictionPolicy::Lru,
+        max_lora_rank: None,
+        target_modules: None,
+    });
+    let inputs = EngineInputs {
+        weights: &weights,
+        decoder,
+        dtype: args.dtype,
+        context_length: Some(args.prompt_tokens + args.output_tokens),
+        settings: &settings,
+        lora,
+        base_names: Vec::new(),
+    };
+    match args.mem_fraction_static {
+        None => start_on_cpu(inputs, compute, exact),
+        Some(_) => build(inputs),
+    }
+}
+
+impl LoraSettings {
+    /// The engine's view of them.
+    pub(super) fn engine_config(&self) -> LoraConfig {
+        LoraConfig {
+            max_loras_per_batch: self.max_loras_per_batch,
+            max_loaded_loras: self.max_loaded_loras,
+            eviction: self.eviction,
+            max_lora_rank: self.max_lora_rank,
+            target_modules: self.target_modules.clone().map(BTreeSet::from_iter),
+        }
+    }
+}
+
+fn refuse_cuda(device: Device) -> anyhow::Result<()> {
+    if device == Device::Cuda {
+        bail!("--device cuda: this binary was built without the `cuda` feature");
+    }
+    Ok(())
+}
+
+fn compute_dtype(asked: Dtype, stored: StoredDtype) -> ComputeDtype {
+    let asked = match asked {
+        Dtype::Auto => None,
+        Dtype::Float32 => Some(StoredDtype::F32),
+        Dtype::Bfloat16 => Some(StoredDtype::Bf16),
+    };
+    let (compute, note) = ComputeDtype::on_cpu(asked, stored);
+    if let Some(note) = note {
+        tracing::info!("{note}");
+    }
+    compute
+}
+
+fn weight_bytes(decoder: &DecoderConfig, compute: ComputeDtype) -> usize {
+    let size = match compute {
+        ComputeDtype::Float32 => 4,
+        ComputeDtype::Bfloat16 => 2,
+    };
+    decoder.num_parameters() * size
+}
+
+fn start_on_cpu(inputs: EngineInputs<'_>, compute: ComputeDtype, memory: MemoryPlan) -> anyhow::Result<BuiltEngine> {
+    let EngineInputs {
+        weights,
+        decoder,
+        context_length,
+        settings,
+        lora,
+        base_names,
+        ..
+    } = inputs;
+    let max_running_requests = settings.max_running_requests.unwrap_or(CPU_RUNNING_REQUESTS);
+    let chunk = settings.chunked_prefill_size.unwrap_or(CPU_CHUNKED_PREFILL.max(max_running_requests));
+    let options = CpuOptions {
+        dtype: compute,
+        num_threads: settings.num_threads.unwrap_or(CpuOptions::default().num_threads),
+        kv_cache: KvBudget::Bytes(memory.kv_bytes),
+        block_size: settings.block_size,
+        max_batch_tokens: chunk,
+        adapter_bytes: memory.adapter_bytes,
+        max_adapters_per_batch: lora.as_ref().map_or(1, |lora| lora.max_loras_per_batch),
+    };
+    let kv_tokens = memory.kv_bytes / kv_block_bytes(&decoder, settings.block_size) * settings.block_size;
+    let context_length = fit_context(context_length, &decoder, kv_tokens)?;
+    let backend = CpuBackend::from_weights(weights, &decoder, &options)?;
+    let decoder = Arc::new(decoder);
+    let adapters = lora.as_ref().map(|lora| {
+        let dtype = match compute {
+            ComputeDtype::Float32 => PackedDtype::F32,
+            ComputeDtype::Bfloat16 => PackedDtype::Bf16,
+        };
+        let config = RegistryConfig {
+            base_names,
+            ..lora.registry_config(LoraLimits::new(dtype))
+        };
+        Arc::new(AdapterRegistry::new(config, Arc::clone(&decoder)))
+    });
+    let weight_bytes = backend.weight_bytes();
+    let engine = LlmEngine::start(EngineParts {
+        device: backend.device_name(),
+        dtype: compute.name().to_owned(),
+        backend: Box::new(backend),
+        decoder: Arc::clone(&decoder),
+        config: EngineConfig {
+            context_length,
+            max_running_requests,
+            max_queued_requests: settings.max_queued_requests,
+            chunked_prefill_tokens: chunk,
+            prefix_caching: settings.prefix_caching,
+            lora,
+        },
+        adapters,
+    })
+    .map_err(by_flag)?;
+    Ok(BuiltEngine {
+        engine,
+        decoder,
+        memory,
+        weight_bytes,
+    })
+}
+
+/// The context that is served: what was asked for, or as much of the model's as the KV cache holds.
+fn fit_context(asked: Option<usize>, decoder: &DecoderConfig, kv_tokens: usize) -> anyhow::Result<usize> {
+    let own = decoder.max_position_embeddings;
+    match asked {
+        Some(asked) => {
+            ensure!(asked <= own, "--context-length {asked}: the model was made for {own} tokens");
+            ensure!(
+                asked <= kv_tokens,
+                "--context-length {asked}: the KV cache holds {kv_tokens} tokens; raise --mem-fraction-static"
+            );
+            Ok(asked)
+        }
+        None if own > kv_tokens => {
+            tracing::info!(
+                kv_tokens,
+                model = own,
+                "the context is cut to what the KV cache holds; --mem-fraction-static raises it"
+            );
+            Ok(kv_tokens)
+        }
+        None => Ok(own),
+    }
+}
+
+/// An engine's refusal in the words of the command line.
+fn by_flag(error: StartError) -> anyhow::Error {
+    match error {
+        StartError::Invalid { field, expected, got } => {
+            let flag = match field {
+                "context_length" => "--context-length",
+                "max_running_requests" => "--max-running-requests",
+                "chunked_prefill_tokens" => "--chunked-prefill-size",
+                "max_loras_per_batch" => "--max-loras-per-batch",
+                "max_loaded_loras" => "--max-loaded-loras",
+                other => other,
+            };
+            anyhow::anyhow!("{flag} must be {expected}, got {got}")
+        }
+        other => other.into(),
+    }
+}
+
+/// What a memory plan depends on.
+struct MemoryNeeds {
+    weight_bytes: usize,
+    block_bytes: usize,
+    block_size: usize,
+    /// More KV than this is never used.
+    useful_tokens: usize,
+    lora: bool,
+}
+
+/// The machine's memory, as far as this process may have it.
+#[derive(Clone, Copy, Debug)]
+struct HostMemory {
+    total: Option<u64>,
+    available: Option<u64>,
+}
+
+impl HostMemory {
+    /// From `/proc` and the control group; unknown elsewhere.
+    fn read() -> Self {
+        let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let field = |name: &str| {
+            let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
+            Some(line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()? * 1024)
+        };
+        let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+        let limit = number("/sys/fs/cgroup/memory.max").or_else(|| number("/sys/fs/cgroup/memory/memory.limit_in_bytes"));
+        let used = number("/sys/fs/cgroup/memory.current").or_else(|| number("/sys/fs/cgroup/memory/memory.usage_in_bytes"));
+        let at_most = |value: Option<u64>, bound: Option<u64>| match (value, bound) {
+            (Some(value), Some(bound)) => Some(value.min(bound)),
+            (value, bound) => value.or(bound),
+        };
+        let free_in_group = limit.map(|limit| limit.saturating_sub(used.unwrap_or(0)));
+        Self {
+            total: at_most(field("MemTotal:"), limit),
+            available: at_most(field("MemAvailable:"), free_in_group),
+        }
+    }
+}
+
+impl MemoryPlan {
+    fn of(budget: Option<MemoryBudget>, needs: &MemoryNeeds, memory: &HostMemory) -> anyhow::Result<Self> {
+        let useful_kv = (needs.useful_tokens.div_ceil(needs.block_size) as u64).saturating_mul(needs.block_bytes as u64);
+        let adapters_of = |bytes: u64| if needs.lora { bytes / 4 } else { 0 };
+        let (kv_bytes, adapter_bytes) = match budget {
+            None => {
+                let free = memory.available.map(|available| available.saturating_sub(needs.weight_bytes as u64));
+                let quarter = free.map_or(CPU_KV_BYTES, |free| free / 4);
+                (useful_kv.min(quarter).min(CPU_KV_BYTES), adapters_of(4 * quarter))
+            }
+            Some(MemoryBudget::Bytes(bytes)) => (bytes - adapters_of(bytes), adapters_of(bytes)),
+            Some(MemoryBudget::Fraction(fraction)) => {
+                let total = memory
+                    .total
+                    .context("--mem-fraction-static: this machine's memory is not known; give a size (8GiB)")?;
+                let budget = (total as f64 * fraction) as u64;
+                let bytes = budget.saturating_sub(needs.weight_bytes as u64);
+                (bytes - adapters_of(bytes), adapters_of(bytes))
+            }
+        };
+        ensure!(
+            kv_bytes >= needs.block_bytes as u64,
+            "--mem-fraction-static: {kv_bytes} bytes are left for the KV cache beside {} of weights, a block of {} tokens takes {}",
+            needs.weight_bytes,
+            needs.block_size,
+            needs.block_bytes
+        );
+        // More than is ever used would only be asked of the system for nothing.
+        Ok(Self {
+            kv_bytes: usize::try_from(kv_bytes.min(useful_kv))?,
+            adapter_bytes: usize::try_from(adapter_bytes)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NEEDS: MemoryNeeds = MemoryNeeds {
+        weight_bytes: 1000,
+        block_bytes: 16,
+        block_size: 16,
+        useful_tokens: 4096,
+        lora: true,
+    };
+
+    fn memory(available: u64) -> HostMemory {
+        HostMemory {
+            total: Some(10_000),
+            available: Some(available),
+        }
+    }
+
+    fn plan(budget: Option<MemoryBudget>, available: u64) -> (usize, usize) {
+        let plan = MemoryPlan::of(budget, &NEEDS, &memory(available)).unwrap();
+        (plan.kv_bytes, plan.adapter_bytes)
+    }
+
+    #[test]
+    fn unset_takes_what_is_useful_and_at_most_a_quarter_of_what_is_free() {
+        assert_eq!(plan(None, 1_000_000), (4096, 249_750));
+        assert_eq!(plan(None, 9000), (2000, 2000));
+    }
+
+    #[test]
+    fn a_size_is_without_the_weights_and_a_fraction_with_them() {
+        assert_eq!(plan(Some(MemoryBudget::Bytes(4000)), 0), (3000, 1000));
+        assert_eq!(plan(Some(MemoryBudget::Fraction(0.5)), 0), (3000, 1000));
+        let without_lora = MemoryNeeds { lora: false, ..NEEDS };
+        let plan = MemoryPlan::of(Some(MemoryBudget::Bytes(4000)), &without_lora, &memory(0)).unwrap();
+        assert_eq!((plan.kv_bytes, plan.adapter_bytes), (4000, 0));
+    }
+
+    #[test]
+    fn a_budget_that_holds_no_block_is_refused() {
+        for budget in [MemoryBudget::Bytes(10), MemoryBudget::Fraction(0.1)] {
+            let error = MemoryPlan::of(Some(budget), &NEEDS, &memory(0)).unwrap_err();
+            assert!(error.to_string().starts_with("--mem-fraction-static"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! `polylora serve`: settings → model files → tokenizer → engine → adapters → routes, until a signal; then drain.
+
+use std::{
+    io::{IsTerminal, Write},
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, anyhow};
+use polylora_engine::{FileSource, InferenceEngine, LoadRequest, weights::ModelWeights};
+use tokio::net::TcpListener;
+use tracing_subscriber::EnvFilter;
+
+use super::engine::{BuiltEngine, EngineInputs, build};
+use crate::{
+    app::{Gateway, app},
+    auth::{AdapterSources, Auth},
+    config::{Config, LogFormat, LoraPath, ModelSource},
+    demo,
+    hub::{Hub, HubId},
+    metrics::{Metrics, MetricsConfig},
+    prompt::PromptProcessor,
+    routing::ServedModel,
+    server::{ServerSettings, bind, load_tls, serve},
+};
+
+/// How long connections may take to send their last bytes once every request has ended.
+const LAST_BYTES: Duration = Duration::from_secs(5);
+
+/// Serves until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What stopped the start; after it nothing is an error.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    start_log(&config.log_level, config.log_format)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(run_server(config))
+}
+
+fn start_log(filter: &str, format: LogFormat) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(filter).with_context(|| format!("--log-level {filter:?}"))?;
+    // Standard error, so that standard output holds only what a person or a script reads: the start line.
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let installed = match format {
+        LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).try_init(),
+        LogFormat::Json => log.json().flatten_event(true).try_init(),
+    };
+    installed.map_err(|error| anyhow!("{error}"))
+}
+
+async fn run_server(config: Config) -> anyhow::Result<()> {
+    let began = Instant::now();
+    // Whatever can't be had is found out before minutes go into loading.
+    let socket = bind(&config.http.host, config.http.port).await.map_err(|error| anyhow!(error))?;
+    let tls = config.http.tls.as_ref().map(load_tls).transpose().map_err(|error| anyhow!(error))?;
+    // From here on a signal ends the start, too.
+    let mut signals = Signals::listen()?;
+    let start = load(config);
+    let loaded = tokio::select! {
+        loaded = start => loaded?,
+        () = signals.next() => return Ok(()),
+    };
+    let (listener, address) = socket.listen().map_err(|error| anyhow!(error))?;
+    announce(&loaded, address, tls.is_some(), began.elapsed())?;
+
+    let settings = ServerSettings {
+        tls,
+        read_timeout: loaded.http.read_timeout,
+        write_timeout: loaded.http.write_timeout,
+    };
+    serve_until_signal(loaded, listener, settings, signals).await;
+    Ok(())
+}
+
+/// Everything that serving needs.
+struct Loaded {
+    gateway: Arc<Gateway>,
+    http: crate::config::HttpConfig,
+    /// What is served, for people.
+    model: String,
+    adapters: Vec<String>,
+    is_demo: bool,
+}
+
+async fn load(config: Config) -> anyhow::Result<Loaded> {
+    let sources = Arc::new(AdapterSources::new(Hub::new(config.hub.clone()), config.source_policy.clone()));
+    let hub = Hub::new(config.hub.clone());
+    let model = config.model.clone();
+    let files = blocking(move || model_files(&model, &hub)).await?;
+    let chat_template = config.chat_template.as_ref().map(std::fs::read_to_string).transpose();
+    let chat_template = chat_template.context("--chat-template")?;
+    let prompt_files = files.clone();
+    let prompt = blocking(move || Ok(PromptProcessor::from_files(&prompt_files, chat_template.as_deref())?)).await?;
+
+    let lora_paths = config.lora.as_ref().map(|lora| lora.paths.clone()).unwrap_or_default();
+    let Config {
+        served_model_name,
+        model,
+        http,
+        ..
+    } = &config;
+    let served = ServedModel {
+        names: vec![served_model_name.clone()],
+        path: match model {
+            ModelSource::Demo => "demo".to_owned(),
+            ModelSource::Path(path) => path.clone(),
+        },
+    };
+    let (is_demo, http) = (*model == ModelSource::Demo, http.clone());
+    let cors_origins = http.cors_origins.clone();
+    let max_adapter_labels = config.metrics_max_adapters;
+    let (auth, built) = blocking(move || start_engine(config, &files)).await?;
+    let description = built.engine.describe();
+    tracing::info!(
+        architecture = description.architecture,
+        device = description.device,
+        dtype = description.dtype,
+        weight_bytes = built.weight_bytes,
+        kv_bytes = built.memory.kv_bytes,
+        kv_tokens = description.num_blocks * description.block_size,
+        adapter_bytes = built.memory.adapter_bytes,
+        context_length = description.context_length,
+        "the model is loaded"
+    );
+    load_adapters(built.engine.as_ref(), &sources, &lora_paths).await?;
+
+    let engine: Arc<dyn InferenceEngine> = built.engine;
+    let metrics = Metrics::new(served.name(), engine.describe(), MetricsConfig { max_adapter_labels });
+    let model = if is_demo {
+        format!("{} (the embedded demo model)", served.name())
+    } else {
+        format!("{} ({})", served.name(), served.path)
+    };
+    let mut gateway = Gateway::new(engine, prompt, served, sources);
+    gateway.metrics = Arc::new(metrics);
+    gateway.auth = auth;
+    gateway.cors_origins = cors_origins;
+    gateway.limits.max_body_bytes = http.max_body_bytes;
+    gateway.limits.body_timeout = http.read_timeout;
+    Ok(Loaded {
+        gateway: Arc::new(gateway),
+        http,
+        model,
+        adapters: lora_paths.into_iter().map(|path| path.name).collect(),
+        is_demo,
+    })
+}
+
+/// Runs what blocks where it may.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + Send + 'static) -> anyhow::Result<T> {
+    tokio::task::spawn_blocking(work).await.context("a panic while starting")?
+}
+
+/// A folder, the Hub, or the binary.
+fn model_files(model: &ModelSource, hub: &Hub) -> anyhow::Result<FileSource> {
+    let path = match model {
+        ModelSource::Demo => {
+            anyhow::ensure!(
+                !demo::BASE.is_empty(),
+                "this binary was built without the demo model; name one with --model-path"
+            );
+            return Ok(FileSource::Embedded(demo::BASE));
+        }
+        ModelSource::Path(path) => path,
+    };
+    if std::path::Path::new(path).is_dir() {
+        return Ok(FileSource::Directory(path.into()));
+    }
+    let id: HubId = path
+        .parse()
+        .map_err(|_| anyhow!("--model-path {path:?} is neither a folder nor org/name[@revision] on the Hub"))?;
+    let folder = hub.fetch_model(&id).with_context(|| format!("--model-path {path}"))?;
+    Ok(FileSource::Directory(folder))
+}
+
+fn start_engine(config: Config, files: &FileSource) -> anyhow::Result<(Auth, BuiltEngine)> {
+    let what = |what: &'static str| move || what;
+    let decoder = super::adapters::read_decoder_config(files).with_context(what("--model-path"))?;
+    let weights = ModelWeights::open(files).with_context(what("--model-path"))?;
+    weights.check(&decoder).with_context(what("--model-path"))?;
+    let built = build(EngineInputs {
+        weights: &weights,
+        decoder,
+        dtype: config.dtype,
+        context_length: config.context_length,
+        settings: &config.engine,
+        lora: config.lora.as_ref().map(|lora| lora.engine_config()),
+        base_names: vec![config.served_model_name.clone()],
+    })?;
+    Ok((config.auth, built))
+}
+
+/// Loads what `--lora-paths` names, in its order. The first that can't be loaded stops the start.
+async fn load_adapters(engine: &dyn InferenceEngine, sources: &Arc<AdapterSources>, paths: &[LoraPath]) -> anyhow::Result<()> {
+    for LoraPath { name, path, pinned } in paths {
+        let began = Instant::now();
+        let context = || format!("--lora-paths {name}={path}");
+        let (from, by) = (path.clone(), Arc::clone(sources));
+        let files = blocking(move || Ok(by.resolve_trusted(&from)?)).await.with_context(context)?;
+        let info = engine
+            .load_adapter(LoadRequest {
+                name: name.clone(),
+                files,
+                source: path.clone(),
+                pinned: *pinned,
+                replace: false,
+            })
+            .await
+            .with_context(context)?;
+        tracing::info!(
+            name,
+            from = path,
+            lora_rank = info.max_lora_rank,
+            bytes = info.bytes,
+            pinned,
+            seconds = began.elapsed().as_secs_f64(),
+            "loaded an adapter"
+        );
+    }
+    Ok(())
+}
+
+/// Serves; after the first signal drains, after the second gives up at once.
+async fn serve_until_signal(loaded: Loaded, listener: TcpListener, settings: ServerSettings, mut signals: Signals) {
+    let engine = Arc::clone(&loaded.gateway.engine);
+    let drain_timeout = loaded.http.drain_timeout;
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let (drained, is_drained) = tokio::sync::oneshot::channel::<()>();
+    let wait = |receiver: tokio::sync::oneshot::Receiver<()>| async {
+        // Sent or dropped: both mean that it is time.
+        let _ = receiver.await;
+    };
+    let server = serve(listener, app(loaded.gateway), settings, wait(stopped), wait(is_drained));
+    let drain = async {
+        signals.next().await;
+        tracing::info!(
+            seconds = drain_timeout.as_secs_f64(),
+            "stopping: no new requests; those that run may finish"
+        );
+        drop(stop);
+        tokio::select! {
+            () = engine.shutdown(drain_timeout) => tokio::time::sleep(LAST_BYTES).await,
+            () = signals.next() => tracing::info!("a second signal: stopping at once"),
+        }
+        drop(drained);
+    };
+    let mut server = std::pin::pin!(server);
+    tokio::select! {
+        () = &mut server => {}
+        () = drain => server.await,
+    }
+    tracing::info!("stopped");
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn listen() -> anyhow::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Says on standard output what is served, with a line to paste.
+fn announce(loaded: &Loaded, address: SocketAddr, is_tls: bool, took: Duration) -> anyhow::Result<()> {
+    let url = base_url(address, is_tls);
+    tracing::info!(%url, model = loaded.model, adapters = loaded.adapters.len(), seconds = took.as_secs_f64(), "ready");
+    let mut out = std::io::stdout().lock();
+    write!(out, "{}", greeting(loaded, &url, took))?;
+    out.flush()?;
+    Ok(())
+}
+
+/// The URL that reaches the server from this machine.
+fn base_url(address: SocketAddr, is_tls: bool) -> String {
+    let host = match address.ip() {
+        ip if ip.is_unspecified() => "127.0.0.1".to_owned(),
+        std::net::IpAddr::V6(ip) => format!("[{ip}]"),
+        ip => ip.to_string(),
+    };
+    format!("{}://{host}:{}", if is_tls { "https" } else { "http" }, address.port())
+}
+
+fn greeting(loaded: &Loaded, url: &str, took: Duration) -> String {
+    const MOST_NAMES: usize = 16;
+    let names = &loaded.adapters;
+    let mut text = format!(
+        "polylora {} serves {} on {url} after {:.2} s\n",
+        env!("CARGO_PKG_VERSION"),
+        loaded.model,
+        took.as_secs_f64()
+    );
+    if !names.is_empty() {
+        let more = if names.len() > MOST_NAMES {
+            format!(", and {} more", names.len() - MOST_NAMES)
+        } else {
+            String::new()
+        };
+        let shown = &names[..names.len().min(MOST_NAMES)];
+        text.push_str(&format!("{} adapters: {}{more}\n", names.len(), shown.join(", ")));
+    }
+    let base = loaded.gateway.served.name();
+    let model = names.first().map_or_else(|| base.to_owned(), |name| format!("{base}:{name}"));
+    let question = if loaded.is_demo {
+        "List 3 countries and their capitals."
+    } else {
+        "Hello!"
+    };
+    let key = if loaded.gateway.auth.is_enabled() {
+        " -H 'Authorization: Bearer YOUR_KEY'"
+    } else {
+        ""
+    };
+    let insecure = if url.starts_with("https") { " --insecure" } else { "" };
+    let body = serde_json::json!({"model": model, "messages": [{"role": "user", "content": question}]});
+    // Names are free text: a quote must not end the shell's.
+    let body = body.to_string().replace('\'', "'\\''");
+    text.push_str(&format!(
+        "\n  curl{insecure} {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'\n\n"
+    ));
+    text
+}

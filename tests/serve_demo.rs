@@ -1,0 +1,415 @@
+//! The server as users run it, over the demo model: SGLang's documented walk-through, the OpenAI form, start, drain, keys, and the
+//! command line's own client. Texts are compared with the golden files that transformers and PEFT wrote.
+
+mod process;
+
+use std::{io::BufRead, process::Output};
+
+use process::{AI, LIST_3, Server, adapter_path, base_path, golden, golden_chat, greedy, polylora};
+use serde_json::{Value, json};
+
+/// Checks one `/generate` call: `adapters` are the demo's, `names` what this server calls them.
+#[track_caller]
+fn check(server: &Server, prompts: &[&str], adapters: &[Option<&str>], names: &[Option<&str>]) {
+    let answers = server.generate(prompts, names);
+    assert_eq!(answers.len(), prompts.len());
+    for (index, answer) in answers.iter().enumerate() {
+        let expected = golden(adapters[index], prompts[index]);
+        assert_eq!(answer["text"], expected["output_text"], "row {index}");
+        assert_eq!(answer["output_ids"], expected["output_ids"], "row {index}");
+        assert_eq!(answer["meta_info"]["lora"], json!(names[index]), "row {index}");
+    }
+}
+
+#[track_caller]
+fn assert_loaded(answer: (u16, Value), names: &[&str]) {
+    let (status, body) = answer;
+    assert_eq!(status, 200, "{body}");
+    assert_eq!((&body["success"], &body["error_message"]), (&json!(true), &json!("")));
+    let mut loaded: Vec<_> = body["loaded_adapters"].as_object().unwrap().keys().map(String::as_str).collect();
+    loaded.sort_unstable();
+    assert_eq!(loaded, names);
+}
+
+#[track_caller]
+fn assert_refused(answer: (u16, Value), reason: &str) {
+    let (status, body) = answer;
+    assert_eq!(status, 400, "{body}");
+    assert_eq!(body["success"], false);
+    assert!(body["error_message"].as_str().unwrap().contains(reason), "{body}");
+}
+
+#[test]
+fn without_flags_the_demo_is_served_and_its_curl_line_works() {
+    let server = Server::start(&[]);
+    assert!(server.greeting.contains("the embedded demo model"), "{}", server.greeting);
+    let line = server.greeting.lines().find(|line| line.trim_start().starts_with("curl")).unwrap();
+    let body = line.split("-d '").nth(1).unwrap().strip_suffix('\'').unwrap();
+    let body: Value = serde_json::from_str(body).unwrap();
+    let adapter = body["model"].as_str().unwrap().strip_prefix("demo:").unwrap();
+    let (status, answer) = server.post("/v1/chat/completions", &body);
+    assert_eq!(status, 200, "{answer}");
+    assert_eq!(
+        answer["choices"][0]["message"]["content"],
+        golden_chat(Some(adapter), LIST_3)["output_text"]
+    );
+    server.stop();
+}
+
+#[test]
+fn a_single_adapter_beside_the_base_in_one_batch() {
+    let lora = format!("lora0={}", adapter_path("json"));
+    let server = Server::start(&["--model-path", &base_path(), "--lora-paths", &lora, "--max-loras-per-batch", "2"]);
+    check(&server, &[LIST_3, AI], &[Some("json"), None], &[Some("lora0"), None]);
+    let (status, answer) = server.post("/generate", &json!({"text": LIST_3, "sampling_params": greedy(), "lora_path": "lora0"}));
+    assert_eq!((status, &answer["text"]), (200, &golden(Some("json"), LIST_3)["output_text"]));
+    let (status, answer) = server.post("/generate", &json!({"text": LIST_3, "sampling_params": greedy()}));
+    assert_eq!((status, &answer["text"]), (200, &golden(None, LIST_3)["output_text"]));
+    server.stop();
+}
+
+#[test]
+fn several_adapters_and_more_than_one_batch_may_have() {
+    let server = Server::start(&["--max-loras-per-batch", "2"]);
+    let names = [Some("lines"), None, Some("table"), Some("json"), None, Some("pirate")];
+    check(&server, &[LIST_3; 6], &names, &names);
+    check(
+        &server,
+        &[AI, LIST_3, AI],
+        &[None, Some("json"), Some("json")],
+        &[None, Some("json"), Some("json")],
+    );
+    server.stop();
+}
+
+#[test]
+fn load_generate_unload_and_another_under_the_same_name() {
+    let server = Server::start(&[
+        "--model-path",
+        &base_path(),
+        "--enable-lora",
+        "--max-lora-rank",
+        "256",
+        "--lora-target-modules",
+        "all",
+        "--max-loras-per-batch",
+        "2",
+        "--max-loaded-loras",
+        "2",
+    ]);
+    assert_loaded(server.load("lora0", &adapter_path("pirate"), false), &["lora0"]);
+    assert_loaded(server.load("lora1", &adapter_path("table"), false), &["lora0", "lora1"]);
+    check(
+        &server,
+        &[LIST_3, LIST_3],
+        &[Some("pirate"), Some("table")],
+        &[Some("lora0"), Some("lora1")],
+    );
+    assert_loaded(server.unload("lora0"), &["lora1"]);
+    let (status, answer) = server.post("/generate", &json!({"text": LIST_3, "sampling_params": greedy(), "lora_path": "lora0"}));
+    assert!((400..=404).contains(&status) && answer.to_string().contains("lora0"), "{status} {answer}");
+    // Nothing of the first adapter may be left under its name, the prefix cache included.
+    assert_loaded(server.load("lora0", &adapter_path("json"), false), &["lora0", "lora1"]);
+    check(
+        &server,
+        &[LIST_3, LIST_3],
+        &[Some("json"), Some("table")],
+        &[Some("lora0"), Some("lora1")],
+    );
+    assert_refused(server.load("lora1", &adapter_path("table"), false), "already loaded");
+    server.stop();
+}
+
+#[test]
+fn pinned_at_start_and_at_run_time_in_both_spellings() {
+    let pinned = json!({"lora_name": "lora0", "lora_path": adapter_path("lines"), "pinned": true}).to_string();
+    let plain = format!("lora1={}", adapter_path("json"));
+    let server = Server::start(&[
+        "--model-path",
+        &base_path(),
+        "--lora-paths",
+        &pinned,
+        &plain,
+        "--max-loras-per-batch",
+        "3",
+    ]);
+    assert_loaded(server.load("lora2", &adapter_path("pirate"), true), &["lora0", "lora1", "lora2"]);
+    assert_refused(server.load("lora3", &adapter_path("table"), true), "starvation");
+    assert_loaded(server.load("lora3", &adapter_path("table"), false), &["lora0", "lora1", "lora2", "lora3"]);
+    let adapters = [Some("lines"), Some("json"), Some("pirate"), Some("table"), None];
+    let names = [Some("lora0"), Some("lora1"), Some("lora2"), Some("lora3"), None];
+    check(&server, &[LIST_3; 5], &adapters, &names);
+    let (_, models) = server.get("/v1/models");
+    let pins = |name: &str| models["data"].as_array().unwrap().iter().find(|card| card["id"] == name).unwrap()["adapter"]["pinned"].clone();
+    assert_eq!(
+        ["lora0", "lora1", "lora2", "lora3"].map(pins),
+        [true, false, true, false].map(Value::Bool)
+    );
+    server.stop();
+}
+
+#[test]
+fn the_openai_form() {
+    let lora = format!("lora0={}", adapter_path("json"));
+    let server = Server::start(&["--model-path", &base_path(), "--served-model-name", "my-model", "--lora-paths", &lora]);
+    for (model, adapter) in [("my-model:lora0", Some("json")), ("lora0", Some("json")), ("my-model", None)] {
+        let body = json!({"model": model, "prompt": LIST_3, "max_tokens": 128, "temperature": 0});
+        let (status, answer) = server.post("/v1/completions", &body);
+        assert_eq!(status, 200, "{answer}");
+        assert_eq!(answer["choices"][0]["text"], golden(adapter, LIST_3)["output_text"], "{model}");
+        let body = json!({"model": model, "messages": [{"role": "user", "content": LIST_3}], "temperature": 0});
+        let (status, answer) = server.post("/v1/chat/completions", &body);
+        assert_eq!(status, 200, "{answer}");
+        assert_eq!(
+            answer["choices"][0]["message"]["content"],
+            golden_chat(adapter, LIST_3)["output_text"],
+            "{model}"
+        );
+        assert_eq!(answer["model"], model);
+    }
+    let (status, answer) = server.post("/v1/completions", &json!({"model": "nope", "prompt": "x"}));
+    assert_eq!((status, &answer["error"]["code"]), (404, &json!("model_not_found")));
+    server.stop();
+}
+
+/// A request that runs until it is full, streamed.
+fn endless() -> Value {
+    json!({"text": LIST_3, "lora_path": "json", "stream": true, "sampling_params": {"max_new_tokens": 400, "ignore_eos": true, "temperature": 0}})
+}
+
+/// The payloads of a stream that has begun.
+fn payloads(stream: impl BufRead) -> Vec<String> {
+    let lines = stream.lines().map(Result::unwrap);
+    lines.filter_map(|line| line.strip_prefix("data: ").map(str::to_owned)).collect()
+}
+
+#[test]
+fn sigterm_lets_a_running_stream_finish_and_takes_no_more() {
+    let mut server = Server::start(&[]);
+    let mut stream = server.stream("/generate", &endless());
+    let mut first = String::new();
+    stream.read_line(&mut first).unwrap();
+    assert!(first.starts_with("data: "), "{first}");
+    server.signal("TERM");
+    let payloads = payloads(stream);
+    assert_eq!(payloads.last().map(String::as_str), Some("[DONE]"));
+    let last: Value = serde_json::from_str(&payloads[payloads.len() - 2]).unwrap();
+    assert_eq!(last["meta_info"]["finish_reason"], json!({"type": "length", "length": 400}), "{last}");
+    assert!(server.wait().success());
+    let log = server.log();
+    assert!(log.contains("stopping: no new requests") && log.contains("stopped"), "{log}");
+    assert!(std::net::TcpStream::connect(server.url.strip_prefix("http://").unwrap()).is_err());
+}
+
+#[test]
+fn after_the_drain_timeout_a_stream_ends_with_an_error() {
+    let mut server = Server::start(&["--drain-timeout", "0"]);
+    let mut stream = server.stream("/generate", &endless());
+    let mut first = String::new();
+    stream.read_line(&mut first).unwrap();
+    server.signal("INT");
+    let payloads = payloads(stream);
+    let error = payloads.iter().find(|payload| payload.contains("\"error\"")).expect("an error event");
+    assert!(error.contains("shutting down"), "{error}");
+    assert!(!payloads.iter().any(|payload| payload.contains("\"type\":\"length\"")));
+    assert!(server.wait().success());
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn what_stops_the_start_is_said_in_a_sentence() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let empty = tempfile::tempdir().unwrap();
+    let missing = format!("lora0={}", empty.path().display());
+    for (flags, status, reason) in [
+        (vec!["--port", &port], 1, format!("--port {port}: something else listens")),
+        (
+            vec!["--model-path", "/does/not/exist"],
+            1,
+            "--model-path \"/does/not/exist\" is neither a folder".to_owned(),
+        ),
+        (vec!["--lora-paths", &missing], 1, format!("--lora-paths {missing}: adapter_config.json")),
+        (vec!["--lora-paths", "x=demo:nope"], 1, "the embedded adapters are".to_owned()),
+        (
+            vec!["--context-length", "1000000"],
+            1,
+            "--context-length 1000000: the model was made for".to_owned(),
+        ),
+        (vec!["--device", "cuda"], 1, "without the `cuda` feature".to_owned()),
+        (vec!["--log-level", "a=b=c"], 1, "--log-level".to_owned()),
+        (
+            vec!["--max-loras-per-batch", "0"],
+            2,
+            "--max-loras-per-batch must be at least 1".to_owned(),
+        ),
+    ] {
+        let any_port = if flags[0] == "--port" { &[][..] } else { &["--port", "0"] };
+        let output = polylora(&[&["serve", "--num-threads", "1"], any_port, &flags].concat());
+        assert_eq!(output.status.code(), Some(status), "{flags:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(&reason), "{flags:?}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn keys_from_a_file_decide_who_may_do_what() {
+    let folder = tempfile::tempdir().unwrap();
+    let hash = |key: &str| polylora::auth::sha256_hex(key);
+    let keys = format!(
+        "[[keys]]\nname = \"ops\"\nsha256 = \"{}\"\nrole = \"admin\"\n\n[[keys]]\nname = \"team\"\nsha256 = \"{}\"\nadapters = [\"js*\"]\nbase_model = false\nrequests_per_minute = 2\n",
+        hash("sk-ops"),
+        hash("sk-team")
+    );
+    let path = folder.path().join("keys.toml");
+    std::fs::write(&path, keys).unwrap();
+    let server = Server::start(&["--api-keys-file", path.to_str().unwrap()]);
+    assert!(server.greeting.contains("Authorization: Bearer YOUR_KEY"));
+    let ask = |model: &str| json!({"model": model, "prompt": LIST_3, "max_tokens": 1});
+    let (status, answer) = server.post("/v1/completions", &ask("demo"));
+    assert_eq!((status, &answer["error"]["code"]), (401, &json!("invalid_api_key")));
+    assert_eq!(server.post_as("sk-wrong", "/v1/completions", &ask("demo")).0, 401);
+    assert_eq!(server.get("/health").0, 200);
+    assert_eq!(server.post_as("sk-ops", "/v1/completions", &ask("demo")).0, 200);
+    let load = json!({"lora_name": "new", "lora_path": "demo:json"});
+    assert_eq!(server.post_as("sk-team", "/load_lora_adapter", &load).0, 403);
+    assert_eq!(server.post_as("sk-ops", "/load_lora_adapter", &load).0, 200);
+    // Refusals count as requests, too: two a minute.
+    let statuses = ["demo:json", "demo:table", "demo:json"].map(|model| server.post_as("sk-team", "/v1/completions", &ask(model)).0);
+    assert_eq!(statuses, [200, 404, 429]);
+    assert!(!server.log().contains("sk-"));
+    server.stop();
+}
+
+#[test]
+fn metrics_show_the_adapters_of_the_traffic() {
+    let server = Server::start(&[]);
+    server.generate(&[LIST_3, LIST_3, AI], &[Some("json"), Some("json"), None]);
+    let (status, text) = server.get("/metrics");
+    let text = text.as_str().unwrap();
+    assert_eq!(status, 200);
+    for line in [
+        "polylora_requests_total{adapter=\"json\",outcome=\"stop\"} 2",
+        "polylora_requests_total{adapter=\"(base)\",outcome=\"stop\"} 1",
+        "vllm:num_requests_running{model_name=\"demo\",engine=\"0\"} 0",
+        "polylora_http_requests_total{route=\"/generate\",status=\"200\"} 1",
+    ] {
+        assert!(text.lines().any(|have| have == line), "{line}\n{text}");
+    }
+    server.stop();
+}
+
+#[test]
+fn the_command_line_manages_a_running_server() {
+    let server = Server::start(&[]);
+    let run = |args: &[&str]| polylora(&[&["adapters", "--url", &server.url], args].concat());
+    let stdout = |output: &Output| {
+        assert!(output.status.success(), "{}", stderr(output));
+        String::from_utf8(output.stdout.clone()).unwrap()
+    };
+    assert_eq!(
+        stdout(&run(&["load", "mine", &adapter_path("table")])),
+        format!("loaded mine from {}\n", adapter_path("table"))
+    );
+    check(&server, &[LIST_3], &[Some("table")], &[Some("mine")]);
+    let list = stdout(&run(&["list"]));
+    let row = list.lines().find(|line| line.starts_with("mine ")).unwrap_or_else(|| panic!("{list}"));
+    assert!(row.contains("adapter") && row.ends_with(&adapter_path("table")), "{row}");
+    let json: Value = serde_json::from_str(&stdout(&run(&["list", "--json"]))).unwrap();
+    assert_eq!(json["data"][0]["id"], "demo");
+    let again = run(&["load", "mine", &adapter_path("table")]);
+    assert!(!again.status.success() && stderr(&again).contains("already loaded"), "{}", stderr(&again));
+    assert_eq!(stdout(&run(&["unload", "mine"])), "unloaded mine\n");
+    let gone = run(&["unload", "mine"]);
+    assert!(!gone.status.success() && stderr(&gone).contains("mine"), "{}", stderr(&gone));
+    server.stop();
+    let nobody = run_nobody();
+    assert!(
+        !nobody.status.success() && stderr(&nobody).contains("no server answers"),
+        "{}",
+        stderr(&nobody)
+    );
+}
+
+/// Asks a port where nobody listens.
+fn run_nobody() -> Output {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    polylora(&["adapters", "--url", &format!("http://127.0.0.1:{port}"), "list"])
+}
+
+#[test]
+fn inspect_reports_coverage_without_a_server() {
+    let output = polylora(&["adapters", "inspect", &adapter_path("json"), "--model-path", &base_path(), "--json"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let config = std::fs::read_to_string(format!("{}/adapter_config.json", adapter_path("json"))).unwrap();
+    let config: Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(report["max_lora_rank"], config["r"]);
+    assert!(!report["report"]["modules"].as_array().unwrap().is_empty());
+    let embedded = polylora(&["adapters", "inspect", "demo:json", "--json"]);
+    assert_eq!(serde_json::from_slice::<Value>(&embedded.stdout).unwrap(), report);
+    let text = String::from_utf8(polylora(&["adapters", "inspect", "demo:json"]).stdout).unwrap();
+    assert!(text.contains("scaling") && text.contains("q_proj"), "{text}");
+
+    let missing = polylora(&["adapters", "inspect", "/does/not/exist"]);
+    assert!(
+        !missing.status.success() && stderr(&missing).contains("adapter_config.json"),
+        "{}",
+        stderr(&missing)
+    );
+}
+
+#[test]
+fn bench_measures_a_small_model() {
+    let output = polylora(&[
+        "bench",
+        "--model-path",
+        &base_path(),
+        "--batch-size",
+        "1",
+        "4",
+        "--prompt-tokens",
+        "16",
+        "--output-tokens",
+        "8",
+        "--num-adapters",
+        "3",
+        "--lora-rank",
+        "4",
+        "16",
+        "--base-rows",
+        "1",
+        "--repeat",
+        "1",
+        "--num-threads",
+        "1",
+        "--json",
+        "-",
+    ]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let results: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = results["results"].as_array().unwrap();
+    let adapters: Vec<_> = rows
+        .iter()
+        .map(|row| (row["batch"].as_u64(), row["distinct_adapters"].as_u64()))
+        .collect();
+    assert_eq!(adapters, [(Some(1), Some(0)), (Some(4), Some(3))]);
+    for row in rows {
+        for figure in ["prefill_tokens_per_second", "decode_tokens_per_second"] {
+            assert!(row[figure].as_f64().unwrap() > 0.0, "{row}");
+        }
+    }
+}
+
+#[test]
+fn a_key_is_hashed_for_the_keys_file() {
+    use std::{io::Write, process::Stdio};
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_polylora"));
+    let mut process = command.arg("hash-key").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    process.stdin.take().unwrap().write_all(b"abc\n").unwrap();
+    let output = process.wait_with_output().unwrap();
+    let hash = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad\n";
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), hash);
+}
