@@ -140,12 +140,13 @@ fn unsafe_stays_where_it_belongs() {
     assert_eq!(maps, 1, "engine/src/files.rs maps files in one place");
 }
 
-/// (state, arrivals) -> StepBatch: nothing that waits, measures time or knows a device.
+/// (state, arrivals) -> StepBatch: nothing that waits, measures time or knows a device. An upload's error is plain data, and may pass through.
 #[test]
 fn scheduler_is_pure() {
-    for path in ["engine/src/scheduler.rs", "engine/src/block_pool.rs"] {
-        let text = read(path);
-        let product = code(text.split("#[cfg(test)]").next().unwrap());
+    for path in ["scheduler", "block_pool", "sequence", "fairness"] {
+        let path = format!("engine/src/{path}.rs");
+        let text = read(&path);
+        let product = code(text.split("#[cfg(test)]").next().unwrap()).replace("backend::BackendError", "");
         for word in [
             "tokio",
             "candle_core",
@@ -175,4 +176,12 @@ fn only_config_reads_the_environment() {
         let product = code(text.split("#[cfg(test)]").next().unwrap());
         assert!(!product.contains("env::var"), "{stem} reads the environment");
     }
+}
+
+/// The README's first block is what a newcomer types; CI types the same.
+#[test]
+fn ci_runs_the_readme_s_test_command() {
+    let command = "cargo test --workspace";
+    assert!(read("README.md").lines().any(|line| line.split('#').next().unwrap().trim() == command));
+    assert!(read(".ci/run").contains(&format!("step_test() {{ {command}; }}")));
 }
