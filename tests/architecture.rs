@@ -185,3 +185,29 @@ fn ci_runs_the_readme_s_test_command() {
     assert!(read("README.md").lines().any(|line| line.split('#').next().unwrap().trim() == command));
     assert!(read(".ci/run").contains(&format!("step_test() {{ {command}; }}")));
 }
+
+/// An invariant that nobody checks is a wish.
+#[test]
+fn every_invariant_names_tests_that_exist() {
+    let text = read("ARCHITECTURE.md");
+    let table = text
+        .split("## Invariants")
+        .nth(1)
+        .and_then(|rest| rest.split("\n## ").next())
+        .expect("a section on invariants");
+    let rows: Vec<_> = table
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| ---"))
+        .skip(1)
+        .collect();
+    assert!(rows.len() >= 10, "{} invariants", rows.len());
+    let sources: Vec<_> = ["src", "engine", "kernels/src", "tests"].into_iter().flat_map(rust_files).collect();
+    for row in rows {
+        let tests: Vec<_> = row.split('|').nth(2).expect("a second column").split('`').skip(1).step_by(2).collect();
+        assert!(!tests.is_empty(), "{row}");
+        for test in tests {
+            let exists = sources.iter().any(|(_, text)| text.contains(&format!("fn {test}(")));
+            assert!(exists, "no test is called {test}: {row}");
+        }
+    }
+}
