@@ -52,6 +52,10 @@ fn is_timeout(error: &(dyn std::error::Error + 'static)) -> bool {
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    // serde would take a list for an object's values in order.
+    if body.trim_ascii_start().starts_with(b"[") {
+        return Err(ApiError::bad_request("The body must be a JSON object, got a list."));
+    }
     let mut json = serde_json::Deserializer::from_slice(body);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();
@@ -109,7 +113,7 @@ mod tests {
         let message = |content: &str| format!(r#"{{"model": "m", "messages": [{content}]}}"#);
         for (body, param, what) in [
             ("{", None, "could not parse"),
-            ("[]", None, "invalid type: sequence"),
+            ("[]", None, "a JSON object, got a list"),
             (r#"{"model": "m", "messages": []} x"#, None, "trailing characters"),
             (r#"{"messages": []}"#, Some("model"), "Missing required parameter: 'model'"),
             (r#"{"model": 3, "messages": []}"#, Some("model"), "integer `3`, expected a string"),

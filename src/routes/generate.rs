@@ -8,7 +8,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use polylora_engine::{AdapterError, AdapterLease, LogprobsParams, PromptLogprobsParams, TokenLogprobs};
+use polylora_engine::{AdapterLease, LogprobsParams, PromptLogprobsParams, TokenLogprobs};
 
 use super::{completions::check_count, with_adapter_header};
 use crate::{
@@ -88,12 +88,12 @@ async fn lease(state: &Gateway, caller: &Caller, name: Option<&str>) -> Result<O
                 .list_adapters()
                 .into_iter()
                 .filter(|info| caller.identity.sees_adapter(&info.name));
-            let loaded = adapters.map(|info| info.name.to_string()).collect();
-            let unknown = AdapterError::Unknown {
-                name: name.to_owned(),
-                loaded,
-            };
-            ApiError::invalid("lora_path", format!("Got LoRA adapter that has never been loaded: {unknown}"))
+            let loaded: Vec<String> = adapters.map(|info| info.name.to_string()).collect();
+            let message = format!(
+                "Got LoRA adapter that has never been loaded: {name}\nAll loaded adapters: {}",
+                loaded.join(", ")
+            );
+            ApiError::invalid("lora_path", message)
         } else {
             error
         }

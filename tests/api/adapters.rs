@@ -1,0 +1,235 @@
+//! Loading and unloading adapters over the mock engine, in SGLang's, vLLM's and Dynamo's forms.
+//!
+//! | outcome | SGLang | vLLM | Dynamo |
+//! | --- | --- | --- | --- |
+//! | done | 200 | 200, text | 200 |
+//! | the adapter or the request is wrong | 400, the same shape | 400 | 400 |
+//! | no such path, no such adapter | 400 | 404 | 404 |
+//! | a fault of the server's own | 500 | 500 | 500 |
+
+use polylora_engine::{
+    AdapterError,
+    mock::{Gate, Script, Step},
+};
+use serde_json::{Value, json};
+
+use crate::common::{BASE, Server, tokens};
+
+/// A folder that exists: the mock doesn't look into it.
+fn folder() -> String {
+    env!("CARGO_MANIFEST_DIR").to_owned()
+}
+
+#[tokio::test]
+async fn load_use_unload() {
+    let server = Server::new();
+    let body = server
+        .post("/load_lora_adapter", json!({"lora_name": "new", "lora_path": folder()}))
+        .await
+        .json(200)
+        .await;
+    let mut loaded = json!({"sql": "mock:sql", "json": "mock:json"});
+    loaded["new"] = json!(folder());
+    assert_eq!(
+        body,
+        json!({"rid": null, "success": true, "error_message": "", "loaded_adapters": loaded})
+    );
+    let generated = server.post("/generate", json!({"text": "a", "lora_path": "new"})).await.json(200).await;
+    assert_eq!(generated["meta_info"]["lora"], "new");
+    let body = server.post("/unload_lora_adapter", json!({"lora_name": "new"})).await.json(200).await;
+    assert_eq!(body["success"], true);
+    assert_eq!(body["loaded_adapters"], json!({"sql": "mock:sql", "json": "mock:json"}));
+    let error = server.post("/generate", json!({"text": "a", "lora_path": "new"})).await.json(400).await;
+    assert!(error["error"]["message"].as_str().unwrap().contains("never been loaded"));
+}
+
+#[tokio::test]
+async fn every_failure_has_the_words_that_clients_match_on() {
+    let server = Server::new();
+    let incompatible = AdapterError::Incompatible {
+        reason: "lora_rank 64, at most 16 here".into(),
+    };
+    let starvation = AdapterError::TooManyPinned {
+        name: "x".into(),
+        pinned: 7,
+        limit: 7,
+    };
+    for (path, body, error, what) in [
+        (
+            "/load_lora_adapter",
+            json!({"lora_name": "sql", "lora_path": folder()}),
+            None,
+            "already loaded",
+        ),
+        (
+            "/load_lora_adapter",
+            json!({"lora_name": "x", "lora_path": folder()}),
+            Some(incompatible),
+            "incompatible",
+        ),
+        (
+            "/load_lora_adapter",
+            json!({"lora_name": "x", "lora_path": folder(), "pinned": true}),
+            Some(starvation),
+            "starvation",
+        ),
+        (
+            "/load_lora_adapter",
+            json!({"lora_name": "x", "lora_path": "/no/such/folder"}),
+            None,
+            "/no/such/folder",
+        ),
+        (
+            "/load_lora_adapter",
+            json!({"lora_name": BASE, "lora_path": folder()}),
+            None,
+            "base model",
+        ),
+        ("/unload_lora_adapter", json!({"lora_name": "x"}), None, "never been loaded"),
+    ] {
+        error.into_iter().for_each(|error| server.engine.fail_next_load(error));
+        let answer = server.post(path, body.clone()).await.json(400).await;
+        assert_eq!(answer["success"], false, "{body}");
+        assert!(answer["error_message"].as_str().unwrap().contains(what), "{body}: {answer}");
+        assert_eq!(answer["loaded_adapters"].as_object().unwrap().len(), 2, "nothing half registered");
+    }
+    let off = Server::with(|engine| engine.describe(|description| description.lora_enabled = false), |_| {});
+    for path in ["/load_lora_adapter", "/unload_lora_adapter"] {
+        let body = if path.starts_with("/load") {
+            json!({"lora_name": "x", "lora_path": "y"})
+        } else {
+            json!({"lora_name": "x"})
+        };
+        let answer = off.post(path, body).await.json(400).await;
+        assert!(answer["error_message"].as_str().unwrap().contains("not enabled"));
+    }
+}
+
+#[tokio::test]
+async fn a_bad_body_names_the_field() {
+    let server = Server::new();
+    for (body, param) in [
+        (json!({"lora_path": "x"}), "lora_name"),
+        (json!({"lora_name": "x", "lora_path": "y", "pined": true}), "pined"),
+        (json!({"lora_name": 3, "lora_path": "y"}), "lora_name"),
+    ] {
+        let error = server.post("/load_lora_adapter", body).await.json(400).await;
+        assert_eq!(error["error"]["param"], param);
+    }
+}
+
+#[tokio::test]
+async fn a_load_does_not_hold_up_others() {
+    let server = Server::new();
+    let gate = Gate::new();
+    server.engine.hold_loads(&gate);
+    let body = json!({"lora_name": "slow", "lora_path": folder()});
+    let (mut load, generated) = tokio::join!(
+        async {
+            let load = server.post("/load_lora_adapter", body).await;
+            (load, ())
+        },
+        async {
+            let generated = server.post("/generate", json!({"text": "a"})).await.json(200).await;
+            gate.open();
+            generated
+        }
+    );
+    assert_eq!(generated["text"], "Hello");
+    assert_eq!(load.0.json(200).await["success"], true);
+}
+
+#[tokio::test]
+async fn an_unloaded_adapter_finishes_what_it_began() {
+    let server = Server::new();
+    let gate = Gate::new();
+    server
+        .engine
+        .script_next(Script::tokens(tokens("a")).then(Step::Wait(gate.clone())).then_tokens(tokens("b")));
+    let mut answer = server.post("/generate", json!({"text": "a", "lora_path": "sql", "stream": true})).await;
+    assert_eq!(answer.json_event().await["text"], "a");
+    server.post("/unload_lora_adapter", json!({"lora_name": "sql"})).await.json(200).await;
+    server.post("/generate", json!({"text": "a", "lora_path": "sql"})).await.json(400).await;
+    gate.open();
+    let events = answer.json_events().await;
+    let last = events.last().unwrap();
+    assert_eq!((&last["text"], &last["meta_info"]["lora"]), (&json!("ab"), &json!("sql")));
+}
+
+#[tokio::test]
+async fn vllm_s_form() {
+    let server = Server::new();
+    let load = |body: Value| server.post("/v1/load_lora_adapter", body);
+    let mut answer = load(json!({"lora_name": "new", "lora_path": folder()})).await;
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.text().await, "Success: LoRA adapter 'new' added successfully.");
+    let error = load(json!({"lora_name": "new", "lora_path": folder()})).await.json(400).await["error"].take();
+    assert_eq!(error["type"], "InvalidUserInput");
+    let message = "The lora adapter 'new' has already been loaded. If you want to load the adapter in place, set 'load_inplace' to True.";
+    assert_eq!(error["message"], message);
+    assert_eq!(
+        load(json!({"lora_name": "new", "lora_path": folder(), "load_inplace": true}))
+            .await
+            .status,
+        200
+    );
+    let error = load(json!({"lora_name": "", "lora_path": "x"})).await.json(400).await["error"].take();
+    assert_eq!(error["message"], "Both 'lora_name' and 'lora_path' must be provided.");
+    let error = load(json!({"lora_name": "x", "lora_path": "/no/such"})).await.json(404).await["error"].take();
+    assert_eq!(error["type"], "NotFoundError");
+
+    let unload = |body: Value| server.post("/v1/unload_lora_adapter", body);
+    let mut answer = unload(json!({"lora_name": "new", "lora_int_id": null})).await;
+    assert_eq!(answer.text().await, "Success: LoRA adapter 'new' removed successfully.");
+    let error = unload(json!({"lora_name": "new"})).await.json(404).await["error"].take();
+    assert_eq!(
+        (&error["type"], &error["message"]),
+        (&json!("NotFoundError"), &json!("The lora adapter 'new' cannot be found."))
+    );
+    let error = unload(json!({})).await.json(400).await["error"].take();
+    assert_eq!(error["message"], "'lora_name' needs to be provided to unload a LoRA adapter.");
+}
+
+#[tokio::test]
+async fn dynamo_s_form() {
+    let server = Server::new();
+    let body = json!({"lora_name": "new", "source": {"uri": format!("file://{}", folder())}});
+    let loaded = server.post("/v1/loras", body).await.json(200).await;
+    assert_eq!((&loaded["status"], &loaded["lora_name"]), (&json!("success"), &json!("new")));
+    let list = server.get("/v1/loras").await.json(200).await;
+    assert_eq!((&list["count"], &list["loras"]["new"]), (&json!(3), &loaded["lora_id"]));
+    let delete = |name: &str| {
+        let request = axum::http::Request::delete(format!("/v1/loras/{name}"));
+        server.send(request.body(axum::body::Body::empty()).unwrap())
+    };
+    assert_eq!(delete("new").await.json(200).await["lora_id"], loaded["lora_id"]);
+    assert_eq!(delete("new").await.error(404).await["code"], "model_not_found");
+}
+
+#[tokio::test]
+async fn models_list_what_a_request_may_name() {
+    let server = Server::new();
+    server.post("/generate", json!({"text": "a", "lora_path": "sql"})).await.json(200).await;
+    let body = server.get("/v1/models").await.json(200).await;
+    assert_eq!(body["object"], "list");
+    let cards = body["data"].as_array().unwrap();
+    let ids: Vec<&Value> = cards.iter().map(|card| &card["id"]).collect();
+    assert_eq!(ids, [BASE, "demo", "json", "sql"], "base model first, then adapters, last used last");
+    assert_eq!(
+        (&cards[0]["parent"], &cards[0]["root"], &cards[0]["max_model_len"]),
+        (&Value::Null, &json!("mock"), &json!(512))
+    );
+    assert_eq!((&cards[3]["parent"], &cards[3]["root"]), (&json!(BASE), &json!("mock:sql")));
+    assert_eq!(
+        (&cards[3]["adapter"]["state"], &cards[3]["adapter"]["requests_total"]),
+        (&json!("host"), &json!(1))
+    );
+    for id in [BASE, "sql", "demo:sql", "demo:1b:json"] {
+        let card = server.get(&format!("/v1/models/{id}")).await.json(200).await;
+        assert!(id.ends_with(card["id"].as_str().unwrap()), "{id}: {card}");
+        let mut answer = server.post("/v1/completions", json!({"model": card["id"], "prompt": "a"})).await;
+        answer.json(200).await;
+    }
+    assert_eq!(server.get("/v1/models/nope").await.error(404).await["code"], "model_not_found");
+    assert_eq!(server.get("/v1/models/a%2Fb").await.error(404).await["code"], "model_not_found");
+}

@@ -1,0 +1,9 @@
+//! The served API over the mock engine, one file an endpoint or behaviour: no socket, no model, no sleeps.
+
+mod adapters;
+mod chat_completions;
+mod common;
+mod completions;
+mod generate;
+mod server;
+mod tenants;
