@@ -550,8 +550,18 @@ mod tests {
 
     #[test]
     fn requests_get_their_own_output_in_any_company() {
+        check_any_company(false);
+    }
+
+    #[test]
+    fn requests_get_their_own_output_when_steps_are_launched_ahead() {
+        check_any_company(true);
+    }
+
+    fn check_any_company(is_pipelined: bool) {
         let mut backend = FakeBackend::new(capacity());
         backend.upload_polls = 2;
+        backend.is_pipelined = is_pipelined;
         // Cancelled requests keep their places until the next step.
         let roomy = EngineConfig {
             max_queued_requests: 360,
@@ -737,8 +747,12 @@ mod tests {
 
     #[test]
     fn a_failed_device_ends_every_request_once_and_the_engine_for_good() {
-        for failure in [Failure::Error, Failure::Panic, Failure::TooFewSamples] {
-            let engine = start_with(|backend| backend.fail_at = Some((3, failure)));
+        let failures = [Failure::Error, Failure::Panic, Failure::TooFewSamples];
+        for (failure, is_pipelined) in failures.into_iter().flat_map(|failure| [(failure, false), (failure, true)]) {
+            let engine = start_with(|backend| {
+                backend.fail_at = Some((3, failure));
+                backend.is_pipelined = is_pipelined;
+            });
             let leases = LeaseCount::default();
             let adapter = host_adapter(1, 100);
             let submitted: Vec<_> = (0..6)
@@ -840,7 +854,15 @@ mod tests {
 
     #[test]
     fn a_constraint_is_kept_to_and_its_faults_are_its_requests_alone() {
-        let engine = start_with(|_| {});
+        check_constraints(&start_with(|_| {}));
+    }
+
+    #[test]
+    fn a_constraint_sees_every_token_when_steps_are_launched_ahead() {
+        check_constraints(&start_with(|backend| backend.is_pipelined = true));
+    }
+
+    fn check_constraints(engine: &LlmEngine) {
         let neighbour_request = ask(40);
         let expected = expected_events(&neighbour_request);
         let neighbour = engine.submit(neighbour_request).expect("it starts");
@@ -876,7 +898,7 @@ mod tests {
             )
         );
         assert_eq!(without_cached_tokens(collect(neighbour)), expected);
-        assert_empty(&engine);
+        assert_empty(engine);
     }
 
     #[test]

@@ -209,6 +209,12 @@ impl Scheduler {
         self.membership
     }
 
+    /// Whether a running sequence can't go on before the host has seen the token that a step in flight chooses for it: it has a
+    /// constraint or a penalty. Scheduling one step ahead would leave it out of every second step.
+    pub fn must_see_tokens(&self) -> bool {
+        self.running.iter().any(|request_id| self.sequences[request_id].must_see_token())
+    }
+
     /// Drops every cached prefix that no running sequence uses.
     pub fn flush_cache(&mut self) {
         self.pool.flush_cache();

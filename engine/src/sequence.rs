@@ -130,8 +130,12 @@ impl Sequence {
             return self.num_uncomputed();
         }
         let wants_more = self.output_len() + 1 < self.sampling.max_tokens as usize;
-        let host_must_see_it = self.constraint.is_some() || self.penalties.is_some();
-        usize::from(wants_more && !host_must_see_it)
+        usize::from(wants_more && !self.must_see_token())
+    }
+
+    /// Whether its next row depends on the token in flight in a way that only the host knows.
+    pub fn must_see_token(&self) -> bool {
+        self.awaited.is_some() && (self.constraint.is_some() || self.penalties.is_some())
     }
 
     /// Takes what the constraint allows as the next output token.

@@ -5,7 +5,7 @@
 //! written at all is found when it is read, and would change every later token besides.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::SeqCst},
@@ -15,7 +15,7 @@ use std::{
 
 use crate::{
     adapter::{AdapterLease, AlignedBytes, HostAdapter, PackedDtype, VersionId},
-    backend::{Backend, BackendError, Capacity},
+    backend::{Backend, BackendError, Capacity, Launched},
     batch::{AdapterHandle, SampleOutput, SampleRow, StepBatch, StepOutput, TokenCount},
     request::{FinishReason, GenerationRequest, LogprobsParams, PromptLogprobsParams, SamplingParams, TokenEvent, TokenLogprobs},
 };
@@ -287,6 +287,9 @@ pub struct FakeBackend {
     pub steps: u64,
     /// This step fails.
     pub fail_at: Option<(u64, Failure)>,
+    /// Steps are launched, and run when they are collected.
+    pub is_pipelined: bool,
+    launched: VecDeque<StepBatch>,
     /// Each step waits here for leave to go; when the other end is dropped, all may.
     pub gate: Option<Receiver<()>>,
     previous: Vec<SampleOutput>,
@@ -309,6 +312,8 @@ impl FakeBackend {
             upload_polls: 0,
             steps: 0,
             fail_at: None,
+            is_pipelined: false,
+            launched: VecDeque::new(),
             gate: None,
             previous: Vec::new(),
         }
@@ -449,6 +454,8 @@ impl Backend for FakeBackend {
     }
 
     fn free_adapter(&mut self, handle: AdapterHandle) {
+        let mut in_flight = self.launched.iter().flat_map(|batch| &batch.lora_segments);
+        assert!(in_flight.all(|segment| segment.adapter != handle), "no step in flight names it");
         self.adapters.remove(&handle).expect("a handle that lives");
     }
 
@@ -474,5 +481,19 @@ impl Backend for FakeBackend {
             samples.pop();
         }
         Ok(StepOutput { samples })
+    }
+
+    fn launch(&mut self, batch: &StepBatch) -> Result<Launched, BackendError> {
+        if !self.is_pipelined {
+            return self.execute(batch).map(Launched::Done);
+        }
+        self.launched.push_back(batch.clone());
+        assert!(self.launched.len() <= 2, "steps in flight");
+        Ok(Launched::Running)
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, BackendError> {
+        let batch = self.launched.pop_front().expect("a step was launched");
+        self.execute(&batch)
     }
 }

@@ -1,4 +1,7 @@
-//! The engine thread: admit, schedule, execute, commit.
+//! The engine thread: admit, schedule, launch, commit.
+//!
+//! Over a backend that runs steps beside the host, step n + 1 is scheduled and launched while n runs, and n's output is read afterwards: a
+//! sequence that ended in n has had one row too many. Over one that does not, each step is committed before the next is scheduled.
 //!
 //! It owns the backend, the scheduler and every request's end of its event channel. It sleeps when there is nothing to do. When the
 //! device fails, or the thread panics, every request ends with one `Failed(Engine)` and the engine is unhealthy for good.
@@ -21,7 +24,7 @@ use tokio::sync::{mpsc::UnboundedSender, oneshot};
 use crate::{
     EngineStats, Histogram,
     adapter::registry::AdapterRegistry,
-    backend::{Backend, BackendError},
+    backend::{Backend, BackendError, Launched},
     batch::StepOutput,
     request::{Constraint, FinishReason, GenerationRequest, RequestError, RequestId, TokenEvent},
     residency::{BackendResidency, DeviceResidency},
@@ -177,6 +180,12 @@ struct Drain {
     done: oneshot::Sender<()>,
 }
 
+/// A step that the backend runs.
+struct InFlight {
+    step: ScheduledStep,
+    launched: Instant,
+}
+
 /// The engine thread's state.
 pub(crate) struct Worker {
     backend: Box<dyn Backend>,
@@ -192,6 +201,8 @@ pub(crate) struct Worker {
     flushes: Vec<oneshot::Sender<bool>>,
     /// Requests wait, but none can run before an upload is done.
     is_stalled: bool,
+    in_flight: Option<InFlight>,
+    last_commit: Instant,
     adapters: Option<Arc<AdapterRegistry>>,
     pins_generation: Option<usize>,
     outbox: Vec<Outgoing>,
@@ -226,6 +237,8 @@ impl Worker {
             drained: None,
             flushes: Vec::new(),
             is_stalled: false,
+            in_flight: None,
+            last_commit: Instant::now(),
             adapters,
             pins_generation: None,
             outbox: Vec::new(),
@@ -252,11 +265,10 @@ impl Worker {
 
     fn run_steps(&mut self) -> Result<(), BackendError> {
         while self.admit()? {
-            let started = Instant::now();
-            if let Some(step) = self.schedule()? {
-                let output = self.execute(&step)?;
-                self.commit(step, output, started)?;
-            }
+            let step = self.schedule()?;
+            let launched = step.map(|step| self.launch(step)).transpose()?.flatten();
+            self.commit_in_flight()?;
+            self.in_flight = launched;
         }
         Ok(())
     }
@@ -282,19 +294,17 @@ impl Worker {
     }
 
     fn next_command(&self) -> Result<Command, RecvTimeoutError> {
-        let waits_for_upload = match self.requests.is_empty() {
-            true => self.residency.is_uploading() && self.drain.is_none(),
-            false => self.is_stalled,
-        };
-        if waits_for_upload {
-            self.inbox.recv_timeout(UPLOAD_POLL_INTERVAL)
-        } else if self.requests.is_empty() && self.drain.is_none() {
-            self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
-        } else {
+        let is_idle = self.requests.is_empty() && self.drain.is_none();
+        let waits_for_upload = if is_idle { self.residency.is_uploading() } else { self.is_stalled };
+        if self.in_flight.is_some() || !(is_idle || waits_for_upload) {
             self.inbox.try_recv().map_err(|error| match error {
                 TryRecvError::Empty => RecvTimeoutError::Timeout,
                 TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
             })
+        } else if waits_for_upload {
+            self.inbox.recv_timeout(UPLOAD_POLL_INTERVAL)
+        } else {
+            self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
         }
     }
 
@@ -376,9 +386,12 @@ impl Worker {
         true
     }
 
-    // Schedule, execute, commit.
+    // Schedule, launch, commit.
 
     fn schedule(&mut self) -> Result<Option<ScheduledStep>, BackendError> {
+        if self.scheduler.must_see_tokens() {
+            self.commit_in_flight()?;
+        }
         let mut residency = BackendResidency {
             residency: &mut self.residency,
             backend: &mut *self.backend,
@@ -409,7 +422,7 @@ impl Worker {
         for (request_id, error) in failed {
             self.push_event(request_id, TokenEvent::Failed(error));
         }
-        self.is_stalled = step.is_none();
+        self.is_stalled = step.is_none() && self.in_flight.is_none();
         if self.is_stalled {
             self.publish();
         }
@@ -432,7 +445,9 @@ impl Worker {
         }
     }
 
-    fn execute(&mut self, step: &ScheduledStep) -> Result<StepOutput, BackendError> {
+    /// Runs a step to its end, or gives it back while the backend runs it.
+    fn launch(&mut self, step: ScheduledStep) -> Result<Option<InFlight>, BackendError> {
+        let launched = Instant::now();
         let _span = tracing::debug_span!(
             "step",
             rows = step.batch.token_ids.len(),
@@ -440,10 +455,23 @@ impl Worker {
             adapters = step.batch.lora_segments.len()
         )
         .entered();
-        self.backend.execute(&step.batch)
+        let in_flight = InFlight { step, launched };
+        match self.backend.launch(&in_flight.step.batch)? {
+            Launched::Running => Ok(Some(in_flight)),
+            Launched::Done(output) => self.commit(in_flight, output).map(|()| None),
+        }
     }
 
-    fn commit(&mut self, step: ScheduledStep, output: StepOutput, started: Instant) -> Result<(), BackendError> {
+    fn commit_in_flight(&mut self) -> Result<(), BackendError> {
+        let Some(in_flight) = self.in_flight.take() else {
+            return Ok(());
+        };
+        let output = self.backend.collect()?;
+        self.commit(in_flight, output)
+    }
+
+    fn commit(&mut self, in_flight: InFlight, output: StepOutput) -> Result<(), BackendError> {
+        let InFlight { step, launched } = in_flight;
         let mut events = Vec::new();
         self.scheduler.commit(step, output, &mut events)?;
         for (request_id, event) in events {
@@ -457,7 +485,12 @@ impl Worker {
             }
         }
         self.stats.steps_total += 1;
-        self.stats.step_seconds.observe(started.elapsed().as_secs_f64());
+        let now = Instant::now();
+        // A step that was launched while another ran has had the device since that one's end.
+        self.stats
+            .step_seconds
+            .observe(now.duration_since(launched.max(self.last_commit)).as_secs_f64());
+        self.last_commit = now;
         self.publish();
         Ok(())
     }

@@ -69,4 +69,31 @@ pub trait Backend: Send {
     /// # Errors
     /// Any; after `Device` the backend is of no further use.
     fn execute(&mut self, batch: &StepBatch) -> Result<StepOutput, BackendError>;
+    /// Runs one step, or starts it and returns: then the next may be launched before this one is collected, and its
+    /// [`carried_tokens`](StepBatch::carried_tokens) are this one's samples, which the host has not seen. Steps run in the order of their
+    /// launches. At most two are launched and not collected; one that has been launched may be dropped with the backend.
+    ///
+    /// A backend that runs one step at a time leaves this and `collect` as they are.
+    ///
+    /// # Errors
+    /// As `execute`.
+    fn launch(&mut self, batch: &StepBatch) -> Result<Launched, BackendError> {
+        self.execute(batch).map(Launched::Done)
+    }
+    /// Waits for the oldest step that `launch` said is running.
+    ///
+    /// # Errors
+    /// As `execute`.
+    fn collect(&mut self) -> Result<StepOutput, BackendError> {
+        Err(BackendError::BadBatch("no step is running".to_owned()))
+    }
+}
+
+/// What became of a launched step.
+#[derive(Debug)]
+pub enum Launched {
+    /// It is over.
+    Done(StepOutput),
+    /// It runs; `collect` waits for it.
+    Running,
 }
