@@ -346,28 +346,6 @@ fn bench_gemm(pool: &ThreadPool, roof: &Roof) {
     }
 }
 
-struct Adapter<T> {
-    rank: usize,
-    /// `(a, b_t)` of each projection of the group, each layer's own.
-    layers: Vec<Vec<(Vec<T>, Vec<T>)>>,
-}
-
-fn adapters<T>(ranks: &[usize], d_in: usize, d_outs: &[usize], convert: impl Fn(f32) -> T) -> Vec<Adapter<T>> {
-    let make = |len: usize, seed: u64| random(len, seed).into_iter().map(&convert).collect::<Vec<T>>();
-    let mut seed = 0;
-    let mut pair = |rank: usize, d_out: usize| {
-        seed += 1;
-        (make(rank * d_in, seed), make(rank * d_out, seed + 100_000))
-    };
-    ranks
-        .iter()
-        .map(|&rank| Adapter {
-            rank,
-            layers: (0..LAYERS).map(|_| d_outs.iter().map(|&d_out| pair(rank, d_out)).collect()).collect(),
-        })
-        .collect()
-}
-
 fn bench_lora(pool: &ThreadPool, roof: &Roof) {
     let mixed = [4, 8, 16, 32, 64, 128, 256];
     bench_lora_case(pool, roof, "f32, 7 adapters of rank 4..256, 1 row each", &mixed, 1, |value| value);
@@ -381,27 +359,35 @@ fn bench_lora(pool: &ThreadPool, roof: &Roof) {
 }
 
 /// q, k, v of all layers in turn, so that adapters are as cold as in a step.
-fn bench_lora_case<T: LoraElement>(pool: &ThreadPool, roof: &Roof, case: &str, ranks: &[usize], rows_each: usize, convert: impl Fn(f32) -> T + Copy)
+fn bench_lora_case<T>(pool: &ThreadPool, roof: &Roof, case: &str, ranks: &[usize], rows_each: usize, convert: impl Fn(f32) -> T)
 where
-    f64: FromElement<T>,
+    T: LoraElement + bytemuck::Pod,
+    f32: From<T>,
 {
     let d_outs = [HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM];
     let y_stride: usize = d_outs.iter().sum();
-    let adapters = adapters(ranks, HIDDEN, &d_outs, convert);
     let m = ranks.len() * rows_each;
     let x = random(m * HIDDEN, 1);
+    let weights_per_layer: usize = ranks.iter().map(|rank| rank * (3 * HIDDEN + y_stride)).sum();
+    let mut weights = HugeBuffer::<T>::zeroed(LAYERS * weights_per_layer);
+    weights
+        .iter_mut()
+        .zip(random(LAYERS * weights_per_layer, 2))
+        .for_each(|(weight, value)| *weight = convert(value));
+    let mut rest = &weights[..];
+    let mut take = |len: usize| rest.split_off(..len).expect("as many as were counted");
     let mut layers: Vec<Vec<LoraJob<'_, T>>> = Vec::new();
-    for layer in 0..LAYERS {
+    for _ in 0..LAYERS {
         let mut jobs = Vec::new();
-        for (idx, adapter) in adapters.iter().enumerate() {
+        for (idx, &lora_rank) in ranks.iter().enumerate() {
             let mut y_offset = 0;
-            for ((a, b_t), d_out) in adapter.layers[layer].iter().zip(d_outs) {
+            for d_out in d_outs {
                 jobs.push(LoraJob {
                     row_start: idx * rows_each,
                     num_rows: rows_each,
-                    a,
-                    b_t,
-                    lora_rank: adapter.rank,
+                    a: take(lora_rank * HIDDEN),
+                    b_t: take(lora_rank * d_out),
+                    lora_rank,
                     d_out,
                     y_offset,
                     scaling: 0.01,
@@ -415,7 +401,7 @@ where
     let mut y = vec![0.0; m * y_stride];
     lora(pool, &x, HIDDEN, &layers[0], &mut y, y_stride, &mut scratch);
     let mut expected = vec![0.0; m * y_stride];
-    let widen = |values: &[T]| values.iter().map(|&value| f64::from_element(value) as f32).collect::<Vec<f32>>();
+    let widen = |values: &[T]| values.iter().map(|&value| f32::from(value)).collect::<Vec<f32>>();
     for job in &layers[0] {
         let v = reference::lora_shrink(
             &x[job.row_start * HIDDEN..][..job.num_rows * HIDDEN],
@@ -435,23 +421,15 @@ where
         lora(pool, &x, HIDDEN, &layers[layer], &mut y, y_stride, &mut scratch);
         layer = (layer + 1) % LAYERS;
     });
-    let weights: usize = layers[0].iter().map(|job| job.lora_rank * (HIDDEN + job.d_out)).sum();
-    let flops = 2 * weights * rows_each;
-    report(case, &times, (weights * size_of::<T>()) as f64, flops as f64, roof, roof.f32_gigaflops);
-}
-
-trait FromElement<T> {
-    fn from_element(value: T) -> f64;
-}
-impl FromElement<f32> for f64 {
-    fn from_element(value: f32) -> f64 {
-        f64::from(value)
-    }
-}
-impl FromElement<bf16> for f64 {
-    fn from_element(value: bf16) -> f64 {
-        value.to_f64()
-    }
+    let flops = 2 * weights_per_layer * rows_each;
+    report(
+        case,
+        &times,
+        (weights_per_layer * size_of::<T>()) as f64,
+        flops as f64,
+        roof,
+        roof.f32_gigaflops,
+    );
 }
 
 fn bench_attention(pool: &ThreadPool, roof: &Roof) {

@@ -9,6 +9,7 @@
 //! Cost     flops `4 · head_dim · num_heads · Σ visible positions`; K and V are read once for the heads of a group and up to 48 / group rows.
 //! Threads  over (sequence, block of rows, kv head).
 
+use super::buffer::AlignedBuffer;
 use super::pool::{DisjointMut, ThreadPool};
 use super::simd::{Isa, Simd, dispatch, exp};
 
@@ -183,7 +184,7 @@ fn paged_attention_with(
     let num_tasks = (cost / TASK_COST).clamp(1, num_units.clamp(1, 32 * pool.num_threads()));
     let out = DisjointMut::new(out);
     pool.run(num_tasks, &|task| {
-        let mut scratch = Vec::new();
+        let mut scratch = AlignedBuffer::default();
         for unit in task * num_units / num_tasks..(task + 1) * num_units / num_tasks {
             let sequence_idx = unit_starts.partition_point(|&start| start <= unit) - 1;
             let sequence = &sequences[sequence_idx];
@@ -246,7 +247,7 @@ impl Unit<'_, '_> {
     }
 }
 
-dispatch!(fn attend(unit: &Unit<'_, '_>, scratch: &mut Vec<f32>) = attend_body);
+dispatch!(fn attend(unit: &Unit<'_, '_>, scratch: &mut AlignedBuffer) = attend_body);
 
 /// Query vectors in a register tile: 6 x 4 accumulators of 32 registers, 3 x 4 of 16.
 const fn max_vectors<S: Simd>() -> usize {
@@ -254,21 +255,23 @@ const fn max_vectors<S: Simd>() -> usize {
 }
 
 #[inline(always)]
-fn attend_body<S: Simd>(s: S, unit: &Unit<'_, '_>, scratch: &mut Vec<f32>) {
+fn attend_body<S: Simd>(s: S, unit: &Unit<'_, '_>, scratch: &mut AlignedBuffer) {
     let head_dim = unit.shape.head_dim;
     let group = unit.shape.num_heads / unit.shape.num_kv_heads;
     let num_vectors = unit.num_rows * group;
     let tile_vectors = max_vectors::<S>();
 
-    scratch.clear();
-    scratch.resize(num_vectors * (2 * head_dim + TILE + 3) + head_dim * TILE, 0.0);
-    let (q, rest) = scratch.split_at_mut(num_vectors * head_dim);
+    let scratch_len = num_vectors * (TILE + 2 * head_dim + 3) + head_dim * TILE;
+    scratch.reserve(scratch_len * size_of::<f32>());
+    let (scores, rest) = scratch.prefix_mut::<f32>(scratch_len).split_at_mut(num_vectors * TILE);
+    let (gathered, rest) = rest.split_at_mut(head_dim * TILE);
     let (sums, rest) = rest.split_at_mut(num_vectors * head_dim);
-    let (scores, rest) = rest.split_at_mut(num_vectors * TILE);
+    let (q, rest) = rest.split_at_mut(num_vectors * head_dim);
     let (max_scores, rest) = rest.split_at_mut(num_vectors);
-    let (weight_sums, rest) = rest.split_at_mut(num_vectors);
-    let (corrections, gathered) = rest.split_at_mut(num_vectors);
+    let (weight_sums, corrections) = rest.split_at_mut(num_vectors);
     let scores = scores.as_chunks_mut::<TILE>().0;
+    sums.fill(0.0);
+    weight_sums.fill(0.0);
     max_scores.fill(f32::NEG_INFINITY);
 
     // q, scaled, in register tiles `[head_dim][vectors of the tile]`.
@@ -359,11 +362,12 @@ fn keys_of_tile<'a>(unit: &Unit<'a, '_>, tile_start: usize, tile_len: usize, gat
     let AttentionShape { head_dim, block_size, .. } = *unit.shape;
     let num_groups = tile_len.div_ceil(GROUP);
     if block_size.is_multiple_of(GROUP) {
-        let keys = std::array::from_fn(|group| {
+        let mut keys: [&[f32]; GROUPS] = [&[]; GROUPS];
+        for (group, keys) in keys.iter_mut().enumerate() {
             let group = if group < num_groups { group } else { 0 };
             let (start, offset) = unit.locate(tile_start + group * GROUP);
-            &unit.k[start + offset..][..(head_dim - 1) * block_size + GROUP]
-        });
+            *keys = &unit.k[start + offset..][..(head_dim - 1) * block_size + GROUP];
+        }
         return (keys, block_size);
     }
     for position in 0..tile_len {
@@ -373,14 +377,14 @@ fn keys_of_tile<'a>(unit: &Unit<'a, '_>, tile_start: usize, tile_len: usize, gat
             *target = *key;
         }
     }
-    let gathered = &*gathered;
-    (
-        std::array::from_fn(|group| &gathered[group * GROUP..][..(head_dim - 1) * TILE + GROUP]),
-        TILE,
-    )
+    let mut keys: [&[f32]; GROUPS] = [&[]; GROUPS];
+    for (group, keys) in keys.iter_mut().enumerate() {
+        *keys = &gathered[group * GROUP..][..(head_dim - 1) * TILE + GROUP];
+    }
+    (keys, TILE)
 }
 
-/// `scores[vector][position] = Σ q[element][vector] · key[element][position]` for the groups that the tile has.
+/// `scores[vector][position] = Σ q[element][vector] · key[element][position]` for the positions that the tile has, in whole registers.
 #[inline(always)]
 fn score_tile<S: Simd, const VECTORS: usize>(
     s: S,
@@ -390,28 +394,50 @@ fn score_tile<S: Simd, const VECTORS: usize>(
     tile_len: usize,
     scores: &mut [[f32; TILE]],
 ) {
-    const REGISTERS: usize = 4;
-    let positions_at_once = REGISTERS * S::LANES;
-    for first in (0..tile_len).step_by(positions_at_once) {
-        // Register `r` holds positions `first + r · LANES ..`.
-        let keys: [&[f32]; REGISTERS] = std::array::from_fn(|register| {
-            let position = first + register * S::LANES;
-            &keys[position / GROUP][position % GROUP..]
-        });
-        let mut sums = [[s.splat(0.0); REGISTERS]; VECTORS];
-        for (element, q) in q.iter().enumerate() {
-            let key: [S::Vector; REGISTERS] = std::array::from_fn(|register| s.load(&keys[register][element * stride..]));
-            for vector in 0..VECTORS {
-                let q = s.splat(q[vector]);
-                for register in 0..REGISTERS {
-                    sums[vector][register] = s.fma(q, key[register], sums[vector][register]);
-                }
+    let mut first = 0;
+    while first < tile_len {
+        // The last tile of a sequence is seldom full.
+        if tile_len - first > 2 * S::LANES {
+            score_columns::<S, VECTORS, 4>(s, q, keys, stride, first, scores);
+            first += 4 * S::LANES;
+        } else {
+            score_columns::<S, VECTORS, 2>(s, q, keys, stride, first, scores);
+            first += 2 * S::LANES;
+        }
+    }
+}
+
+/// The scores of `REGISTERS` registers of positions from `first`.
+#[inline(always)]
+fn score_columns<S: Simd, const VECTORS: usize, const REGISTERS: usize>(
+    s: S,
+    q: &[[f32; VECTORS]],
+    keys: &[&[f32]; GROUPS],
+    stride: usize,
+    first: usize,
+    scores: &mut [[f32; TILE]],
+) {
+    let mut keys_at: [&[f32]; REGISTERS] = [&[]; REGISTERS];
+    for (register, keys_at) in keys_at.iter_mut().enumerate() {
+        let position = first + register * S::LANES;
+        *keys_at = &keys[position / GROUP][position % GROUP..];
+    }
+    let mut sums = [[s.splat(0.0); REGISTERS]; VECTORS];
+    for (element, q) in q.iter().enumerate() {
+        let mut key = [s.splat(0.0); REGISTERS];
+        for (key, keys_at) in key.iter_mut().zip(&keys_at) {
+            *key = s.load(&keys_at[element * stride..]);
+        }
+        for vector in 0..VECTORS {
+            let q = s.splat(q[vector]);
+            for register in 0..REGISTERS {
+                sums[vector][register] = s.fma(q, key[register], sums[vector][register]);
             }
         }
-        for (scores, sums) in scores.iter_mut().zip(sums) {
-            for (register, sums) in sums.into_iter().enumerate() {
-                s.store(&mut scores[first + register * S::LANES..], sums);
-            }
+    }
+    for (scores, sums) in scores.iter_mut().zip(sums) {
+        for (register, sums) in sums.into_iter().enumerate() {
+            s.store(&mut scores[first + register * S::LANES..], sums);
         }
     }
 }
@@ -477,27 +503,35 @@ fn add_value_columns<S: Simd, const VECTORS: usize, const REGISTERS: usize>(
     let AttentionShape { head_dim, block_size, .. } = *unit.shape;
     let weights: &[[f32; TILE]; VECTORS] = weights.try_into().expect("weights of each vector");
     let is_whole = element + REGISTERS * S::LANES <= head_dim;
-    let mut totals: [[S::Vector; REGISTERS]; VECTORS] = std::array::from_fn(|vector| {
+    let mut totals = [[s.splat(0.0); REGISTERS]; VECTORS];
+    for (vector, totals) in totals.iter_mut().enumerate() {
         let correction = s.splat(corrections[vector]);
         let sums = &sums[vector * head_dim..][..head_dim];
-        std::array::from_fn(|register| s.mul(correction, s.load_partial(&sums[element + register * S::LANES..])))
-    });
+        for (register, total) in totals.iter_mut().enumerate() {
+            *total = s.mul(correction, s.load_partial(&sums[element + register * S::LANES..]));
+        }
+    }
     let mut position = 0;
     while position < tile_len {
         let (start, offset) = unit.locate(tile_start + position);
         let end = tile_len.min(position + block_size - offset);
         let values = unit.v[start..][..block_size * head_dim][offset * head_dim..].chunks_exact(head_dim);
         for (position, value) in (position..end).zip(values) {
-            let value: [S::Vector; REGISTERS] = if is_whole {
+            let mut values = [s.splat(0.0); REGISTERS];
+            if is_whole {
                 let value = &value[element..][..REGISTERS * S::LANES];
-                std::array::from_fn(|register| s.load(&value[register * S::LANES..]))
+                for (register, values) in values.iter_mut().enumerate() {
+                    *values = s.load(&value[register * S::LANES..]);
+                }
             } else {
-                std::array::from_fn(|register| s.load_partial(&value[element + register * S::LANES..]))
-            };
+                for (register, values) in values.iter_mut().enumerate() {
+                    *values = s.load_partial(&value[element + register * S::LANES..]);
+                }
+            }
             for vector in 0..VECTORS {
                 let weight = s.splat(weights[vector][position % TILE]);
                 for register in 0..REGISTERS {
-                    totals[vector][register] = s.fma(weight, value[register], totals[vector][register]);
+                    totals[vector][register] = s.fma(weight, values[register], totals[vector][register]);
                 }
             }
         }

@@ -496,11 +496,14 @@ fn sums_f32<S: Simd, const ROWS: usize, const VECTORS: usize>(
     for (x, w) in x.chunks_exact(tile_rows).zip(panel) {
         let x: &[[f32; BLOCK]; ROWS] = x[first_row..][..ROWS].try_into().expect("ROWS blocks");
         for k in 0..BLOCK {
-            let w: [S::Vector; VECTORS] = std::array::from_fn(|vector| s.load(&w[k][column + vector * S::LANES..]));
+            let mut weights = [s.splat(0.0); VECTORS];
+            for (vector, weights) in weights.iter_mut().enumerate() {
+                *weights = s.load(&w[k][column + vector * S::LANES..]);
+            }
             for row in 0..ROWS {
                 let x = s.splat(x[row][k]);
                 for vector in 0..VECTORS {
-                    sums[row][vector] = s.fma(x, w[vector], sums[row][vector]);
+                    sums[row][vector] = s.fma(x, weights[vector], sums[row][vector]);
                 }
             }
         }
@@ -525,14 +528,15 @@ fn sums_bf16_widened<S: Simd, const ROWS: usize, const VECTORS: usize>(
         let x: &[[f32; BLOCK]; ROWS] = x[first_row..][..ROWS].try_into().expect("ROWS blocks");
         for pair in 0..BLOCK / 2 {
             for odd in 0..2 {
-                let w: [S::Vector; VECTORS] = std::array::from_fn(|vector| {
+                let mut weights = [s.splat(0.0); VECTORS];
+                for (vector, weights) in weights.iter_mut().enumerate() {
                     let words = &w[pair][column + vector * S::LANES..];
-                    if odd == 0 { s.load_low_bf16(words) } else { s.load_high_bf16(words) }
-                });
+                    *weights = if odd == 0 { s.load_low_bf16(words) } else { s.load_high_bf16(words) };
+                }
                 for row in 0..ROWS {
                     let x = s.splat(x[row][2 * pair + odd]);
                     for vector in 0..VECTORS {
-                        sums[row][vector] = s.fma(x, w[vector], sums[row][vector]);
+                        sums[row][vector] = s.fma(x, weights[vector], sums[row][vector]);
                     }
                 }
             }

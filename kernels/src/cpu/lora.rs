@@ -321,14 +321,25 @@ fn shrink_tile<S: Simd, T: LoraElement, const ROWS: usize, const RANKS: usize>(
     const BLOCK: usize = 16;
     let d_in = job.d_in;
     let num_blocks = d_in / BLOCK;
-    let x_rows: [&[f32]; ROWS] = std::array::from_fn(|row| &x[row * d_in..][..d_in]);
-    let a_rows: [&[T]; RANKS] = std::array::from_fn(|rank| &a[rank * d_in..][..d_in]);
-    let x_blocks = x_rows.map(|row| &row.as_chunks::<BLOCK>().0[..num_blocks]);
-    let a_blocks = a_rows.map(|row| &row.as_chunks::<BLOCK>().0[..num_blocks]);
+    let mut x_rows: [&[f32]; ROWS] = [&[]; ROWS];
+    let mut x_blocks: [&[[f32; BLOCK]]; ROWS] = [&[]; ROWS];
+    for row in 0..ROWS {
+        x_rows[row] = &x[row * d_in..][..d_in];
+        x_blocks[row] = &x_rows[row].as_chunks().0[..num_blocks];
+    }
+    let mut a_rows: [&[T]; RANKS] = [&[]; RANKS];
+    let mut a_blocks: [&[[T; BLOCK]]; RANKS] = [&[]; RANKS];
+    for rank in 0..RANKS {
+        a_rows[rank] = &a[rank * d_in..][..d_in];
+        a_blocks[rank] = &a_rows[rank].as_chunks().0[..num_blocks];
+    }
     let mut sums = [[s.splat(0.0); RANKS]; ROWS];
     for block in 0..num_blocks {
         for lane in (0..BLOCK).step_by(S::LANES) {
-            let a: [S::Vector; RANKS] = std::array::from_fn(|rank| T::load(s, &a_blocks[rank][block][lane..]));
+            let mut a = [s.splat(0.0); RANKS];
+            for (a, blocks) in a.iter_mut().zip(&a_blocks) {
+                *a = T::load(s, &blocks[block][lane..]);
+            }
             for row in 0..ROWS {
                 let x = s.load(&x_blocks[row][block][lane..]);
                 for rank in 0..RANKS {
@@ -405,17 +416,25 @@ fn expand_body<S: Simd, T: LoraElement>(s: S, job: &Expand<'_, '_, T>) {
 
 #[inline(always)]
 fn expand_tile<S: Simd, T: LoraElement, const ROWS: usize, const VECTORS: usize>(s: S, job: &Expand<'_, '_, T>, first_row: usize, column: usize) {
-    let v: [&[f32]; ROWS] = std::array::from_fn(|row| &job.v[(first_row + row) * job.lora_rank..][..job.lora_rank]);
+    let mut v: [&[f32]; ROWS] = [&[]; ROWS];
+    for (row, v) in v.iter_mut().enumerate() {
+        *v = &job.v[(first_row + row) * job.lora_rank..][..job.lora_rank];
+    }
     let mut sums = [[s.splat(0.0); VECTORS]; ROWS];
-    let is_whole = job.first_column + column + VECTORS * S::LANES <= job.d_out;
-    for (rank, b) in job.b_t.chunks_exact(job.d_out).enumerate() {
-        let b = &b[job.first_column + column..];
-        let b: [S::Vector; VECTORS] = if is_whole {
-            let b = &b[..VECTORS * S::LANES];
-            std::array::from_fn(|vector| T::load(s, &b[vector * S::LANES..]))
+    let first_column = job.first_column + column;
+    let is_whole = first_column + VECTORS * S::LANES <= job.d_out;
+    for (rank, b_row) in job.b_t.chunks_exact(job.d_out).enumerate() {
+        let mut b = [s.splat(0.0); VECTORS];
+        if is_whole {
+            let b_row = &b_row[first_column..][..VECTORS * S::LANES];
+            for (vector, b) in b.iter_mut().enumerate() {
+                *b = T::load(s, &b_row[vector * S::LANES..]);
+            }
         } else {
-            std::array::from_fn(|vector| T::load_partial(s, &b[(vector * S::LANES).min(b.len())..]))
-        };
+            for (vector, b) in b.iter_mut().enumerate() {
+                *b = T::load_partial(s, &b_row[(first_column + vector * S::LANES).min(job.d_out)..]);
+            }
+        }
         for row in 0..ROWS {
             let v = s.splat(v[row][rank]);
             for vector in 0..VECTORS {
