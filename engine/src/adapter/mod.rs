@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use half::bf16;
+use polylora_kernels::cpu::HugeBuffer;
 
 pub mod config;
 pub mod load;
@@ -249,31 +250,26 @@ impl HostAdapter {
 
 /// Bytes at a 64-byte boundary.
 pub struct AlignedBytes {
-    storage: Vec<CacheLine>,
-    len: usize,
+    /// An adapter is streamed at every step that uses it.
+    storage: HugeBuffer<u8>,
 }
-
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-struct CacheLine([u8; 64]);
 
 impl AlignedBytes {
     /// `len` zero bytes.
     pub fn zeroed(len: usize) -> Self {
         Self {
-            storage: vec![CacheLine([0; 64]); len.div_ceil(64)],
-            len,
+            storage: HugeBuffer::zeroed(len),
         }
     }
 
     /// All of them.
     pub fn as_bytes(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.storage)[..self.len]
+        &self.storage
     }
 
     /// All of them, to be written.
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.storage)[..self.len]
+        &mut self.storage
     }
 }
 

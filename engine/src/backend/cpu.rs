@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use polylora_kernels::cpu::{AttentionShape, ThreadPool, WeightDtype};
+use polylora_kernels::cpu::{AttentionShape, HugeBuffer, ThreadPool, WeightDtype};
 
 use super::{
     Backend, BackendError, Capacity,
@@ -142,10 +142,10 @@ pub struct CpuBackend {
     sampling_scratch: Mutex<Vec<SamplingScratch>>,
 }
 
-/// Keys and values of one layer, `[num_blocks, num_kv_heads, block_size, head_dim]` each.
+/// Keys and values of one layer, `num_blocks * AttentionShape::block_len` each, laid out as the kernels like it.
 struct LayerKv {
-    k: Vec<f32>,
-    v: Vec<f32>,
+    k: HugeBuffer<f32>,
+    v: HugeBuffer<f32>,
 }
 
 impl CpuBackend {
@@ -192,8 +192,8 @@ impl CpuBackend {
         // Zeroed memory costs nothing until it is touched.
         let cache_len = capacity.num_blocks * config.kv_size() * capacity.block_size;
         let layer_kv = |_| LayerKv {
-            k: vec![0.0; cache_len],
-            v: vec![0.0; cache_len],
+            k: HugeBuffer::zeroed(cache_len),
+            v: HugeBuffer::zeroed(cache_len),
         };
         Ok(Self {
             limits: ModelLimits {
