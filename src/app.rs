@@ -24,12 +24,14 @@ use tower_http::{
 
 use crate::{
     auth::{AdapterSources, Auth, Identity, RequestPermit},
+    constraint::GrammarCompiler,
     error::ApiError,
     metrics::{Metrics, MetricsConfig},
     prompt::PromptProcessor,
     requests::RunningRequests,
     routes,
     routing::ServedModel,
+    tool_calls::ToolFormat,
 };
 
 /// In and out: the request's id.
@@ -99,6 +101,10 @@ pub struct Gateway {
     pub cors_origins: Vec<String>,
     /// `owned_by` of the models.
     pub owned_by: String,
+    /// Compiles grammars.
+    pub grammars: Arc<GrammarCompiler>,
+    /// How the model writes calls of functions; by default what its chat template teaches.
+    pub tool_format: ToolFormat,
     /// The running sequences.
     pub running: RunningRequests,
     started_at: SystemTime,
@@ -115,7 +121,10 @@ impl Gateway {
         let metrics = Arc::new(Metrics::new(served.name(), description, MetricsConfig::default()));
         let identity = format!("{}\n{}\n{}", served.path, description.architecture, description.dtype);
         let weight_version = Sha256::digest(identity)[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+        let grammars = GrammarCompiler::new(Arc::clone(prompt.tokenizer()), description.vocab_size, description.eos_token_ids.clone());
         Self {
+            grammars: Arc::new(grammars),
+            tool_format: ToolFormat::of(prompt.templates()),
             engine,
             prompt,
             served,

@@ -37,6 +37,8 @@ pub struct TextOptions {
     pub keep_stop: bool,
     /// Special tokens are no text.
     pub skip_special_tokens: bool,
+    /// Special tokens that are text even so.
+    pub shown_tokens: Vec<u32>,
     /// Tokens that end generation: the engine's and the request's.
     pub stop_token_ids: Vec<u32>,
     /// Stop texts count after so many tokens.
@@ -151,7 +153,7 @@ impl TextStream {
         Self {
             tokens: Some(tokens),
             held: Some(held),
-            detokenizer: Detokenizer::new(tokenizer, options.skip_special_tokens),
+            detokenizer: Detokenizer::new(tokenizer, options.skip_special_tokens, options.shown_tokens.clone()),
             stops: StopMatcher::new(options.stop.clone()),
             options,
             text: String::new(),
@@ -437,8 +439,8 @@ impl MergedStream {
 /// A whole sequence.
 #[derive(Clone, Debug, Default)]
 pub struct Completed {
-    /// Its text.
-    pub text: String,
+    /// Its text, in pieces with the number of tokens of each.
+    pub pieces: Vec<(String, usize)>,
     /// Its tokens.
     pub tokens: Vec<OutputToken>,
     /// Prompt tokens found in the prefix cache.
@@ -450,6 +452,11 @@ pub struct Completed {
 }
 
 impl Completed {
+    /// Its text.
+    pub fn text(&self) -> String {
+        self.pieces.iter().map(|(text, _)| text.as_str()).collect()
+    }
+
     /// Takes an event.
     ///
     /// # Errors
@@ -464,7 +471,7 @@ impl Completed {
                 self.prompt_logprobs = prompt_logprobs;
             }
             TextEvent::Chunk { text, tokens } => {
-                self.text.push_str(&text);
+                self.pieces.push((text, tokens.len()));
                 self.tokens.extend(tokens);
             }
             TextEvent::Finished(finish) => self.finish = Some(finish),

@@ -243,6 +243,7 @@ fn byte_of_char(c: char) -> Option<u8> {
 pub struct Detokenizer {
     tokenizer: Arc<TextTokenizer>,
     skip_special_tokens: bool,
+    shown_tokens: Vec<u32>,
     state: DetokenizerState,
 }
 
@@ -257,8 +258,8 @@ enum DetokenizerState {
 const MAX_UNREAD_TOKENS: usize = 16;
 
 impl Detokenizer {
-    /// At the beginning of an output.
-    pub fn new(tokenizer: Arc<TextTokenizer>, skip_special_tokens: bool) -> Self {
+    /// At the beginning of an output. `shown_tokens` are text although they are special.
+    pub fn new(tokenizer: Arc<TextTokenizer>, skip_special_tokens: bool, shown_tokens: Vec<u32>) -> Self {
         let state = if tokenizer.has_fixed_bytes() {
             DetokenizerState::Bytes(Vec::new())
         } else {
@@ -267,13 +268,14 @@ impl Detokenizer {
         Self {
             tokenizer,
             skip_special_tokens,
+            shown_tokens,
             state,
         }
     }
 
     /// Takes a token and appends the text that is certain now.
     pub fn push(&mut self, token_id: u32, text: &mut String) {
-        if self.skip_special_tokens && self.tokenizer.is_special(token_id) {
+        if self.skip_special_tokens && self.tokenizer.is_special(token_id) && !self.shown_tokens.contains(&token_id) {
             return;
         }
         match &mut self.state {
@@ -424,7 +426,7 @@ pub(crate) mod tests {
     }
 
     fn incremental(tokenizer: &Arc<TextTokenizer>, ids: &[u32]) -> (Vec<String>, String) {
-        let mut detokenizer = Detokenizer::new(Arc::clone(tokenizer), true);
+        let mut detokenizer = Detokenizer::new(Arc::clone(tokenizer), true, Vec::new());
         let mut pieces = Vec::new();
         for &id in ids {
             let mut piece = String::new();
@@ -454,7 +456,7 @@ pub(crate) mod tests {
     fn special_tokens_are_skipped_or_shown() {
         let tokenizer = tokenizer(&byte_level_json());
         let mut shown = String::new();
-        let mut detokenizer = Detokenizer::new(Arc::clone(&tokenizer), false);
+        let mut detokenizer = Detokenizer::new(Arc::clone(&tokenizer), false, Vec::new());
         [260, 104, 261].into_iter().for_each(|id| detokenizer.push(id, &mut shown));
         assert_eq!(shown, "<s>h</s>");
         assert_eq!(incremental(&tokenizer, &[260, 104, 261]).1, "h");

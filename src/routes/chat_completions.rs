@@ -6,42 +6,73 @@ use axum::{Json, extract::State, response::IntoResponse, response::Response};
 use bytes::Bytes;
 use futures::Stream;
 use polylora_engine::{AdapterLease, LogprobsParams};
+use serde_json::{Value, json};
 
 use super::with_adapter_header;
 use crate::{
     app::{AppState, Caller, Gateway, unix_seconds},
     chat_template::ChatInput,
+    constraint::{GrammarSpec, form_of_answer, guided_schema},
     conversation::template_messages,
     error::ApiError,
     extract::ApiJson,
-    generation::{Job, MaxTokens, SamplingFields, new_id},
+    generation::{Grammar, Job, MaxTokens, SamplingFields, new_id},
     logprobs::chat_logprobs,
+    message_parser::{MessageParser, MessagePart, message},
     protocol::{
         StreamOptions, Usage,
-        chat::{ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatRequest, ChatResponse, ResponseFormat, ResponseMessage, Role},
+        chat::{ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatRequest, ChatResponse, Role, Tool, ToolChoice, ToolChoiceMode},
     },
-    stream::{Completed, DONE, Finish, MergedStream, TextEvent, TextOptions, TextStream, collect, sse_event, sse_response},
+    reasoning::ReasoningSplitter,
+    stream::{Completed, DONE, Finish, MergedStream, OutputToken, TextEvent, TextOptions, TextStream, collect, sse_event, sse_response},
+    tool_calls::{ToolParser, required},
 };
 
 /// Answers a conversation.
 pub async fn chat_completions(State(state): State<AppState>, caller: Caller, ApiJson(request): ApiJson<ChatRequest>) -> Result<Response, ApiError> {
-    refuse_unsupported(&request)?;
-    let target = state.router(&caller.identity).target(&request.model, request.lora_path.as_deref())?;
-    let prompt_tokens = prompt_tokens(&state, &request).await?;
-    let lease = state.lease(&caller, &target).await?;
-    let envelope = Envelope::new(&state, &request, lease.as_ref(), prompt_tokens.len());
     let streaming = request.stream.unwrap_or(false);
     let options = request.stream_options.clone().unwrap_or_default();
-    let job = job(&state, request, prompt_tokens, lease.clone(), &envelope)?;
-    let streams = state.start(&caller, vec![job])?;
+    let started = start(&state, &caller, request).await?;
+    let lease = started.lease;
     let response = if streaming {
-        let mut merged = MergedStream::new(streams);
+        let mut merged = MergedStream::new(started.streams);
         merged.wait_for_first().await?;
-        sse_response(events(ChatStream::new(state, envelope, merged, options)))
+        sse_response(events(ChatStream::new(state, started.envelope, merged, options)))
     } else {
-        whole(&state, &envelope, streams).await?
+        whole(&state, &started.envelope, started.streams).await?
     };
     Ok(with_adapter_header(response, lease.as_ref()))
+}
+
+/// A conversation that is being answered.
+pub(super) struct Started {
+    /// What runs on.
+    pub lease: Option<AdapterLease>,
+    /// What all parts of the answer have in common.
+    pub envelope: Envelope,
+    /// One for each choice.
+    pub streams: Vec<TextStream>,
+}
+
+/// Checks a request and starts it.
+pub(super) async fn start(state: &AppState, caller: &Caller, request: ChatRequest) -> Result<Started, ApiError> {
+    refuse_unsupported(&request)?;
+    let tools = Tools::read(state, &request)?;
+    let target = state.router(&caller.identity).target(&request.model, request.lora_path.as_deref())?;
+    let prompt = prompt_text(state, &request, &tools)?;
+    let grammar = grammar(state, &request, &tools).await?;
+    let envelope = Envelope::new(state, &request, parser(state, &request, &tools, &prompt, grammar.is_some()));
+    // The template wrote the special tokens.
+    let prompt_tokens = state.prompt.encode(prompt, false).await?;
+    let lease = state.lease(caller, &target).await?;
+    let envelope = envelope.with_prompt(state, lease.as_ref(), prompt_tokens.len());
+    let mut job = job(state, request, prompt_tokens, lease.clone(), &envelope)?;
+    job.grammar = grammar;
+    if envelope.parser.reads_calls() {
+        job.text.shown_tokens = state.tool_format.shown_tokens(state.prompt.tokenizer());
+    }
+    let streams = state.start(caller, vec![job])?;
+    Ok(Started { lease, envelope, streams })
 }
 
 /// What is known but can't be honoured. Values that ask for what happens anyway pass.
@@ -61,15 +92,6 @@ fn refuse_unsupported(request: &ChatRequest) -> Result<(), ApiError> {
     refuse(verbosity, "verbosity", "the model has no such setting; ask for it in a message")?;
     let obfuscation = request.stream_options.as_ref().and_then(|options| options.include_obfuscation);
     refuse(obfuscation == Some(true), "stream_options.include_obfuscation", "chunks are not padded")?;
-    let formatted = request.response_format.as_ref().is_some_and(|format| *format != ResponseFormat::Text {});
-    refuse(formatted, "response_format", "only text is")?;
-    refuse(request.regex.is_some(), "regex", "grammars are not built in yet")?;
-    refuse(request.ebnf.is_some(), "ebnf", "grammars are not built in yet")?;
-    refuse(
-        request.tools.is_some() || request.tool_choice.is_some(),
-        "tools",
-        "tools are not built in yet",
-    )?;
     if request.stream_options.is_some() && request.stream != Some(true) {
         return Err(ApiError::invalid("stream_options", "stream_options needs stream to be true"));
     }
@@ -85,8 +107,64 @@ fn refuse_unsupported(request: &ChatRequest) -> Result<(), ApiError> {
     Ok(())
 }
 
-async fn prompt_tokens(state: &Gateway, request: &ChatRequest) -> Result<Vec<u32>, ApiError> {
-    let messages = template_messages(&request.messages, state.prompt.templates())?;
+/// The functions that a request offers, and what the model has to do with them.
+struct Tools {
+    /// None if the model must not call.
+    offered: Vec<Tool>,
+    /// The same, as the template gets them.
+    rendered: Vec<Value>,
+    parallel: bool,
+}
+
+impl Tools {
+    fn read(state: &Gateway, request: &ChatRequest) -> Result<Self, ApiError> {
+        let tools = request.tools.clone().unwrap_or_default();
+        let mode = match &request.tool_choice {
+            Some(ToolChoice::Mode(mode)) => *mode,
+            Some(ToolChoice::Named(named)) if named.kind != "function" => {
+                return Err(ApiError::unsupported("tool_choice.type", "only `function` is"));
+            }
+            _ => ToolChoiceMode::Auto,
+        };
+        if tools.is_empty() && request.tool_choice.is_some() && mode != ToolChoiceMode::None && request.tool_choice != Some(ToolChoice::Mode(mode)) {
+            return Err(ApiError::invalid("tool_choice", "tool_choice is only possible with tools"));
+        }
+        if tools.is_empty() && mode == ToolChoiceMode::Required {
+            return Err(ApiError::invalid("tool_choice", "tool_choice is only possible with tools"));
+        }
+        if tools.len() > state.limits.max_tools {
+            let message = format!("a request may have {} tools, got {}", state.limits.max_tools, tools.len());
+            return Err(ApiError::invalid("tools", message));
+        }
+        let mut names = std::collections::BTreeSet::new();
+        for (index, tool) in tools.iter().enumerate() {
+            let name = &tool.function.name;
+            if tool.kind != "function" {
+                return Err(ApiError::unsupported(&format!("tools[{index}].type"), "only `function` is"));
+            }
+            let valid = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+            if name.is_empty() || name.len() > 64 || !name.chars().all(valid) {
+                let message = format!("a function's name has 1 to 64 letters, digits, `_` or `-`, got {name:?}");
+                return Err(ApiError::invalid(format!("tools[{index}].function.name"), message));
+            }
+            if !names.insert(name) {
+                return Err(ApiError::invalid(
+                    format!("tools[{index}].function.name"),
+                    format!("two functions are named {name:?}"),
+                ));
+            }
+        }
+        let offered = if mode == ToolChoiceMode::None { Vec::new() } else { tools };
+        Ok(Self {
+            rendered: offered.iter().map(|tool| serde_json::to_value(tool).unwrap_or_default()).collect(),
+            offered,
+            parallel: request.parallel_tool_calls.unwrap_or(true),
+        })
+    }
+}
+
+fn prompt_text(state: &Gateway, request: &ChatRequest, tools: &Tools) -> Result<String, ApiError> {
+    let mut messages = template_messages(&request.messages, state.prompt.templates())?;
     let continues = request.continue_final_message.unwrap_or(false);
     if continues && request.add_generation_prompt == Some(true) {
         return Err(ApiError::invalid(
@@ -101,15 +179,62 @@ async fn prompt_tokens(state: &Gateway, request: &ChatRequest) -> Result<Vec<u32
     if let Some(effort) = &request.reasoning_effort {
         kwargs.insert("reasoning_effort".to_owned(), effort.as_str().into());
     }
-    let text = state.prompt.render_chat(&ChatInput {
+    let template_has_tools = state.prompt.templates().is_some_and(|templates| templates.mentions("tools"));
+    if !tools.offered.is_empty() && !template_has_tools {
+        // A template that drops the tools would leave the model without a word of them.
+        messages.insert(0, json!({"role": "system", "content": state.tool_format.instructions(&tools.rendered)}));
+    }
+    state.prompt.render_chat(&ChatInput {
         messages: &messages,
-        tools: None,
+        tools: (template_has_tools && !tools.offered.is_empty()).then_some(&tools.rendered),
         add_generation_prompt: request.add_generation_prompt.unwrap_or(!continues),
         continue_final_message: continues,
         kwargs: Some(&kwargs),
-    })?;
-    // The template wrote the special tokens.
-    state.prompt.encode(text, false).await
+    })
+}
+
+/// What the output has to follow: calls if they are required, or the form that was asked for (or calls, if those are possible too).
+async fn grammar(state: &AppState, request: &ChatRequest, tools: &Tools) -> Result<Option<Arc<dyn Grammar>>, ApiError> {
+    let format = form_of_answer(request.response_format.as_ref(), None, request.regex.as_ref(), request.ebnf.as_ref())?;
+    let bad_tools = |reason: String| ApiError::invalid_grammar("tools", &reason);
+    let required = required(&tools.offered, request.tool_choice.as_ref()).map_err(|reason| ApiError::invalid("tool_choice", reason))?;
+    let tokenizer = state.prompt.tokenizer();
+    let (spec, param) = match (format, required) {
+        (None, None) => return Ok(None),
+        (_, Some(functions)) => {
+            let lark = state
+                .tool_format
+                .grammar(&functions, tools.parallel && functions.len() == tools.offered.len(), tokenizer);
+            (GrammarSpec::Lark(lark.map_err(bad_tools)?), "tools")
+        }
+        (Some((GrammarSpec::JsonSchema(schema), param)), None) if !tools.offered.is_empty() => {
+            let functions: Vec<&Tool> = tools.offered.iter().collect();
+            let calls = state.tool_format.grammar(&functions, tools.parallel, tokenizer).map_err(bad_tools)?;
+            let schema: Value = serde_json::from_str(&schema).map_err(|error| bad_tools(error.to_string()))?;
+            let schema = guided_schema(schema).map_err(|reason| ApiError::invalid_grammar(param, &reason))?;
+            let calls = calls.replacen("start:", "calls:", 1);
+            (
+                GrammarSpec::Lark(format!("start: calls | answer\nanswer: %json {schema}\n{calls}")),
+                param,
+            )
+        }
+        (Some(format), None) => format,
+    };
+    let compiled = state.grammars.compile(spec, param, state.limits.max_grammar_bytes).await;
+    compiled.map(Some)
+}
+
+fn parser(state: &Gateway, request: &ChatRequest, tools: &Tools, prompt: &str, has_grammar: bool) -> MessageParser {
+    // A grammar leaves no room for thoughts, and a template may have opened them.
+    let separates = request.separate_reasoning.unwrap_or(true) && !has_grammar;
+    let reasoning = if separates {
+        ReasoningSplitter::for_prompt(state.prompt.templates(), prompt)
+    } else {
+        None
+    };
+    let names = tools.offered.iter().map(|tool| tool.function.name.clone()).collect();
+    let calls = (!tools.offered.is_empty()).then(|| ToolParser::new(state.tool_format, names));
+    MessageParser::new(reasoning, calls, !tools.parallel)
 }
 
 fn job(state: &Gateway, request: ChatRequest, prompt_tokens: Vec<u32>, lease: Option<AdapterLease>, envelope: &Envelope) -> Result<Job, ApiError> {
@@ -156,25 +281,39 @@ fn job(state: &Gateway, request: ChatRequest, prompt_tokens: Vec<u32>, lease: Op
     })
 }
 
-/// What all chunks of an answer have in common.
-struct Envelope {
-    id: Arc<str>,
-    created: u64,
-    model: Arc<str>,
-    system_fingerprint: Arc<str>,
-    prompt_tokens: u32,
+/// What all parts of an answer have in common.
+pub(super) struct Envelope {
+    pub id: Arc<str>,
+    pub created: u64,
+    pub model: Arc<str>,
+    pub system_fingerprint: Arc<str>,
+    pub prompt_tokens: u32,
     with_logprobs: bool,
+    n: u32,
+    /// At the beginning of an output.
+    pub parser: MessageParser,
 }
 
 impl Envelope {
-    fn new(state: &Gateway, request: &ChatRequest, lease: Option<&AdapterLease>, prompt_len: usize) -> Self {
+    fn new(state: &Gateway, request: &ChatRequest, parser: MessageParser) -> Self {
         Self {
             id: new_id("chatcmpl-").into(),
             created: unix_seconds(SystemTime::now()),
             model: request.model.as_str().into(),
+            system_fingerprint: "".into(),
+            prompt_tokens: 0,
+            with_logprobs: request.logprobs.unwrap_or(false),
+            // A wild `n` is refused before anything starts.
+            n: request.n.unwrap_or(1).min(state.limits.max_n),
+            parser,
+        }
+    }
+
+    fn with_prompt(self, state: &Gateway, lease: Option<&AdapterLease>, prompt_len: usize) -> Self {
+        Self {
             system_fingerprint: format!("fp_{}", state.weight_version(lease)).into(),
             prompt_tokens: prompt_len as u32,
-            with_logprobs: request.logprobs.unwrap_or(false),
+            ..self
         }
     }
 
@@ -194,11 +333,13 @@ impl Envelope {
 async fn whole(state: &Gateway, envelope: &Envelope, streams: Vec<TextStream>) -> Result<Response, ApiError> {
     let completed = collect(streams).await?;
     let mut choices = Vec::with_capacity(completed.len());
-    let (mut output_tokens, mut cached_tokens) = (0, 0);
+    let (mut output_tokens, mut cached_tokens, mut reasoning_tokens) = (0, 0, 0);
     for (index, output) in completed.into_iter().enumerate() {
         output_tokens += output.tokens.len() as u32;
         cached_tokens = output.cached_tokens.max(cached_tokens);
-        choices.push(choice(state, envelope, index as u32, output)?);
+        let mut parser = envelope.parser.clone();
+        choices.push(choice(state, envelope, index as u32, output, &mut parser)?);
+        reasoning_tokens += parser.reasoning_tokens();
     }
     let response = ChatResponse {
         id: Arc::clone(&envelope.id),
@@ -206,25 +347,29 @@ async fn whole(state: &Gateway, envelope: &Envelope, streams: Vec<TextStream>) -
         created: envelope.created,
         model: Arc::clone(&envelope.model),
         choices,
-        usage: Usage::new(envelope.prompt_tokens, output_tokens, cached_tokens, 0),
+        usage: Usage::new(envelope.prompt_tokens, output_tokens, cached_tokens, reasoning_tokens),
         system_fingerprint: Arc::clone(&envelope.system_fingerprint),
     };
     Ok(Json(response).into_response())
 }
 
-fn choice(state: &Gateway, envelope: &Envelope, index: u32, output: Completed) -> Result<ChatChoice, ApiError> {
+/// OpenAI's word for how a choice ended.
+fn finish_reason(finish: &Finish, parser: &MessageParser) -> Option<&'static str> {
+    match finish.reason() {
+        Some("stop") if parser.has_calls() => Some("tool_calls"),
+        reason => reason,
+    }
+}
+
+fn choice(state: &Gateway, envelope: &Envelope, index: u32, output: Completed, parser: &mut MessageParser) -> Result<ChatChoice, ApiError> {
     let finish = output.finish.unwrap_or(Finish::Aborted);
-    let reason = finish.reason().ok_or_else(ApiError::aborted)?;
+    let mut parts = parser.push_whole(output.pieces);
+    parts.extend(parser.finish());
+    let reason = finish_reason(&finish, parser).ok_or_else(ApiError::aborted)?;
     Ok(ChatChoice {
         index,
         logprobs: envelope.with_logprobs.then(|| chat_logprobs(state.prompt.tokenizer(), &output.tokens)),
-        message: ResponseMessage {
-            role: "assistant".into(),
-            content: Some(output.text),
-            refusal: None,
-            reasoning_content: None,
-            tool_calls: None,
-        },
+        message: message(parts),
         finish_reason: reason.into(),
         matched_stop: finish.matched(),
     })
@@ -236,15 +381,27 @@ struct ChatStream {
     envelope: Envelope,
     merged: Option<MergedStream>,
     options: StreamOptions,
+    choices: Vec<StreamedChoice>,
     output_tokens: u32,
     cached_tokens: u32,
     ready: VecDeque<Bytes>,
 }
 
+struct StreamedChoice {
+    parser: MessageParser,
+    /// Tokens whose log-probabilities wait for a chunk to go with.
+    unreported: Vec<OutputToken>,
+}
+
 impl ChatStream {
     fn new(state: AppState, envelope: Envelope, merged: MergedStream, options: StreamOptions) -> Self {
+        let choice = || StreamedChoice {
+            parser: envelope.parser.clone(),
+            unreported: Vec::new(),
+        };
         Self {
             state,
+            choices: (0..envelope.n).map(|_| choice()).collect(),
             envelope,
             merged: Some(merged),
             options,
@@ -260,13 +417,13 @@ impl ChatStream {
                 return Some(event);
             }
             match self.merged.as_mut()?.next().await {
-                Some((index, event)) => self.event(index as u32, event),
+                Some((index, event)) => self.event(index, event),
                 None => self.done(),
             }
         }
     }
 
-    fn event(&mut self, index: u32, event: TextEvent) {
+    fn event(&mut self, index: usize, event: TextEvent) {
         match event {
             TextEvent::Started { cached_tokens, .. } => {
                 self.cached_tokens = self.cached_tokens.max(cached_tokens);
@@ -275,35 +432,47 @@ impl ChatStream {
                     content: Some(String::new()),
                     ..ChatDelta::default()
                 };
-                self.push(index, delta, None, None);
+                self.push(index, delta, None);
             }
             TextEvent::Chunk { text, tokens } => {
                 self.output_tokens += tokens.len() as u32;
-                let logprobs = self.envelope.with_logprobs.then(|| chat_logprobs(self.state.prompt.tokenizer(), &tokens));
-                let nothing_new = text.is_empty()
-                    && logprobs
-                        .as_ref()
-                        .is_none_or(|logprobs| logprobs.content.as_ref().is_none_or(Vec::is_empty));
-                if !nothing_new {
-                    let delta = ChatDelta {
-                        content: Some(text),
-                        ..ChatDelta::default()
-                    };
-                    self.push(index, delta, logprobs, None);
+                let choice = &mut self.choices[index];
+                let parts = choice.parser.push(text, tokens.len());
+                if self.envelope.with_logprobs {
+                    choice.unreported.extend(tokens);
                 }
+                self.push_parts(index, parts);
             }
-            TextEvent::Finished(finish) if finish.reason().is_some() => self.push(index, ChatDelta::default(), None, Some(&finish)),
+            TextEvent::Finished(finish) if finish.reason().is_some() => {
+                let rest = self.choices[index].parser.finish();
+                self.push_parts(index, rest);
+                self.push(index, ChatDelta::default(), Some(&finish));
+            }
             TextEvent::Finished(_) => self.fail(&ApiError::aborted()),
             TextEvent::Failed(error) => self.fail(&error.into()),
         }
     }
 
-    fn push(&mut self, index: u32, delta: ChatDelta, logprobs: Option<crate::protocol::chat::ChatLogprobs>, finish: Option<&Finish>) {
+    fn push_parts(&mut self, index: usize, parts: Vec<MessagePart>) {
+        // A token that adds no text yet still has its log-probability.
+        let has_logprobs = self.choices[index].unreported.iter().any(|token| !token.is_stop);
+        if parts.is_empty() && has_logprobs && !self.envelope.parser.reads_parts() {
+            return self.push_parts(index, vec![MessagePart::Content(String::new())]);
+        }
+        for part in parts {
+            self.push(index, part.into(), None);
+        }
+    }
+
+    fn push(&mut self, index: usize, delta: ChatDelta, finish: Option<&Finish>) {
+        let choice = &mut self.choices[index];
+        let tokens = std::mem::take(&mut choice.unreported);
+        let has_logprobs = tokens.iter().any(|token| !token.is_stop);
         let choice = ChatChunkChoice {
-            index,
+            index: index as u32,
             delta,
-            logprobs,
-            finish_reason: finish.and_then(Finish::reason).map(Into::into),
+            logprobs: has_logprobs.then(|| chat_logprobs(self.state.prompt.tokenizer(), &tokens)),
+            finish_reason: finish.and_then(|finish| finish_reason(finish, &choice.parser)).map(Into::into),
             matched_stop: finish.and_then(Finish::matched),
         };
         let usage = (self.options.continuous_usage_stats == Some(true)).then(|| self.usage());
@@ -311,7 +480,8 @@ impl ChatStream {
     }
 
     fn usage(&self) -> Usage {
-        Usage::new(self.envelope.prompt_tokens, self.output_tokens, self.cached_tokens, 0)
+        let reasoning_tokens = self.choices.iter().map(|choice| choice.parser.reasoning_tokens()).sum();
+        Usage::new(self.envelope.prompt_tokens, self.output_tokens, self.cached_tokens, reasoning_tokens)
     }
 
     /// The status is spent: the error goes out as an event, and nothing after it. The other choices are cancelled.

@@ -13,13 +13,13 @@ use polylora_engine::{AdapterLease, LogprobsParams, PromptLogprobsParams, TokenL
 use super::with_adapter_header;
 use crate::{
     app::{AppState, Caller, Gateway, unix_seconds},
+    constraint::form_of_answer,
     error::ApiError,
     extract::ApiJson,
-    generation::{Job, MaxTokens, SamplingFields, new_id},
+    generation::{Grammar, Job, MaxTokens, SamplingFields, new_id},
     logprobs::CompletionLogprobsBuilder,
     protocol::{
         OneOrMany, Prompts, StreamOptions, Usage,
-        chat::ResponseFormat,
         completions::{CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse},
     },
     routing::Target,
@@ -38,7 +38,17 @@ pub async fn completions(State(state): State<AppState>, caller: Caller, ApiJson(
     let streaming = request.stream.unwrap_or(false);
     let options = request.stream_options.clone().unwrap_or_default();
     let answer = Answer::new(&state, &request, &prompts, leases.first().and_then(Option::as_ref));
-    let jobs = jobs(&state, &request, prompts, &leases, &answer.id)?;
+    let form = form_of_answer(
+        request.response_format.as_ref(),
+        request.json_schema.as_ref(),
+        request.regex.as_ref(),
+        request.ebnf.as_ref(),
+    )?;
+    let grammar = match form {
+        Some((spec, param)) => Some(state.grammars.compile(spec, param, state.limits.max_grammar_bytes).await?),
+        None => None,
+    };
+    let jobs = jobs(&state, &request, prompts, &leases, &answer.id, grammar)?;
     let streams = state.start(&caller, jobs)?;
     let response = if streaming {
         let mut merged = MergedStream::new(streams);
@@ -72,11 +82,6 @@ fn refuse_unsupported(request: &CompletionRequest) -> Result<(), ApiError> {
     refuse(suffix, "suffix", "the model writes onwards only")?;
     let obfuscation = request.stream_options.as_ref().and_then(|options| options.include_obfuscation);
     refuse(obfuscation == Some(true), "stream_options.include_obfuscation", "chunks are not padded")?;
-    let formatted = request.response_format.as_ref().is_some_and(|format| *format != ResponseFormat::Text {});
-    refuse(formatted, "response_format", "only text is")?;
-    refuse(request.json_schema.is_some(), "json_schema", "grammars are not built in yet")?;
-    refuse(request.regex.is_some(), "regex", "grammars are not built in yet")?;
-    refuse(request.ebnf.is_some(), "ebnf", "grammars are not built in yet")?;
     if request.stream_options.is_some() && request.stream != Some(true) {
         return Err(ApiError::invalid("stream_options", "stream_options needs stream to be true"));
     }
@@ -157,6 +162,7 @@ fn jobs(
     prompts: Vec<Prompt>,
     leases: &[Option<AdapterLease>],
     id: &Arc<str>,
+    grammar: Option<Arc<dyn Grammar>>,
 ) -> Result<Vec<Job>, ApiError> {
     let fields = SamplingFields {
         temperature: request.temperature,
@@ -198,7 +204,7 @@ fn jobs(
             output_top_k: request.logprobs,
             prompt: request.logprobs.filter(|_| echo).map(|top_k| PromptLogprobsParams { start: 0, top_k }),
         },
-        grammar: None,
+        grammar: grammar.clone(),
         rid: if several {
             format!("{base_rid}_{index}").into()
         } else {
@@ -306,7 +312,7 @@ async fn whole(state: &Gateway, mut answer: Answer, streams: Vec<TextStream>) ->
     let mut choices = Vec::new();
     for (index, output) in collect(streams).await?.into_iter().enumerate() {
         let (mut text, mut logprobs) = answer.started(state, index, output.cached_tokens, &output.prompt_logprobs);
-        text.push_str(&output.text);
+        text.push_str(&output.text());
         append(&mut logprobs, answer.chunk(state, index, &output.tokens));
         let finish = output.finish.unwrap_or(Finish::Aborted);
         choices.push(CompletionChoice {

@@ -13,9 +13,10 @@ use polylora_engine::{AdapterLease, LogprobsParams, PromptLogprobsParams, TokenL
 use super::{completions::check_count, with_adapter_header};
 use crate::{
     app::{AppState, Caller, Gateway},
+    constraint::form_of_answer,
     error::{ApiError, NativeError},
     extract::NativeJson,
-    generation::{Job, MaxTokens, SamplingFields, new_id},
+    generation::{Grammar, Job, MaxTokens, SamplingFields, new_id},
     logprobs::{top_triples, triple},
     prompt::SamplingDefaults,
     protocol::{
@@ -137,6 +138,7 @@ struct PromptPart {
     sampling: NativeSamplingParams,
     /// First prompt token reported, and how many likeliest tokens; `None` for no log-probabilities.
     logprobs: Option<(Option<u32>, u32)>,
+    grammar: Option<Arc<dyn Grammar>>,
 }
 
 impl Batch {
@@ -158,6 +160,7 @@ impl Batch {
                 return Err(ApiError::invalid("sampling_params.n", "n must be equal for all prompts"));
             }
             prompts.push(PromptPart {
+                grammar: grammar(state, &sampling).await?,
                 logprobs: logprobs(state, &tokens, wanted.unwrap_or(false), start.unwrap_or(-1), top.unwrap_or(0))?,
                 tokens,
                 // SGLang takes an empty name for the base model.
@@ -269,6 +272,13 @@ fn rids(rid: Option<OneOrMany<String>>, len: usize, is_batch: bool) -> Result<Ve
     }
 }
 
+async fn grammar(state: &Gateway, params: &NativeSamplingParams) -> Result<Option<Arc<dyn Grammar>>, ApiError> {
+    match form_of_answer(None, params.json_schema.as_ref(), params.regex.as_ref(), params.ebnf.as_ref())? {
+        Some((spec, param)) => state.grammars.compile(spec, param, state.limits.max_grammar_bytes).await.map(Some),
+        None => Ok(None),
+    }
+}
+
 fn logprobs(state: &Gateway, prompt: &[u32], wanted: bool, start: i64, top: u32) -> Result<Option<(Option<u32>, u32)>, ApiError> {
     if !wanted {
         return Ok(None);
@@ -294,15 +304,6 @@ fn job(prompt: PromptPart, lease: Option<AdapterLease>, n: u32) -> Result<Job, A
     let params = prompt.sampling;
     if params.spaces_between_special_tokens == Some(false) {
         return Err(ApiError::unsupported("spaces_between_special_tokens", "only true is"));
-    }
-    for (given, param) in [
-        (params.json_schema.is_some(), "json_schema"),
-        (params.regex.is_some(), "regex"),
-        (params.ebnf.is_some(), "ebnf"),
-    ] {
-        if given {
-            return Err(ApiError::unsupported(param, "grammars are not built in yet"));
-        }
     }
     let fields = SamplingFields {
         temperature: params.temperature,
@@ -343,7 +344,7 @@ fn job(prompt: PromptPart, lease: Option<AdapterLease>, n: u32) -> Result<Job, A
                 .logprobs
                 .and_then(|(start, top_k)| start.map(|start| PromptLogprobsParams { start, top_k })),
         },
-        grammar: None,
+        grammar: prompt.grammar,
         rid: prompt.rid,
     })
 }
@@ -433,9 +434,10 @@ impl Output {
 async fn whole(state: &Gateway, outputs: Vec<Output>, is_list: bool, streams: Vec<TextStream>) -> Result<Response, ApiError> {
     let completed = collect(streams).await?;
     let mut responses = outputs.into_iter().zip(completed).map(|(output, completed)| {
+        let text = completed.text();
         let finish = completed.finish.unwrap_or(Finish::Aborted);
         let output = Output {
-            text: completed.text,
+            text,
             tokens: completed.tokens,
             cached_tokens: completed.cached_tokens,
             prompt_logprobs: completed.prompt_logprobs,

@@ -64,6 +64,15 @@ fn tokenizer() -> TextTokenizer {
     TextTokenizer::from_bytes(json.to_string().as_bytes(), Some("<s>")).unwrap()
 }
 
+/// The byte-level tokenizer with a chat template.
+pub fn prompt_processor(template: &str) -> PromptProcessor {
+    let special_tokens = SpecialTokens {
+        by_name: [("bos_token".into(), "<s>".into()), ("eos_token".into(), "</s>".into())].into(),
+    };
+    let templates = ChatTemplates::new([("default".to_owned(), template.to_owned())].into(), special_tokens).unwrap();
+    PromptProcessor::new(tokenizer(), Some(templates), SamplingDefaults::default())
+}
+
 /// The app and the engine behind it.
 pub struct Server {
     pub engine: Arc<MockEngine>,
@@ -96,11 +105,7 @@ impl Server {
         if engine_has_lora(&engine) {
             ["sql", "json"].into_iter().for_each(|name| engine.add_adapter(name));
         }
-        let special_tokens = SpecialTokens {
-            by_name: [("bos_token".into(), "<s>".into()), ("eos_token".into(), "</s>".into())].into(),
-        };
-        let templates = ChatTemplates::new([("default".to_owned(), TEMPLATE.to_owned())].into(), special_tokens).unwrap();
-        let prompt = PromptProcessor::new(tokenizer(), Some(templates), SamplingDefaults::default());
+        let prompt = prompt_processor(TEMPLATE);
         let hub = Hub::new(HubConfig {
             endpoint: Some("http://127.0.0.1:9".into()),
             cache_dir: std::env::temp_dir().join("polylora-no-such-cache"),

@@ -6,4 +6,6 @@ mod common;
 mod completions;
 mod generate;
 mod server;
+mod structured;
 mod tenants;
+mod tools;
