@@ -284,6 +284,35 @@ fn keys_from_a_file_decide_who_may_do_what() {
 }
 
 #[test]
+fn https_and_json_logs() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    std::fs::write(path("cert.pem"), certified.cert.pem()).unwrap();
+    std::fs::write(path("key.pem"), certified.signing_key.serialize_pem()).unwrap();
+    let server = Server::start(&[
+        "--ssl-certfile",
+        &path("cert.pem"),
+        "--ssl-keyfile",
+        &path("key.pem"),
+        "--log-format",
+        "json",
+    ]);
+    assert!(server.url.starts_with("https://"), "{}", server.url);
+    assert!(server.greeting.contains("curl --insecure https://"));
+    let tls = ureq::tls::TlsConfig::builder().disable_verification(true).build();
+    let agent: ureq::Agent = ureq::Agent::config_builder().tls_config(tls).build().into();
+    let mut answer = agent.get(format!("{}/v1/models", server.url)).call().unwrap();
+    let models: Value = answer.body_mut().read_json().unwrap();
+    assert_eq!(models["data"][0]["id"], "demo");
+    for line in server.log().lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        assert_eq!(line["level"], "INFO", "{line}");
+    }
+    server.stop();
+}
+
+#[test]
 fn metrics_show_the_adapters_of_the_traffic() {
     let server = Server::start(&[]);
     server.generate(&[LIST_3, LIST_3, AI], &[Some("json"), Some("json"), None]);
@@ -321,6 +350,18 @@ fn the_command_line_manages_a_running_server() {
     assert_eq!(json["data"][0]["id"], "demo");
     let again = run(&["load", "mine", &adapter_path("table")]);
     assert!(!again.status.success() && stderr(&again).contains("already loaded"), "{}", stderr(&again));
+    assert_eq!(stdout(&run(&["load", "mine", "demo:json", "--replace"])), "loaded mine from demo:json\n");
+    check(&server, &[LIST_3], &[Some("json")], &[Some("mine")]);
+    let is_pinned = || {
+        let list: Value = serde_json::from_str(&stdout(&run(&["list", "--json"]))).unwrap();
+        let cards = list["data"].as_array().unwrap();
+        cards.iter().find(|card| card["id"] == "mine").unwrap()["adapter"]["pinned"].clone()
+    };
+    assert_eq!(is_pinned(), false);
+    assert_eq!(stdout(&run(&["pin", "mine"])), "pinned mine\n");
+    assert_eq!(is_pinned(), true);
+    assert_eq!(stdout(&run(&["unpin", "mine"])), "unpinned mine\n");
+    assert_eq!(is_pinned(), false);
     assert_eq!(stdout(&run(&["unload", "mine"])), "unloaded mine\n");
     let gone = run(&["unload", "mine"]);
     assert!(!gone.status.success() && stderr(&gone).contains("mine"), "{}", stderr(&gone));

@@ -1,15 +1,13 @@
 //! `polylora adapters`: a client of a running server, and `inspect`, which needs none.
 
-use std::{io::Write, path::PathBuf, time::Duration};
+use std::{io::Write, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use polylora_engine::{
     FileSource,
-    adapter::{
-        PackedDtype,
-        load::{CoverageReport, LoraLimits, load_adapter},
-    },
+    adapter::{CoverageReport, LoraLimits, PackedDtype, load::checkpoint_opener, load_adapter},
+    backend::cpu::CpuBackend,
     decoder::DecoderConfig,
 };
 use serde_json::{Value, json};
@@ -86,10 +84,7 @@ pub fn run(args: &AdaptersArgs) -> anyhow::Result<()> {
             (answer, table)
         }
         AdaptersCommand::Load { name, path, pin, replace } => {
-            let mut body = json!({"lora_name": name, "lora_path": path, "pinned": pin});
-            if *replace {
-                body["replace"] = true.into();
-            }
+            let body = json!({"lora_name": name, "lora_path": path, "pinned": pin, "replace": replace});
             let answer = client.post("/load_lora_adapter", &body)?;
             (answer, format!("loaded {name} from {path}\n"))
         }
@@ -123,7 +118,12 @@ fn inspect(path: &str, model_path: Option<&PathBuf>) -> anyhow::Result<(Value, S
     };
     let base = model_path.map_or(FileSource::Embedded(crate::demo::BASE), |path| FileSource::Directory(path.clone()));
     let decoder = read_decoder_config(&base)?;
-    let (adapter, report) = load_adapter(&files, &decoder, &LoraLimits::new(PackedDtype::Bf16))?;
+    let limits = LoraLimits {
+        features: CpuBackend::LORA_FEATURES,
+        base: Some(checkpoint_opener(base, Arc::new(decoder.clone()))),
+        ..LoraLimits::new(PackedDtype::Bf16)
+    };
+    let (adapter, report) = load_adapter(&files, &decoder, &limits)?;
     let answer = json!({
         "version": adapter.version.to_string(),
         "bytes_bf16": adapter.bytes(),
@@ -171,8 +171,14 @@ fn report_text(report: &CoverageReport, num_layers: usize) -> String {
         report.modules.len(),
         report.layers.len()
     ));
-    if !report.keys_without_effect.is_empty() {
-        text.push_str(&format!("without effect on inference: {}\n", report.keys_without_effect.join(", ")));
+    for (what, entries) in [
+        ("brought whole", &report.replaced_modules),
+        ("without effect on inference", &report.keys_without_effect),
+        ("tensors that change nothing", &report.tensors_without_effect),
+    ] {
+        if !entries.is_empty() {
+            text.push_str(&format!("{what}: {}\n", entries.join(", ")));
+        }
     }
     text
 }

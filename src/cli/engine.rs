@@ -6,11 +6,14 @@ use anyhow::{Context, bail, ensure};
 use polylora_engine::{
     EngineConfig, EngineParts, FileSource, LlmEngine, LoraConfig, StartError,
     adapter::{
-        PackedDtype,
-        load::LoraLimits,
+        LoraLimits, PackedDtype,
+        load::checkpoint_opener,
         registry::{AdapterRegistry, RegistryConfig},
     },
-    backend::cpu::{ComputeDtype, CpuBackend, CpuOptions, KvBudget, kv_block_bytes},
+    backend::{
+        Backend,
+        cpu::{ComputeDtype, CpuBackend, CpuOptions, KvBudget, kv_block_bytes},
+    },
     decoder::DecoderConfig,
     weights::{Dtype as StoredDtype, ModelWeights},
 };
@@ -29,6 +32,8 @@ pub(super) struct BuiltEngine {
 /// What an engine is built from.
 pub(super) struct EngineInputs<'a> {
     pub weights: &'a ModelWeights,
+    /// Where the weights come from, for adapters that need to look at them (DoRA); none for random ones.
+    pub files: Option<FileSource>,
     pub decoder: DecoderConfig,
     pub dtype: Dtype,
     pub context_length: Option<usize>,
@@ -71,11 +76,9 @@ pub(super) fn build(inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine> {
 /// The engine of `polylora bench`.
 pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result<BuiltEngine> {
     refuse_cuda(args.device)?;
-    let (weights, decoder) = match &args.model_path {
-        Some(path) => {
-            let files = FileSource::Directory(path.clone());
-            (ModelWeights::open(&files)?, super::adapters::read_decoder_config(&files)?)
-        }
+    let files = args.model_path.clone().map(FileSource::Directory);
+    let (weights, decoder) = match &files {
+        Some(files) => (ModelWeights::open(files)?, super::adapters::read_decoder_config(files)?),
         None => {
             let stored = if args.dtype == Dtype::Bfloat16 {
                 StoredDtype::Bf16
@@ -114,6 +117,7 @@ pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result
     });
     let inputs = EngineInputs {
         weights: &weights,
+        files,
         decoder,
         dtype: args.dtype,
         context_length: Some(args.prompt_tokens + args.output_tokens),
@@ -169,8 +173,65 @@ fn weight_bytes(decoder: &DecoderConfig, compute: ComputeDtype) -> usize {
 }
 
 fn start_on_cpu(inputs: EngineInputs<'_>, compute: ComputeDtype, memory: MemoryPlan) -> anyhow::Result<BuiltEngine> {
+    let (settings, lora) = (inputs.settings, &inputs.lora);
+    let limits = StepLimits::of(settings, CPU_RUNNING_REQUESTS, CPU_CHUNKED_PREFILL);
+    let options = CpuOptions {
+        dtype: compute,
+        num_threads: settings.num_threads.unwrap_or(CpuOptions::default().num_threads),
+        kv_cache: KvBudget::Bytes(memory.kv_bytes),
+        block_size: settings.block_size,
+        max_batch_tokens: limits.tokens,
+        adapter_bytes: memory.adapter_bytes,
+        max_adapters_per_batch: lora.as_ref().map_or(1, |lora| lora.max_loras_per_batch),
+    };
+    let backend = CpuBackend::from_weights(inputs.weights, &inputs.decoder, &options)?;
+    let device = DeviceFacts {
+        name: backend.device_name(),
+        dtype: compute.name(),
+        weight_bytes: backend.weight_bytes(),
+        limits,
+        lora_limits: LoraLimits {
+            features: CpuBackend::LORA_FEATURES,
+            ..LoraLimits::new(match compute {
+                ComputeDtype::Float32 => PackedDtype::F32,
+                ComputeDtype::Bfloat16 => PackedDtype::Bf16,
+            })
+        },
+    };
+    start(inputs, Box::new(backend), device)
+}
+
+/// Bounds on a step; what is not set depends on the device.
+#[derive(Clone, Copy)]
+struct StepLimits {
+    running_requests: usize,
+    tokens: usize,
+}
+
+impl StepLimits {
+    fn of(settings: &EngineSettings, running_requests: usize, tokens: usize) -> Self {
+        let running_requests = settings.max_running_requests.unwrap_or(running_requests);
+        Self {
+            running_requests,
+            // Each running sequence has a row in a step.
+            tokens: settings.chunked_prefill_size.unwrap_or(tokens.max(running_requests)),
+        }
+    }
+}
+
+/// What a device says of itself once the model is on it.
+struct DeviceFacts {
+    name: String,
+    dtype: &'static str,
+    weight_bytes: usize,
+    limits: StepLimits,
+    lora_limits: LoraLimits,
+}
+
+/// Starts the engine over a device that holds the model.
+fn start(inputs: EngineInputs<'_>, backend: Box<dyn Backend>, device: DeviceFacts) -> anyhow::Result<BuiltEngine> {
     let EngineInputs {
-        weights,
+        files,
         decoder,
         context_length,
         settings,
@@ -178,43 +239,35 @@ fn start_on_cpu(inputs: EngineInputs<'_>, compute: ComputeDtype, memory: MemoryP
         base_names,
         ..
     } = inputs;
-    let max_running_requests = settings.max_running_requests.unwrap_or(CPU_RUNNING_REQUESTS);
-    let chunk = settings.chunked_prefill_size.unwrap_or(CPU_CHUNKED_PREFILL.max(max_running_requests));
-    let options = CpuOptions {
-        dtype: compute,
-        num_threads: settings.num_threads.unwrap_or(CpuOptions::default().num_threads),
-        kv_cache: KvBudget::Bytes(memory.kv_bytes),
-        block_size: settings.block_size,
-        max_batch_tokens: chunk,
-        adapter_bytes: memory.adapter_bytes,
-        max_adapters_per_batch: lora.as_ref().map_or(1, |lora| lora.max_loras_per_batch),
+    let capacity = backend.capacity();
+    let kv_tokens = capacity.num_blocks * capacity.block_size;
+    let memory = MemoryPlan {
+        kv_bytes: capacity.num_blocks * kv_block_bytes(&decoder, capacity.block_size),
+        adapter_bytes: capacity.adapter_bytes,
     };
-    let kv_tokens = memory.kv_bytes / kv_block_bytes(&decoder, settings.block_size) * settings.block_size;
     let context_length = fit_context(context_length, &decoder, kv_tokens)?;
-    let backend = CpuBackend::from_weights(weights, &decoder, &options)?;
     let decoder = Arc::new(decoder);
     let adapters = lora.as_ref().map(|lora| {
-        let dtype = match compute {
-            ComputeDtype::Float32 => PackedDtype::F32,
-            ComputeDtype::Bfloat16 => PackedDtype::Bf16,
+        let limits = LoraLimits {
+            base: files.map(|files| checkpoint_opener(files, Arc::clone(&decoder))),
+            ..device.lora_limits
         };
         let config = RegistryConfig {
             base_names,
-            ..lora.registry_config(LoraLimits::new(dtype))
+            ..lora.registry_config(limits)
         };
         Arc::new(AdapterRegistry::new(config, Arc::clone(&decoder)))
     });
-    let weight_bytes = backend.weight_bytes();
     let engine = LlmEngine::start(EngineParts {
-        device: backend.device_name(),
-        dtype: compute.name().to_owned(),
-        backend: Box::new(backend),
+        backend,
         decoder: Arc::clone(&decoder),
+        device: device.name,
+        dtype: device.dtype.to_owned(),
         config: EngineConfig {
             context_length,
-            max_running_requests,
+            max_running_requests: device.limits.running_requests,
             max_queued_requests: settings.max_queued_requests,
-            chunked_prefill_tokens: chunk,
+            chunked_prefill_tokens: device.limits.tokens,
             prefix_caching: settings.prefix_caching,
             lora,
         },
@@ -225,7 +278,7 @@ fn start_on_cpu(inputs: EngineInputs<'_>, compute: ComputeDtype, memory: MemoryP
         engine,
         decoder,
         memory,
-        weight_bytes,
+        weight_bytes: device.weight_bytes,
     })
 }
 

@@ -94,6 +94,15 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
     let prompt = blocking(move || Ok(PromptProcessor::from_files(&prompt_files, chat_template.as_deref())?)).await?;
 
     let lora_paths = config.lora.as_ref().map(|lora| lora.paths.clone()).unwrap_or_default();
+    let (paths, by) = (lora_paths.clone(), Arc::clone(&sources));
+    // Before the model is loaded, which may take minutes.
+    let adapters = blocking(move || {
+        paths
+            .into_iter()
+            .map(|path| AdapterAtStart::find(path, &by))
+            .collect::<anyhow::Result<Vec<_>>>()
+    })
+    .await?;
     let Config {
         served_model_name,
         model,
@@ -123,7 +132,7 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
         context_length = description.context_length,
         "the model is loaded"
     );
-    load_adapters(built.engine.as_ref(), &sources, &lora_paths).await?;
+    load_adapters(built.engine.as_ref(), adapters).await?;
 
     let engine: Arc<dyn InferenceEngine> = built.engine;
     let metrics = Metrics::new(served.name(), engine.describe(), MetricsConfig { max_adapter_labels });
@@ -181,6 +190,7 @@ fn start_engine(config: Config, files: &FileSource) -> anyhow::Result<(Auth, Bui
     weights.check(&decoder).with_context(what("--model-path"))?;
     let built = build(EngineInputs {
         weights: &weights,
+        files: Some(files.clone()),
         decoder,
         dtype: config.dtype,
         context_length: config.context_length,
@@ -191,29 +201,41 @@ fn start_engine(config: Config, files: &FileSource) -> anyhow::Result<(Auth, Bui
     Ok((config.auth, built))
 }
 
-/// Loads what `--lora-paths` names, in its order. The first that can't be loaded stops the start.
-async fn load_adapters(engine: &dyn InferenceEngine, sources: &Arc<AdapterSources>, paths: &[LoraPath]) -> anyhow::Result<()> {
-    for LoraPath { name, path, pinned } in paths {
+/// One of `--lora-paths` and its files.
+struct AdapterAtStart {
+    path: LoraPath,
+    files: FileSource,
+}
+
+impl AdapterAtStart {
+    fn find(path: LoraPath, sources: &AdapterSources) -> anyhow::Result<Self> {
+        let files = sources.resolve_trusted(&path.path).with_context(|| flag_of(&path))?;
+        Ok(Self { path, files })
+    }
+}
+
+fn flag_of(LoraPath { name, path, .. }: &LoraPath) -> String {
+    format!("--lora-paths {name}={path}")
+}
+
+/// Loads the adapters in their order. The first that can't be loaded stops the start.
+async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStart>) -> anyhow::Result<()> {
+    for AdapterAtStart { path, files } in adapters {
         let began = Instant::now();
-        let context = || format!("--lora-paths {name}={path}");
-        let (from, by) = (path.clone(), Arc::clone(sources));
-        let files = blocking(move || Ok(by.resolve_trusted(&from)?)).await.with_context(context)?;
-        let info = engine
-            .load_adapter(LoadRequest {
-                name: name.clone(),
-                files,
-                source: path.clone(),
-                pinned: *pinned,
-                replace: false,
-            })
-            .await
-            .with_context(context)?;
+        let request = LoadRequest {
+            name: path.name.clone(),
+            files,
+            source: path.path.clone(),
+            pinned: path.pinned,
+            replace: false,
+        };
+        let info = engine.load_adapter(request).await.with_context(|| flag_of(&path))?;
         tracing::info!(
-            name,
-            from = path,
+            name = path.name,
+            from = path.path,
             lora_rank = info.max_lora_rank,
             bytes = info.bytes,
-            pinned,
+            pinned = path.pinned,
             seconds = began.elapsed().as_secs_f64(),
             "loaded an adapter"
         );

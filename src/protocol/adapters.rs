@@ -16,6 +16,19 @@ pub struct LoadAdapterRequest {
     pub lora_path: String,
     /// Never evicted.
     pub pinned: Option<bool>,
+    /// Extension. Swap atomically if the name is taken: requests in flight end on the old adapter, later ones use the new.
+    pub replace: Option<bool>,
+}
+
+/// A request for `/pin_lora_adapter`.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"lora_name": "sql", "pinned": true}))]
+pub struct PinAdapterRequest {
+    /// The name.
+    pub lora_name: String,
+    /// Whether it is never evicted.
+    pub pinned: bool,
 }
 
 /// A request for `/unload_lora_adapter`.

@@ -16,7 +16,8 @@ use crate::{
     error::{ApiError, ErrorBody, ErrorDetail},
     extract::{ApiJson, NativeJson},
     protocol::adapters::{
-        AdapterResponse, DynamoList, DynamoLoadRequest, DynamoResponse, LoadAdapterRequest, UnloadAdapterRequest, VllmLoadRequest, VllmUnloadRequest,
+        AdapterResponse, DynamoList, DynamoLoadRequest, DynamoResponse, LoadAdapterRequest, PinAdapterRequest, UnloadAdapterRequest, VllmLoadRequest,
+        VllmUnloadRequest,
     },
 };
 
@@ -85,9 +86,16 @@ fn native_answer(state: &Gateway, result: Result<Option<serde_json::Value>, ApiE
 
 /// `POST /load_lora_adapter`.
 pub async fn load(State(state): State<AppState>, NativeJson(request): NativeJson<LoadAdapterRequest>) -> Response {
-    let loaded = load_adapter(&state, request.lora_name, request.lora_path, request.pinned.unwrap_or(false), false).await;
+    let (pinned, replace) = (request.pinned.unwrap_or(false), request.replace.unwrap_or(false));
+    let loaded = load_adapter(&state, request.lora_name, request.lora_path, pinned, replace).await;
     let report = loaded.map(|info| info.report.and_then(|report| serde_json::to_value(&*report).ok()));
     native_answer(&state, report)
+}
+
+/// `POST /pin_lora_adapter`.
+pub async fn pin(State(state): State<AppState>, NativeJson(request): NativeJson<PinAdapterRequest>) -> Response {
+    let pinned = state.engine.pin_adapter(&request.lora_name, request.pinned);
+    native_answer(&state, pinned.map(|()| None).map_err(ApiError::from))
 }
 
 /// `POST /unload_lora_adapter`.

@@ -29,6 +29,7 @@ pub fn router() -> Router<AppState> {
     let admin = Router::new()
         .route("/load_lora_adapter", post(adapters::load))
         .route("/unload_lora_adapter", post(adapters::unload))
+        .route("/pin_lora_adapter", post(adapters::pin))
         .route("/v1/load_lora_adapter", post(adapters::vllm_load))
         .route("/v1/unload_lora_adapter", post(adapters::vllm_unload))
         .route("/v1/loras", post(adapters::dynamo_load).get(adapters::dynamo_list))
