@@ -332,6 +332,9 @@ impl Backend for CpuBackend {
 
     fn execute(&mut self, batch: &StepBatch) -> Result<StepOutput, BackendError> {
         check_batch(batch, &self.capacity, self.limits, |handle| self.adapters.contains(handle))?;
+        if !batch.carried_tokens.is_empty() {
+            return Err(BackendError::BadBatch("carried tokens, and no step is in flight".to_owned()));
+        }
         if batch.token_ids.is_empty() {
             return Ok(StepOutput::default());
         }
