@@ -43,7 +43,8 @@ fn main() {
         roof.gigabytes, roof.f32_gigaflops, roof.bf16_gigaflops
     );
     type Family = (&'static str, fn(&ThreadPool, &Roof));
-    let families: [Family; 5] = [
+    let families: [Family; 6] = [
+        ("step", bench_step),
         ("pool", bench_pool),
         ("gemm", bench_gemm),
         ("lora", bench_lora),
@@ -288,14 +289,10 @@ impl Weights {
 }
 
 fn bench_gemm(pool: &ThreadPool, roof: &Roof) {
-    // Tokens a second of llama.cpp on two cores of an EPYC (Zen 4), all of its work included, for the scale.
-    for (dtype, peak, peers) in [
-        (WeightDtype::F32, roof.f32_gigaflops, [57.0, 155.0, 504.0]),
-        (WeightDtype::Bf16, roof.bf16_gigaflops, [97.0, 225.0, 978.0]),
-    ] {
+    for (dtype, peak) in [(WeightDtype::F32, roof.f32_gigaflops), (WeightDtype::Bf16, roof.bf16_gigaflops)] {
         let weights = Weights::new(pool, dtype);
         weights.check(pool);
-        for (m, peer) in [1, 8, 64].into_iter().zip(peers) {
+        for m in [1, 8, 64] {
             let (x, mut y) = (random(m * FFN, 1), vec![0.0; m * VOCAB]);
             // A prefill wants the logits of its last row only.
             let head_rows = if m == 64 { 1 } else { m };
@@ -322,12 +319,6 @@ fn bench_gemm(pool: &ThreadPool, roof: &Roof) {
                 roof,
                 peak,
             );
-            let tokens = m as f64 / times.median.as_secs_f64();
-            println!(
-                "  {:<44} {tokens:>9.1} tokens/s, {:.2} x llama.cpp's {peer} with all its work",
-                "",
-                tokens / peer
-            );
         }
         let names = ["qkv [960, 576]", "o [576, 576]", "gate_up [3072, 576]", "down [576, 1536]"];
         for m in [1, 2, 4, 8, 16, 64, 512] {
@@ -342,6 +333,150 @@ fn bench_gemm(pool: &ThreadPool, roof: &Roof) {
                 let bytes = weights.layers[0][idx].bytes() as f64;
                 report(&format!("{dtype:?} {name}, {m} rows"), &times, bytes, (2 * m * n * k) as f64, roof, peak);
             }
+        }
+    }
+}
+
+/// A decoder's step from the embedded rows to the logits, as the engine calls the kernels: everything but sampling.
+struct Decoder {
+    weights: Weights,
+    norm: Vec<f32>,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    shape: AttentionShape,
+    kv: Vec<[HugeBuffer<f32>; 2]>,
+    normed: Vec<f32>,
+    residual: Vec<f32>,
+    wide: Vec<f32>,
+    narrow: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    logits: Vec<f32>,
+}
+
+impl Decoder {
+    const BLOCKS_EACH: usize = 8;
+
+    fn new(pool: &ThreadPool, dtype: WeightDtype, max_rows: usize) -> Self {
+        let shape = AttentionShape {
+            num_heads: HEADS,
+            num_kv_heads: KV_HEADS,
+            head_dim: HEAD_DIM,
+            block_size: 16,
+            scale: 0.125,
+            window: None,
+        };
+        let angles = random(128 * HEAD_DIM / 2, 4);
+        let cache = || HugeBuffer::zeroed(8 * Self::BLOCKS_EACH * shape.block_len());
+        let rows = |width: usize| vec![0.0; max_rows * width];
+        Self {
+            weights: Weights::new(pool, dtype),
+            norm: random(HIDDEN, 5),
+            cos: angles.iter().map(|angle| angle.cos()).collect(),
+            sin: angles.iter().map(|angle| angle.sin()).collect(),
+            shape,
+            kv: (0..LAYERS).map(|_| [cache(), cache()]).collect(),
+            normed: rows(HIDDEN),
+            residual: random(max_rows * HIDDEN, 6),
+            wide: rows(2 * FFN),
+            narrow: rows(FFN),
+            q: rows(HIDDEN),
+            k: rows(KV_HEADS * HEAD_DIM),
+            v: rows(KV_HEADS * HEAD_DIM),
+            logits: vec![0.0; 8 * VOCAB],
+        }
+    }
+
+    /// `sequences` of `rows` each, the last at position `context_len - 1`.
+    fn step(&mut self, pool: &ThreadPool, sequences: usize, rows: usize, context_len: usize) {
+        let m = sequences * rows;
+        let blocks: Vec<u32> = (0..(8 * Self::BLOCKS_EACH) as u32).collect();
+        let tables: Vec<&[u32]> = blocks.chunks(Self::BLOCKS_EACH).collect();
+        let positions: Vec<u32> = (0..m).map(|row| (context_len - rows + row % rows) as u32).collect();
+        let slot = |(row, position): (usize, &u32)| (row / rows * Self::BLOCKS_EACH * 16) as u32 + position;
+        let slots: Vec<u32> = positions.iter().enumerate().map(slot).collect();
+        let sequence = |idx: usize| AttentionSequence {
+            row_start: idx * rows,
+            num_rows: rows,
+            context_len,
+            block_table: tables[idx],
+        };
+        let sequences: Vec<AttentionSequence<'_>> = (0..sequences).map(sequence).collect();
+        let (kv_width, qkv_width) = (KV_HEADS * HEAD_DIM, HIDDEN + 2 * KV_HEADS * HEAD_DIM);
+        let (normed, residual) = (&mut self.normed[..m * HIDDEN], &mut self.residual[..m * HIDDEN]);
+        let (cos, sin, shape) = (&self.cos[..], &self.sin[..], &self.shape);
+        rms_norm(residual, &self.norm, 1e-5, normed);
+        for ([qkv_w, o_w, gate_up_w, down_w], [k_cache, v_cache]) in self.weights.layers.iter().zip(&mut self.kv) {
+            let qkv = &mut self.wide[..m * qkv_width];
+            gemm(pool, normed, m, qkv_w, None, qkv);
+            for (first, width, rotate, out) in [
+                (0, HIDDEN, true, &mut self.q),
+                (HIDDEN, kv_width, true, &mut self.k),
+                (HIDDEN + kv_width, kv_width, false, &mut self.v),
+            ] {
+                pool.for_rows(&mut out[..m * width], width, 8, |first_row, out| {
+                    let rows = qkv[first_row * qkv_width..].chunks_exact(qkv_width);
+                    out.chunks_exact_mut(width)
+                        .zip(rows)
+                        .for_each(|(out, row)| out.copy_from_slice(&row[first..][..width]));
+                    if rotate {
+                        let positions = &positions[first_row..][..out.len() / width];
+                        rope(out, width / HEAD_DIM, HEAD_DIM, positions, cos, sin);
+                    }
+                });
+            }
+            write_kv(shape, &self.k[..m * kv_width], &self.v[..m * kv_width], &slots, k_cache, v_cache);
+            let out = &mut self.narrow[..m * HIDDEN];
+            paged_attention(pool, shape, &self.q[..m * HIDDEN], k_cache, v_cache, &sequences, out);
+            gemm(pool, out, m, o_w, None, normed);
+            let block_out = &mut self.wide[..m * HIDDEN];
+            block_out.copy_from_slice(normed);
+            add_rms_norm(residual, block_out, &self.norm, 1e-5, normed);
+            let gate_up = &mut self.wide[..m * 2 * FFN];
+            gemm(pool, normed, m, gate_up_w, None, gate_up);
+            pool.for_rows(&mut self.narrow[..m * FFN], FFN, 8, |first_row, out| {
+                silu_mul(&gate_up[first_row * 2 * FFN..][..2 * out.len()], FFN, out);
+            });
+            let block_out = &mut self.wide[..m * HIDDEN];
+            gemm(pool, &self.narrow[..m * FFN], m, down_w, None, block_out);
+            add_rms_norm(residual, block_out, &self.norm, 1e-5, normed);
+        }
+        // A prefill wants the logits of its last row only.
+        let head_rows = sequences.len();
+        let x = &normed[(m - head_rows) * HIDDEN..];
+        gemm(pool, x, head_rows, &self.weights.head, None, &mut self.logits[..head_rows * VOCAB]);
+        // Keeps random weights from growing without bound.
+        residual.iter_mut().for_each(|value| *value = value.clamp(-1.0, 1.0));
+    }
+}
+
+fn bench_step(pool: &ThreadPool, roof: &Roof) {
+    // Tokens a second of llama.cpp on two cores of an EPYC (Zen 4), for the scale.
+    let peers = [(WeightDtype::F32, [57.0, 155.0, 504.0]), (WeightDtype::Bf16, [97.0, 225.0, 978.0])];
+    for (dtype, peers) in peers {
+        let peak = if dtype == WeightDtype::F32 {
+            roof.f32_gigaflops
+        } else {
+            roof.bf16_gigaflops
+        };
+        let mut decoder = Decoder::new(pool, dtype, 64);
+        for ((sequences, rows), peer) in [(1, 1), (8, 1), (1, 64)].into_iter().zip(peers) {
+            let times = time(|| decoder.step(pool, sequences, rows, if rows == 1 { 96 } else { rows }));
+            let m = sequences * rows;
+            let layer_weights: usize = Weights::SHAPES.iter().map(|(n, k)| n * k).sum();
+            let flops = 2 * (LAYERS * layer_weights * m + HIDDEN * VOCAB * sequences);
+            report(
+                &format!("{dtype:?}, whole step, {sequences} x {rows} rows"),
+                &times,
+                decoder.weights.bytes() as f64,
+                flops as f64,
+                roof,
+                peak,
+            );
+            let tokens = |time: Duration| m as f64 / time.as_secs_f64();
+            let (median, best) = (tokens(times.median), tokens(times.p10));
+            println!("  {:<44} {median:>9.1} tokens/s [{best:.1} in the best tenth]; llama.cpp: {peer}", "");
         }
     }
 }
