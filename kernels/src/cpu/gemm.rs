@@ -47,6 +47,8 @@ impl WeightDtype {
 type F32Block = [[f32; PANEL]; BLOCK];
 /// 16 pairs of k of a panel.
 type Bf16Block = [[u32; PANEL]; BLOCK];
+/// Either of them, as cache lines.
+type BlockLines = [[u32; 16]; 2 * BLOCK];
 
 /// An `[n, k]` weight matrix, packed for [`gemm`].
 pub struct PackedMatrix {
@@ -153,6 +155,10 @@ impl PackedMatrix {
     }
 
     fn f32_panel(&self, panel: usize) -> &[F32Block] {
+        &self.panels.as_slice()[panel * self.blocks()..][..self.blocks()]
+    }
+
+    fn panel_lines(&self, panel: usize) -> &[BlockLines] {
         &self.panels.as_slice()[panel * self.blocks()..][..self.blocks()]
     }
 
@@ -366,42 +372,91 @@ fn run_tasks(pool: &ThreadPool, gemm: &Gemm<'_>, y: &mut [f32]) {
         let (panel_run, row_block) = (task / num_row_blocks, task % num_row_blocks);
         let first_tile = row_block * ROW_BLOCK_TILES;
         let tiles = first_tile..gemm.tiles.num_tiles.min(first_tile + ROW_BLOCK_TILES);
-        for panel in panel_run * num_panels / num_panel_runs..(panel_run + 1) * num_panels / num_panel_runs {
+        let end_panel = (panel_run + 1) * num_panels / num_panel_runs;
+        for panel in panel_run * num_panels / num_panel_runs..end_panel {
             for tile in tiles.clone() {
-                gemm.run_tile(panel, tile, &y);
+                let ahead = match tiles.len() {
+                    4.. if panel + 1 < end_panel => Ahead::new(gemm.w.panel_lines(panel + 1), tile - tiles.start, tiles.len()),
+                    // The hardware sees one pass over the weights coming; a few tiles leave too little time.
+                    _ => Ahead::none(),
+                };
+                gemm.run_tile(panel, tile, ahead, &y);
             }
         }
     });
 }
 
 impl Gemm<'_> {
-    fn run_tile(&self, panel: usize, tile: usize, y: &DisjointMut<'_, f32>) {
-        let (first_row, num_rows) = (self.tiles.first_row(tile), self.tiles.len(tile));
+    fn run_tile(&self, panel: usize, tile: usize, ahead: Ahead<'_>, y: &DisjointMut<'_, f32>) {
+        let first_row = self.tiles.first_row(tile);
         let first_column = panel * PANEL;
         let num_columns = PANEL.min(self.w.n - first_column);
-        let bias = self.bias.map(|bias| &bias[first_column..][..num_columns]);
         // SAFETY: each (panel, tile) is run once, and its columns and rows of y are its own.
         let row_of_y = |row: usize| unsafe { y.slice((first_row + row) * self.w.n + first_column, num_columns) };
-        let output = Output { row_of_y: &row_of_y, bias };
-        match self.x {
-            PackedX::F32(x) => {
-                let x_blocks = x.len() / self.tiles.num_rows;
-                let x = &x[first_row * x_blocks..][..num_rows * x_blocks];
-                match self.format {
-                    Format::F32 => tile_f32(self.isa, x, num_rows, self.w.f32_panel(panel), &output),
-                    _ => tile_bf16_widened(self.isa, x, num_rows, self.w.bf16_panel(panel), &output),
-                }
-            }
-            PackedX::Bf16Pairs(x) => {
-                let x_blocks = x.len() / self.tiles.num_rows;
-                let x = &x[first_row * x_blocks..][..num_rows * x_blocks];
-                #[cfg(target_arch = "x86_64")]
+        let output = Output {
+            row_of_y: &row_of_y,
+            bias: self.bias.map(|bias| &bias[first_column..][..num_columns]),
+        };
+        match (&self.x, self.format) {
+            (PackedX::F32(x), Format::F32) => tile_f32(self.isa, &self.tile(x, tile, self.w.f32_panel(panel), ahead, output)),
+            (PackedX::F32(x), _) => tile_bf16_widened(self.isa, &self.tile(x, tile, self.w.bf16_panel(panel), ahead, output)),
+            #[cfg(target_arch = "x86_64")]
+            (PackedX::Bf16Pairs(x), _) => {
+                let tile = self.tile(x, tile, self.w.bf16_panel(panel), ahead, output);
                 // SAFETY: x is in pairs only if `Isa::detect` saw AVX512_BF16.
-                unsafe {
-                    tile_bf16_pairs(x, num_rows, self.w.bf16_panel(panel), &output);
-                }
-                #[cfg(not(target_arch = "x86_64"))]
-                unreachable!("{} rows in pairs without vdpbf16ps", x.len());
+                unsafe { tile_bf16_pairs(&tile) };
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            (PackedX::Bf16Pairs(_), _) => unreachable!("x in pairs without vdpbf16ps"),
+        }
+    }
+
+    fn tile<'a, 'y, X, B>(&self, x: &'a [[X; BLOCK]], tile: usize, panel: &'a [B], ahead: Ahead<'a>, output: Output<'a, 'y>) -> Tile<'a, 'y, X, B> {
+        let x_blocks = x.len() / self.tiles.num_rows;
+        let num_rows = self.tiles.len(tile);
+        Tile {
+            x: &x[self.tiles.first_row(tile) * x_blocks..][..num_rows * x_blocks],
+            num_rows,
+            panel,
+            ahead,
+            output,
+        }
+    }
+}
+
+/// A tile of x and a panel of W.
+struct Tile<'a, 'y, X, B> {
+    /// `[k / 16][num_rows]`
+    x: &'a [[X; BLOCK]],
+    num_rows: usize,
+    panel: &'a [B],
+    ahead: Ahead<'a>,
+    output: Output<'a, 'y>,
+}
+
+/// What a tile brings to the cache while it computes: its share of the next panel, so that the first tile there finds it.
+struct Ahead<'a> {
+    panel: &'a [BlockLines],
+    /// Lines of each block.
+    lines: std::ops::Range<usize>,
+}
+
+impl<'a> Ahead<'a> {
+    /// The share of tile `tile` of `num_tiles`.
+    fn new(panel: &'a [BlockLines], tile: usize, num_tiles: usize) -> Self {
+        let lines = tile * 2 * BLOCK / num_tiles..(tile + 1) * 2 * BLOCK / num_tiles;
+        Self { panel, lines }
+    }
+
+    fn none() -> Self {
+        Self { panel: &[], lines: 0..0 }
+    }
+
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, s: S, block: usize) {
+        if let Some(block) = self.panel.get(block) {
+            for line in &block[self.lines.clone()] {
+                s.prefetch(line);
             }
         }
     }
@@ -415,22 +470,33 @@ struct Output<'a, 'y> {
 }
 
 impl Output<'_, '_> {
-    /// Stores the sums of `row` at `column` of the panel.
+    /// Stores the sums of rows from `first_row` of the tile, at `first_column` of the panel.
     #[inline(always)]
-    fn store<S: Simd>(&self, s: S, row: usize, column: usize, sums: S::Vector) {
-        let y = (self.row_of_y)(row);
-        if column >= y.len() {
-            return;
+    fn store<S: Simd, const ROWS: usize, const VECTORS: usize>(
+        &self,
+        s: S,
+        first_row: usize,
+        first_column: usize,
+        sums: [[S::Vector; VECTORS]; ROWS],
+    ) {
+        for (row, sums) in sums.into_iter().enumerate() {
+            let y = (self.row_of_y)(first_row + row);
+            for (vector, sums) in sums.into_iter().enumerate() {
+                let column = first_column + vector * S::LANES;
+                if column >= y.len() {
+                    break;
+                }
+                let sums = match self.bias {
+                    Some(bias) => s.add(sums, s.load_partial(&bias[column..])),
+                    None => sums,
+                };
+                s.store_partial(&mut y[column..], sums);
+            }
         }
-        let sums = match self.bias {
-            Some(bias) => s.add(sums, s.load_partial(&bias[column..])),
-            None => sums,
-        };
-        s.store_partial(&mut y[column..], sums);
     }
 }
 
-/// Calls `$body::<S, ROWS, VECTORS>` with the tile's number of rows as a constant.
+/// Calls `$run!(rows)` with the number of rows as a literal.
 macro_rules! with_constant_rows {
     ($num_rows:expr, [$($rows:literal)*], $run:ident) => {
         match $num_rows {
@@ -440,25 +506,25 @@ macro_rules! with_constant_rows {
     };
 }
 
-/// Runs `$run!(rows)` on subtiles of at most `$max` rows and `$vectors` registers a row, which fit this instruction set's registers.
-macro_rules! subtiles {
-    ($s:ident, $num_rows:ident, $body:ident($x:ident, $panel:ident, $output:ident)) => {
+/// Runs `$sums::<S, ROWS, 2>(s, tile, first_row, column)` over a tile in parts whose accumulators fit this instruction set's registers.
+macro_rules! in_register_tiles {
+    ($sums:ident($s:ident, $tile:ident)) => {
         if S::LANES == 16 {
             macro_rules! run {
                 ($rows:literal) => {
-                    $body::<S, $rows, 2>($s, $x, $num_rows, 0, $panel, 0, $output)
+                    $sums::<S, $rows, 2>($s, $tile, 0, 0)
                 };
             }
-            with_constant_rows!($num_rows, [1 2 3 4 5 6 7 8 9 10 11 12], run);
+            with_constant_rows!($tile.num_rows, [1 2 3 4 5 6 7 8 9 10 11 12], run);
         } else {
             // 16 registers: 6 x 2 accumulators, half a panel at a time.
             for column in [0, 2 * S::LANES] {
                 let mut first_row = 0;
-                while first_row < $num_rows {
-                    let rows_here = ($num_rows - first_row).min(6);
+                while first_row < $tile.num_rows {
+                    let rows_here = ($tile.num_rows - first_row).min(6);
                     macro_rules! run {
                         ($rows:literal) => {
-                            $body::<S, $rows, 2>($s, $x, $num_rows, first_row, $panel, column, $output)
+                            $sums::<S, $rows, 2>($s, $tile, first_row, column)
                         };
                     }
                     with_constant_rows!(rows_here, [1 2 3 4 5 6], run);
@@ -470,30 +536,23 @@ macro_rules! subtiles {
 }
 
 #[inline(always)]
-fn tile_f32_body<S: Simd>(s: S, x: &[[f32; BLOCK]], num_rows: usize, panel: &[F32Block], output: &Output<'_, '_>) {
-    subtiles!(s, num_rows, sums_f32(x, panel, output));
+fn tile_f32_body<S: Simd>(s: S, tile: &Tile<'_, '_, f32, F32Block>) {
+    in_register_tiles!(sums_f32(s, tile));
 }
-dispatch!(fn tile_f32(x: &[[f32; BLOCK]], num_rows: usize, panel: &[F32Block], output: &Output<'_, '_>) = tile_f32_body);
+dispatch!(fn tile_f32(tile: &Tile<'_, '_, f32, F32Block>) = tile_f32_body);
 
 #[inline(always)]
-fn tile_bf16_widened_body<S: Simd>(s: S, x: &[[f32; BLOCK]], num_rows: usize, panel: &[Bf16Block], output: &Output<'_, '_>) {
-    subtiles!(s, num_rows, sums_bf16_widened(x, panel, output));
+fn tile_bf16_widened_body<S: Simd>(s: S, tile: &Tile<'_, '_, f32, Bf16Block>) {
+    in_register_tiles!(sums_bf16_widened(s, tile));
 }
-dispatch!(fn tile_bf16_widened(x: &[[f32; BLOCK]], num_rows: usize, panel: &[Bf16Block], output: &Output<'_, '_>) = tile_bf16_widened_body);
+dispatch!(fn tile_bf16_widened(tile: &Tile<'_, '_, f32, Bf16Block>) = tile_bf16_widened_body);
 
-/// `ROWS` rows of x from `first_row` of the tile's `tile_rows`, times `VECTORS` registers of columns from `column` of the panel.
+/// `ROWS` rows from `first_row` of the tile, times `VECTORS` registers of columns from `column` of the panel.
 #[inline(always)]
-fn sums_f32<S: Simd, const ROWS: usize, const VECTORS: usize>(
-    s: S,
-    x: &[[f32; BLOCK]],
-    tile_rows: usize,
-    first_row: usize,
-    panel: &[F32Block],
-    column: usize,
-    output: &Output<'_, '_>,
-) {
+fn sums_f32<S: Simd, const ROWS: usize, const VECTORS: usize>(s: S, tile: &Tile<'_, '_, f32, F32Block>, first_row: usize, column: usize) {
     let mut sums = [[s.splat(0.0); VECTORS]; ROWS];
-    for (x, w) in x.chunks_exact(tile_rows).zip(panel) {
+    for (block, (x, w)) in tile.x.chunks_exact(tile.num_rows).zip(tile.panel).enumerate() {
+        tile.ahead.prefetch(s, block);
         let x: &[[f32; BLOCK]; ROWS] = x[first_row..][..ROWS].try_into().expect("ROWS blocks");
         for k in 0..BLOCK {
             let mut weights = [s.splat(0.0); VECTORS];
@@ -508,23 +567,19 @@ fn sums_f32<S: Simd, const ROWS: usize, const VECTORS: usize>(
             }
         }
     }
-    store_sums(s, sums, first_row, column, output);
+    tile.output.store(s, first_row, column, sums);
 }
 
 /// The same over bf16 weights: the even k of a pair, then the odd.
 #[inline(always)]
-fn sums_bf16_widened<S: Simd, const ROWS: usize, const VECTORS: usize>(
-    s: S,
-    x: &[[f32; BLOCK]],
-    tile_rows: usize,
-    first_row: usize,
-    panel: &[Bf16Block],
-    column: usize,
-    output: &Output<'_, '_>,
-) {
+fn sums_bf16_widened<S: Simd, const ROWS: usize, const VECTORS: usize>(s: S, tile: &Tile<'_, '_, f32, Bf16Block>, first_row: usize, column: usize) {
     let mut sums = [[s.splat(0.0); VECTORS]; ROWS];
-    let halves = panel.iter().flat_map(|block| block.as_chunks::<{ BLOCK / 2 }>().0);
-    for (x, w) in x.chunks_exact(tile_rows).zip(halves) {
+    // A block of x is half as long in k as one of W.
+    let halves = tile.panel.iter().flat_map(|block| block.as_chunks::<{ BLOCK / 2 }>().0);
+    for (half, (x, w)) in tile.x.chunks_exact(tile.num_rows).zip(halves).enumerate() {
+        if half.is_multiple_of(2) {
+            tile.ahead.prefetch(s, half / 2);
+        }
         let x: &[[f32; BLOCK]; ROWS] = x[first_row..][..ROWS].try_into().expect("ROWS blocks");
         for pair in 0..BLOCK / 2 {
             for odd in 0..2 {
@@ -542,46 +597,33 @@ fn sums_bf16_widened<S: Simd, const ROWS: usize, const VECTORS: usize>(
             }
         }
     }
-    store_sums(s, sums, first_row, column, output);
+    tile.output.store(s, first_row, column, sums);
 }
 
-#[inline(always)]
-fn store_sums<S: Simd, const ROWS: usize, const VECTORS: usize>(
-    s: S,
-    sums: [[S::Vector; VECTORS]; ROWS],
-    first_row: usize,
-    column: usize,
-    output: &Output<'_, '_>,
-) {
-    for (row, sums) in sums.into_iter().enumerate() {
-        for (vector, sums) in sums.into_iter().enumerate() {
-            output.store(s, first_row + row, column + vector * S::LANES, sums);
-        }
-    }
-}
-
-/// A tile of pairs.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn tile_bf16_pairs(x: &[[u32; BLOCK]], num_rows: usize, panel: &[Bf16Block], output: &Output<'_, '_>) {
+fn tile_bf16_pairs(tile: &Tile<'_, '_, u32, Bf16Block>) {
     macro_rules! run {
         ($rows:literal) => {
             // SAFETY: this function is compiled for AVX-512 with bf16.
-            unsafe { sums_bf16_pairs::<$rows>(x, panel, output) }
+            unsafe { sums_bf16_pairs::<$rows>(tile) }
         };
     }
-    with_constant_rows!(num_rows, [1 2 3 4 5 6 7 8 9 10 11 12], run);
+    with_constant_rows!(tile.num_rows, [1 2 3 4 5 6 7 8 9 10 11 12], run);
 }
 
+/// All `ROWS` rows of the tile, times the panel, in pairs of bf16.
+///
 /// # Safety
 /// This CPU has AVX-512 with bf16.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-unsafe fn sums_bf16_pairs<const ROWS: usize>(x: &[[u32; BLOCK]], panel: &[Bf16Block], output: &Output<'_, '_>) {
+unsafe fn sums_bf16_pairs<const ROWS: usize>(tile: &Tile<'_, '_, u32, Bf16Block>) {
     // SAFETY: the contract.
     let s = unsafe { super::simd::Avx512::new() };
     let mut sums = [[s.splat(0.0); 2]; ROWS];
-    for (x, w) in x.as_chunks::<ROWS>().0.iter().zip(panel) {
+    for (block, (x, w)) in tile.x.as_chunks::<ROWS>().0.iter().zip(tile.panel).enumerate() {
+        tile.ahead.prefetch(s, block);
         for pair in 0..BLOCK {
             for row in 0..ROWS {
                 for vector in 0..2 {
@@ -591,7 +633,7 @@ unsafe fn sums_bf16_pairs<const ROWS: usize>(x: &[[u32; BLOCK]], panel: &[Bf16Bl
             }
         }
     }
-    store_sums(s, sums, 0, 0, output);
+    tile.output.store(s, 0, 0, sums);
 }
 
 #[cfg(test)]

@@ -96,6 +96,18 @@ pub(super) trait Simd: Copy {
     /// The largest lane; any value if one is NaN.
     fn max_lane(self, a: Self::Vector) -> f32;
 
+    /// Asks for a cache line to be brought to the second-level cache.
+    #[inline(always)]
+    fn prefetch(self, line: &[u32; 16]) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every x86-64 has the instruction, and it has no effect but on caches.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.as_ptr().cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = line;
+    }
+
     /// Like `load_bf16`, zeros where there are fewer.
     #[inline(always)]
     fn load_partial_bf16(self, source: &[bf16]) -> Self::Vector {
