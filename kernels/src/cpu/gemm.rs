@@ -407,7 +407,7 @@ impl Gemm<'_> {
                 unsafe { tile_bf16_pairs(&tile) };
             }
             #[cfg(not(target_arch = "x86_64"))]
-            (PackedX::Bf16Pairs(_), _) => unreachable!("x in pairs without vdpbf16ps"),
+            (PackedX::Bf16Pairs(x), _) => unreachable!("{} blocks of pairs without vdpbf16ps", x.len()),
         }
     }
 
