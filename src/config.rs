@@ -145,7 +145,7 @@ struct ServeArgs {
     #[arg(long, value_name = "ORG", help_heading = "Access")]
     lora_hub_org: Vec<String>,
 
-    /// Serve LoRA adapters. Unset: on if --lora-paths is given, or with the demo model.
+    /// Serve LoRA adapters. Unset: on if --lora-paths or --lora-dir is given, or with the demo model.
     #[arg(long, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_name = "BOOL", help_heading = "LoRA")]
     enable_lora: Option<bool>,
     /// Adapters to load at start, mixed as needed: NAME=PATH, PATH (which is then also its name), or
@@ -153,6 +153,10 @@ struct ServeArgs {
     /// An adapter that can't be loaded stops the start.
     #[arg(long, num_args = 1.., value_name = "ADAPTER", help_heading = "LoRA")]
     lora_paths: Vec<LoraPath>,
+    /// A folder of adapters; repeatable. Each subfolder is one, under its own name, read at its first use; new subfolders are noticed
+    /// while serving.
+    #[arg(long, value_name = "DIR", help_heading = "LoRA")]
+    lora_dir: Vec<PathBuf>,
     /// Distinct adapters that one batch may have; the base model takes no place. At most one less may be pinned.
     #[arg(long, default_value_t = 8, value_name = "N", help_heading = "LoRA")]
     max_loras_per_batch: usize,
@@ -305,6 +309,8 @@ pub struct TlsFiles {
 pub struct LoraSettings {
     /// To load at start.
     pub paths: Vec<LoraPath>,
+    /// Folders whose subfolders are adapters.
+    pub directories: Vec<PathBuf>,
     /// Distinct adapters of one batch.
     pub max_loras_per_batch: usize,
     /// Adapters in host memory.
@@ -751,9 +757,13 @@ impl LoraSettings {
         let is_demo = *model == ModelSource::Demo;
         if args.enable_lora == Some(false) {
             require(args.lora_paths.is_empty(), || "--lora-paths is given, but --enable-lora=false".to_owned())?;
+            require(args.lora_dir.is_empty(), || "--lora-dir is given, but --enable-lora=false".to_owned())?;
             return Ok(None);
         }
-        if args.enable_lora.is_none() && args.lora_paths.is_empty() && !is_demo {
+        if let Some(directory) = args.lora_dir.iter().find(|directory| !directory.is_dir()) {
+            return Err(format!("--lora-dir {}: no such folder", directory.display()));
+        }
+        if args.enable_lora.is_none() && args.lora_paths.is_empty() && args.lora_dir.is_empty() && !is_demo {
             return Ok(None);
         }
         require(args.max_loras_per_batch > 0, || "--max-loras-per-batch must be at least 1".to_owned())?;
@@ -783,6 +793,7 @@ impl LoraSettings {
         })?;
         Ok(Some(Self {
             paths,
+            directories: args.lora_dir.clone(),
             max_loras_per_batch: args.max_loras_per_batch,
             max_loaded_loras: args.max_loaded_loras,
             eviction: match args.lora_eviction_policy {
@@ -1135,6 +1146,7 @@ mod tests {
             (&["--served-model-name", "x", "--lora-paths", "x=y"], "the base model's own name"),
             (&["--enable-lora=false", "--lora-paths", "a=b"], "--enable-lora=false"),
             (&["--enable-lora=maybe"], "--enable-lora"),
+            (&["--lora-dir", "/does/not/exist"], "--lora-dir /does/not/exist"),
             (&["--max-lora-rank", "0"], "--max-lora-rank"),
             (&["--lora-target-modules", "q_proj", "all"], "`all` must stand alone"),
             (&["--lora-target-modules", "qproj"], "--lora-target-modules: \"qproj\""),

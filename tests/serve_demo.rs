@@ -149,6 +149,32 @@ fn pinned_at_start_and_at_run_time_in_both_spellings() {
 }
 
 #[test]
+fn a_folder_of_adapters_is_served_by_their_names() {
+    let folder = std::path::Path::new(&adapter_path("json")).parent().unwrap().display().to_string();
+    let server = Server::start(&["--model-path", &base_path(), "--lora-dir", &folder]);
+    let (_, models) = server.get("/v1/models");
+    let card = |models: &Value| {
+        models["data"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|card| card["id"] == "json")
+            .unwrap()
+            .clone()
+    };
+    assert_eq!(card(&models)["adapter"]["state"], "registered", "nothing is read before it is used");
+    check(
+        &server,
+        &[LIST_3, LIST_3, AI],
+        &[Some("json"), Some("table"), None],
+        &[Some("json"), Some("table"), None],
+    );
+    let (_, models) = server.get("/v1/models");
+    assert_ne!(card(&models)["adapter"]["state"], "registered");
+    server.stop();
+}
+
+#[test]
 fn the_openai_form() {
     let lora = format!("lora0={}", adapter_path("json"));
     let server = Server::start(&["--model-path", &base_path(), "--served-model-name", "my-model", "--lora-paths", &lora]);

@@ -3,6 +3,7 @@
 pub mod adapters;
 pub mod bench;
 mod engine;
+mod lora_dirs;
 pub mod serve;
 
 use std::{

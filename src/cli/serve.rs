@@ -12,7 +12,10 @@ use polylora_engine::{FileSource, InferenceEngine, LoadRequest, weights::ModelWe
 use tokio::net::TcpListener;
 use tracing_subscriber::EnvFilter;
 
-use super::engine::{BuiltEngine, EngineInputs, build};
+use super::{
+    engine::{BuiltEngine, EngineInputs, build},
+    lora_dirs::LoraDirs,
+};
 use crate::{
     app::{Gateway, app},
     auth::{AdapterSources, Auth},
@@ -80,6 +83,8 @@ struct Loaded {
     /// What is served, for people.
     model: String,
     adapters: Vec<String>,
+    /// Where more adapters may turn up.
+    lora_dirs: Option<LoraDirs>,
     is_demo: bool,
 }
 
@@ -94,6 +99,7 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
     let prompt = blocking(move || Ok(PromptProcessor::from_files(&prompt_files, chat_template.as_deref())?)).await?;
 
     let lora_paths = config.lora.as_ref().map(|lora| lora.paths.clone()).unwrap_or_default();
+    let directories = config.lora.as_ref().map(|lora| lora.directories.clone()).unwrap_or_default();
     let (paths, by) = (lora_paths.clone(), Arc::clone(&sources));
     // Before the model is loaded, which may take minutes.
     let adapters = blocking(move || {
@@ -133,6 +139,20 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
         "the model is loaded"
     );
     load_adapters(built.engine.as_ref(), adapters).await?;
+    let mut names: Vec<String> = lora_paths.into_iter().map(|path| path.name).collect();
+    let lora_dirs = match built.engine.adapters() {
+        Some(registry) => {
+            let mut dirs = LoraDirs::new(Arc::clone(registry), directories);
+            let (dirs, added) = blocking(move || {
+                let added = dirs.scan();
+                Ok((dirs, added))
+            })
+            .await?;
+            names.extend(added);
+            Some(dirs)
+        }
+        None => None,
+    };
 
     let engine: Arc<dyn InferenceEngine> = built.engine;
     let metrics = Metrics::new(served.name(), engine.describe(), MetricsConfig { max_adapter_labels });
@@ -151,7 +171,8 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
         gateway: Arc::new(gateway),
         http,
         model,
-        adapters: lora_paths.into_iter().map(|path| path.name).collect(),
+        adapters: names,
+        lora_dirs,
         is_demo,
     })
 }
@@ -267,10 +288,17 @@ async fn serve_until_signal(loaded: Loaded, listener: TcpListener, settings: Ser
         }
         drop(drained);
     };
+    let watch = async {
+        match loaded.lora_dirs {
+            Some(dirs) => dirs.watch().await,
+            None => std::future::pending().await,
+        }
+    };
     let mut server = std::pin::pin!(server);
     tokio::select! {
         () = &mut server => {}
         () = drain => server.await,
+        () = watch => {}
     }
     tracing::info!("stopped");
 }
