@@ -1021,8 +1021,9 @@ mod tests {
     #[test]
     fn a_device_too_small_for_all_adapters_serves_each_in_turn() {
         // Room for two of six adapters, and requests that never stop coming for two of them under ever new tenants.
+        // Their lengths differ, so that neither is ever without a running sequence by itself.
         let mut bench = Bench::new(Limits {
-            max_running: 4,
+            max_running: 6,
             adapter_bytes: 200,
             ..ROOMY
         });
@@ -1030,7 +1031,7 @@ mod tests {
         let mut tenant = 0;
         let mut add_hot = |bench: &mut Bench| {
             tenant += 1;
-            let mut request = bench.request(prompt(3), 3, Some(&adapters[tenant % 2]));
+            let mut request = bench.request(prompt(3), 2 + (tenant / 2 % 5) as u32, Some(&adapters[tenant % 2]));
             request.fairness_key = tenant.to_string().into();
             bench.add(request)
         };
@@ -1052,6 +1053,29 @@ mod tests {
             steps += 1;
             assert!(steps < 200, "waited for {cold:?}, ended {:?}", bench.ended);
         }
+    }
+
+    #[test]
+    fn one_step_ahead_wastes_no_row_when_the_end_is_known_and_one_when_it_is_not() {
+        let mut stopped = 0;
+        for first_token in 0..30 {
+            let mut bench = Bench::new(ROOMY);
+            let mut request = bench.request(vec![first_token, 1, 2], 40, None);
+            request.sampling.ignore_eos = false;
+            let expected = expected_events(&request);
+            let request_id = bench.add(request);
+            let mut rows = 0;
+            while !bench.scheduler.sequences.is_empty() || bench.in_flight.is_some() {
+                bench.pipelined_step();
+                rows += bench.in_flight.as_ref().map_or(0, |step| step.batch.token_ids.len());
+            }
+            assert_eq!(bench.events[&request_id], expected);
+            let needed = 3 + tokens(&expected).len() - 1;
+            let is_stopped = tokens(&expected).last() == Some(&EOS) && tokens(&expected).len() < 40;
+            stopped += usize::from(is_stopped);
+            assert_eq!(rows, needed + usize::from(is_stopped));
+        }
+        assert!((1..30).contains(&stopped), "both kinds of end: {stopped}");
     }
 
     /// Arrivals, cancels, adapters, tiny pools, chunks, slow uploads, evictions; one step after another or one ahead.
