@@ -410,6 +410,7 @@ impl Bench {
                         q_stride: SHAPE.qkv_width(),
                         k_cache: k.view(),
                         v_cache: v.view(),
+                        rows: None,
                         context_lens: lens.view(),
                         block_table_starts: starts.view(),
                         block_tables: tables.view(),

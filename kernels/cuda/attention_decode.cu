@@ -1,8 +1,8 @@
 // attention_decode.cu   o[s,h,:] = softmax(scale · q[s,h]·K[0..len)ᵀ) · V[0..len)   one query row a sequence, paged K and V
 //                       Source: online softmax arXiv:1805.02867, split over K and V arXiv:2311.01282, pages arXiv:2309.06180
-// Shapes  q [S, q_stride] bf16 (head h at h·D); k, v [num_blocks, KV, block_size, D] bf16; context_lens [S] (0: the row is left alone);
+// Shapes  q [rows, q_stride] bf16 (head h at h·D); sequence s has row rows[s], or row s if that is null; k, v [num_blocks, KV, block_size, D] bf16; context_lens [S] (0: the row is left alone);
 //         block_table_starts [S], block_tables: block of positions p of sequence s is block_tables[starts[s] + p / block_size];
-//         out [S, H·D] bf16; partial [S, H, max_splits, D + 2] f32 and counters [S, KV] u32 (all 0, left 0) when max_splits > 1
+//         out [rows, H·D] bf16; partial [S, H, max_splits, D + 2] f32 and counters [S, KV] u32 (all 0, left 0) when max_splits > 1
 // Launch  grid (KV, S, max_splits), block 128: a block serves the H/KV query heads that share a K/V head and one split of the positions; the last
 //         block of a (sequence, K/V head) to finish merges the splits, in their order
 // Cost    bytes 4·KV·D·Σ len, flops 4·H·D·Σ len: bandwidth is the roof
@@ -15,6 +15,7 @@ struct DecodeArgs {
   const bf16* q;
   const bf16* k;
   const bf16* v;
+  const uint32_t* rows;
   const uint32_t* context_lens;
   const uint32_t* block_table_starts;
   const uint32_t* block_tables;
@@ -44,6 +45,7 @@ DEVICE void decode(const DecodeArgs& p) {
   const int kv_head = blockIdx.x, sequence = blockIdx.y, split = blockIdx.z;
   const int group = p.num_heads / p.num_kv_heads;
   const int len = (int)p.context_lens[sequence];
+  const int64_t row_of_batch = p.rows == nullptr ? sequence : p.rows[sequence];
   const uint32_t* block_table = p.block_tables + p.block_table_starts[sequence];
   const int first = p.window > 0 && len > p.window ? (len - p.window) & ~15 : 0;
   const int visible_from = p.window > 0 && len > p.window ? len - p.window : 0;
@@ -59,7 +61,7 @@ DEVICE void decode(const DecodeArgs& p) {
   uint4 q_low[CHUNKS], q_high[CHUNKS];
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
-    const bf16* q = p.q + (int64_t)sequence * p.q_stride + (int64_t)kv_head * group * D + c * 32 + t * 8;
+    const bf16* q = p.q + row_of_batch * p.q_stride + (int64_t)kv_head * group * D + c * 32 + t * 8;
     q_low[c] = g < group ? load_16(q + g * D) : zero_16();
     q_high[c] = !heads8 && g + 8 < group ? load_16(q + (g + 8) * D) : zero_16();
   }
@@ -173,7 +175,7 @@ DEVICE void decode(const DecodeArgs& p) {
     for (int w = 0; w < 4; w++) sum += shared_max[w][row] == -INFINITY ? 0.f : shared_sum[w][row] * exp2f(shared_max[w][row] - peak);
     const float a = shared_o[row][column], b = shared_o[row][column + 1];
     if (num_splits == 1) {
-      *reinterpret_cast<uint32_t*>(p.out + ((int64_t)sequence * p.num_heads + kv_head * group + row) * D + column) = pack_bf16(a / sum, b / sum);
+      *reinterpret_cast<uint32_t*>(p.out + (row_of_batch * p.num_heads + kv_head * group + row) * D + column) = pack_bf16(a / sum, b / sum);
     } else {
       float* to = partial + ((int64_t)row * p.max_splits + split) * (D + 2);
       *reinterpret_cast<float2*>(to + column) = make_float2(a, b);
@@ -202,7 +204,7 @@ DEVICE void decode(const DecodeArgs& p) {
       a += factor * from[s * (D + 2) + column];
       b += factor * from[s * (D + 2) + column + 1];
     }
-    *reinterpret_cast<uint32_t*>(p.out + ((int64_t)sequence * p.num_heads + kv_head * group + row) * D + column) = pack_bf16(a / sum, b / sum);
+    *reinterpret_cast<uint32_t*>(p.out + (row_of_batch * p.num_heads + kv_head * group + row) * D + column) = pack_bf16(a / sum, b / sum);
   }
 }
 

@@ -21,21 +21,13 @@ use crate::{
     prompt::SamplingDefaults,
     protocol::{
         OneOrMany,
-        generate::{GenerateRequest, GenerateResponse, GenerateResponses, InputIds, MetaInfo, NativeFinishReason, NativeSamplingParams},
+        generate::{GenerateRequest, GenerateResponse, InputIds, MetaInfo, NativeFinishReason, NativeSamplingParams},
     },
     routing::Target,
     stream::{DONE, Finish, MergedStream, OutputToken, TextEvent, TextOptions, TextStream, collect, sse_event, sse_response},
 };
 
 /// Generates.
-#[utoipa::path(
-    method(post, put), path = "/generate", tag = "Native", request_body = GenerateRequest,
-    responses(
-        (status = 200, description = "An output, or a list of them for a batch or `n` > 1; with `stream`, events with the text so far, ended by `[DONE]`.",
-            content((GenerateResponses = "application/json"), (GenerateResponse = "text/event-stream"))),
-        crate::openapi::NativeGenerationErrors,
-    ),
-)]
 pub async fn generate(
     State(state): State<AppState>,
     caller: Caller,

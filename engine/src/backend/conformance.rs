@@ -1,15 +1,15 @@
 //! One suite of cases for every backend, and the means to run sequences on one without an engine.
 //!
-//! For tests: a failed case panics with what disagreed. [`run_all`] wants a backend over the model of [`config`].
+//! For tests: a failed case panics with what disagreed. [`run_all`] wants a backend over [`config`] with [`options`]' capacity or more.
 
 use std::sync::Arc;
 
 use half::bf16;
 
-use super::{Backend, BackendError, Capacity};
+use super::{Backend, BackendError, Capacity, Launched};
 use crate::{
     adapter::{AlignedBytes, HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, VersionId},
-    batch::{AdapterHandle, ChooseToken, LoraSegment, SampleFailure, SampleRow, SequenceRows, StepBatch, TokenCount},
+    batch::{AdapterHandle, CarriedToken, ChooseToken, LoraSegment, SampleFailure, SampleRow, SequenceRows, StepBatch, StepOutput, TokenCount},
     decoder::DecoderConfig,
     request::{PromptLogprobsParams, RequestId, SamplingParams, TokenLogprobs},
 };
@@ -219,6 +219,7 @@ pub fn run_all(backend: &mut dyn Backend, agreement: Agreement) {
     ranks_mix(backend, &config, agreement);
     adapters_matter(backend, &config);
     sampling_ignores_neighbours(backend, &config, agreement);
+    pipelined_is_stepped(backend, &config);
     nothing_is_computed_for_an_empty_batch(backend);
     adapter_bytes_are_counted(backend, &config);
     bad_batches_are_refused(backend, &config);
@@ -452,6 +453,93 @@ pub fn bad_batches_are_refused(backend: &mut dyn Backend, config: &DecoderConfig
         })
     });
     assert_eq!(backend.execute(&one_row()).expect("a good batch").samples.len(), 1);
+}
+
+/// Decode steps launched one ahead, their input tokens carried on the device, give what steps that are waited for give. Passes for a
+/// backend that runs one step at a time.
+pub fn pipelined_is_stepped(backend: &mut dyn Backend, config: &DecoderConfig) {
+    let adapters = Uploaded::new(backend, &adapters(config));
+    // Prompts of one length, so that both ways have the same rows in every step.
+    let handles = std::iter::once(None).chain(adapters.handles.iter().map(|&handle| Some(handle)));
+    let runs: Vec<Run> = handles
+        .enumerate()
+        .map(|(seed, handle)| Run::greedy(&prompt(config, 20 + seed as u64, 9), handle, 12))
+        .collect();
+    let expected = generate(backend, &runs).expect("stepped runs");
+    let got = generate_ahead(backend, &runs).expect("pipelined runs");
+    for (got, expected) in got.iter().zip(&expected) {
+        assert_eq!(got, &expected.output_ids);
+    }
+    adapters.free(backend);
+}
+
+/// Runs of one prompt length and one number of output tokens, each step launched before the one before it is collected.
+fn generate_ahead(backend: &mut dyn Backend, runs: &[Run]) -> Result<Vec<Vec<u32>>, BackendError> {
+    let block_size = backend.capacity().block_size;
+    let (prompt_len, max_tokens) = (runs[0].prompt.len(), runs[0].params.max_tokens as usize);
+    let blocks_per_run = (prompt_len + max_tokens).div_ceil(block_size);
+    let mut output_ids = vec![Vec::with_capacity(max_tokens); runs.len()];
+    let take = |output_ids: &mut Vec<Vec<u32>>, output: StepOutput| {
+        for (ids, sample) in output_ids.iter_mut().zip(output.samples) {
+            ids.push(sample.token_id.expect("a token"));
+        }
+    };
+    let mut is_running = false;
+    for step in 0..max_tokens {
+        let mut batch = StepBatch::default();
+        let positions = if step == 0 {
+            0..prompt_len
+        } else {
+            prompt_len + step - 1..prompt_len + step
+        };
+        for (run_idx, run) in runs.iter().enumerate() {
+            let table: Vec<u32> = (0..blocks_per_run).map(|block| (run_idx * blocks_per_run + block) as u32).collect();
+            let row_start = batch.token_ids.len() as u32;
+            for position in positions.clone() {
+                let token_id = match run.prompt.get(position) {
+                    Some(&token_id) => token_id,
+                    None if is_running => {
+                        let (row, sample_idx) = (batch.token_ids.len() as u32, run_idx as u32);
+                        batch.carried_tokens.push(CarriedToken { row, sample_idx });
+                        0
+                    }
+                    None => *output_ids[run_idx].last().expect("a token of the step before"),
+                };
+                batch.token_ids.push(token_id);
+                batch.positions.push(position as u32);
+                let slot = table[position / block_size] as usize * block_size + position % block_size;
+                batch.kv_slots.push(slot as u32);
+            }
+            let num_rows = positions.len() as u32;
+            batch.samples.push(SampleRow {
+                row: row_start + num_rows - 1,
+                request_id: RequestId(run_idx as u64),
+                choose: Some(choose_token(run, &vec![0; step])),
+                prompt_logprob: None,
+            });
+            batch.sequences.push(SequenceRows {
+                request_id: RequestId(run_idx as u64),
+                row_start,
+                num_rows,
+                context_len: positions.end as u32,
+                block_table: Arc::from(table),
+            });
+            push_segment(&mut batch.lora_segments, run.adapter, row_start, num_rows);
+        }
+        match backend.launch(&batch)? {
+            Launched::Done(output) => take(&mut output_ids, output),
+            Launched::Running => {
+                if is_running {
+                    take(&mut output_ids, backend.collect()?);
+                }
+                is_running = true;
+            }
+        }
+    }
+    if is_running {
+        take(&mut output_ids, backend.collect()?);
+    }
+    Ok(output_ids)
 }
 
 /// Two backends over the same weights give the same log-probabilities within `tolerance`, for base and adapters in one batch, and choose

@@ -11,6 +11,8 @@ pub mod check;
 #[doc(hidden)]
 pub mod conformance;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 /// What a backend can hold; fixed once it is made.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -31,6 +31,8 @@ pub struct AttentionDecodeArgs<'a> {
     pub k_cache: View<'a, bf16>,
     /// The same.
     pub v_cache: View<'a, bf16>,
+    /// `[sequences]` row of each in `q` and `out`; `None`: its own index.
+    pub rows: Option<View<'a, u32>>,
     /// `[sequences]` positions to attend to; 0 leaves the row alone.
     pub context_lens: View<'a, u32>,
     /// `[sequences]` where each one's blocks begin in `block_tables`.
@@ -57,6 +59,7 @@ struct RawArgs {
     q: u64,
     k: u64,
     v: u64,
+    rows: u64,
     context_lens: u64,
     block_table_starts: u64,
     block_tables: u64,
@@ -166,6 +169,7 @@ impl AttentionDecode {
             q: args.q.address(),
             k: args.k_cache.address(),
             v: args.v_cache.address(),
+            rows: args.rows.map_or(0, View::address),
             context_lens: args.context_lens.address(),
             block_table_starts: args.block_table_starts.address(),
             block_tables: args.block_tables.address(),

@@ -260,6 +260,15 @@ impl<T> Clone for View<'_, T> {
 impl<T> Copy for View<'_, T> {}
 
 impl<'a, T> View<'a, T> {
+    /// `len` elements at a device address that something else keeps allocated. A wrong one faults the device.
+    pub fn from_address(address: u64, len: usize) -> Self {
+        Self {
+            address,
+            len,
+            buffer: PhantomData,
+        }
+    }
+
     /// Where it begins on the device.
     pub fn address(self) -> u64 {
         self.address

@@ -102,6 +102,7 @@ fn check_decode(gpu: &Gpu, rng: &mut Rng, shape: HeadShape, lens: &[usize], max_
             q_stride,
             k_cache: cache.k_cache.view(),
             v_cache: cache.v_cache.view(),
+            rows: None,
             context_lens: context_lens.view(),
             block_table_starts: starts.view(),
             block_tables: cache.block_tables.view(),

@@ -1,0 +1,475 @@
+//! Adapters in device memory: where each lies, its descriptors, and the thread that brings it there.
+
+use std::{
+    collections::HashMap,
+    ops::Range,
+    sync::{
+        Arc, OnceLock,
+        mpsc::{Receiver, Sender, channel},
+    },
+};
+
+use bytemuck::{bytes_of, cast_slice, cast_slice_mut};
+use half::bf16;
+use polylora_kernels::cuda::{
+    CudaError, Device, DeviceBuffer, Event, PinnedBuffer, Stream, View,
+    embedding::EmbeddingAdapter,
+    lora::{LoraDescriptor, RANK_TILE},
+};
+
+use super::arena::{Arena, Move};
+use crate::{
+    adapter::{HostAdapter, ModuleId, PackedDtype, PackedModule, Projection},
+    backend::{BackendError, cpu::module_shape},
+    batch::AdapterHandle,
+    decoder::DecoderConfig,
+};
+
+/// Bytes that are staged at a time.
+const STAGE_BYTES: usize = 8 << 20;
+/// Bytes of a line of an adapter's table, whatever it describes.
+const LINE_BYTES: usize = 64;
+
+/// Projections that share their input, in the order of an adapter's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Group {
+    Qkv,
+    O,
+    GateUp,
+    Down,
+}
+
+impl Group {
+    pub const ALL: [Self; 4] = [Self::Qkv, Self::O, Self::GateUp, Self::Down];
+
+    fn projections(self) -> &'static [Projection] {
+        match self {
+            Self::Qkv => &[Projection::Q, Projection::K, Projection::V],
+            Self::O => &[Projection::O],
+            Self::GateUp => &[Projection::Gate, Projection::Up],
+            Self::Down => &[Projection::Down],
+        }
+    }
+
+    /// Where this group of a layer is in an adapter's table.
+    pub fn descriptor_offset(self, layer: usize) -> u32 {
+        ((layer * Self::ALL.len() + self as usize) * LINE_BYTES) as u32
+    }
+}
+
+/// Where the head is in an adapter's table.
+pub(super) fn head_descriptor_offset(config: &DecoderConfig) -> u32 {
+    ((config.num_layers * Group::ALL.len()) * LINE_BYTES) as u32
+}
+
+fn embedding_offset(config: &DecoderConfig) -> usize {
+    head_descriptor_offset(config) as usize + LINE_BYTES
+}
+
+/// How an adapter lies in its run: a table of descriptors, then the weights in bf16.
+struct Placement {
+    table: Vec<TableLine>,
+    /// `(bytes of the blob, offset in the run)`.
+    pieces: Vec<(Range<usize>, usize)>,
+    bytes: usize,
+}
+
+/// Offsets, from which descriptors are made once the address is known (and again when the run moves).
+#[derive(Clone, Copy, Default)]
+struct TableLine {
+    a: usize,
+    b_t: [usize; 3],
+    lora_rank: [u16; 3],
+    scaling: [f32; 3],
+}
+
+/// An adapter that has a run.
+pub(super) struct Resident {
+    placement: Arc<Placement>,
+    offset: usize,
+    host_bytes: usize,
+    upload: Arc<Upload>,
+    /// Tiles of 16 ranks in the largest stack of each group.
+    pub rank_tiles: [u16; 4],
+    /// The same of the head; 0 without one.
+    pub head_rank_tiles: u16,
+    pub changes_embedding: bool,
+}
+
+/// An upload that may be under way. Set once, when its last byte has arrived or it has failed.
+#[derive(Default)]
+struct Upload {
+    result: OnceLock<Result<(), CudaError>>,
+}
+
+struct Job {
+    host: Arc<HostAdapter>,
+    placement: Arc<Placement>,
+    table: Vec<u8>,
+    address: u64,
+    upload: Arc<Upload>,
+}
+
+/// All adapters of a device.
+pub(super) struct Adapters {
+    memory: DeviceBuffer<u8>,
+    arena: Arena,
+    budget_bytes: usize,
+    max_lora_rank: usize,
+    used_bytes: usize,
+    next_handle: u32,
+    residents: HashMap<AdapterHandle, Resident>,
+    /// Freed while their upload was under way: their runs are free when it is done.
+    leaving: Vec<(u32, Arc<Upload>)>,
+    jobs: Sender<Job>,
+}
+
+impl Adapters {
+    /// Memory for `budget_bytes` of adapters as the host counts them, and for their tables. Ranks above `max_lora_rank` are refused.
+    pub fn new(device: &Arc<Device>, budget_bytes: usize, max_lora_rank: usize) -> Result<Self, CudaError> {
+        let memory_bytes = budget_bytes + budget_bytes / 32 + (1 << 20);
+        let memory = DeviceBuffer::uninit(device, memory_bytes)?;
+        let mut uploader = Uploader::new(device)?;
+        let (jobs, inbox) = channel();
+        std::thread::Builder::new()
+            .name("polylora-upload".into())
+            .spawn(move || uploader.run(&inbox))
+            .map_err(|error| CudaError::NoDevice(format!("no thread for uploads: {error}")))?;
+        Ok(Self {
+            memory,
+            arena: Arena::new(memory_bytes),
+            budget_bytes,
+            max_lora_rank,
+            used_bytes: 0,
+            next_handle: 0,
+            residents: HashMap::new(),
+            leaving: Vec::new(),
+            jobs,
+        })
+    }
+
+    pub fn get(&self, handle: AdapterHandle) -> Option<&Resident> {
+        self.residents.get(&handle)
+    }
+
+    pub fn is_ready(&self, handle: AdapterHandle) -> bool {
+        self.residents
+            .get(&handle)
+            .is_some_and(|resident| matches!(resident.upload.result.get(), Some(Ok(()))))
+    }
+
+    /// Where an adapter's table begins.
+    pub fn address(&self, resident: &Resident) -> u64 {
+        self.memory.view().address() + resident.offset as u64
+    }
+
+    /// The address of what `embedding.cu` reads, 0 for an adapter that leaves the embedding alone.
+    pub fn embedding_address(&self, resident: &Resident, config: &DecoderConfig) -> u64 {
+        match resident.changes_embedding {
+            true => self.address(resident) + embedding_offset(config) as u64,
+            false => 0,
+        }
+    }
+
+    /// Finds room and queues the copy. `stream` is the one that steps run on: should runs have to move, they do between two steps.
+    pub fn begin_upload(&mut self, host: &Arc<HostAdapter>, config: &DecoderConfig, stream: &Stream) -> Result<AdapterHandle, BackendError> {
+        let placement = place(host, config, self.max_lora_rank)?;
+        self.reap_leaving();
+        let out_of_memory = |available_bytes| BackendError::OutOfMemory {
+            what: format!("adapter {}", host.version),
+            needed_bytes: host.bytes(),
+            available_bytes,
+        };
+        let available_bytes = self.budget_bytes - self.used_bytes;
+        if host.bytes() > available_bytes {
+            return Err(out_of_memory(available_bytes));
+        }
+        let id = self.next_handle;
+        let offset = match self.arena.allocate(id, placement.bytes) {
+            Some(offset) => offset,
+            None => {
+                self.compact(stream, config)?;
+                let available_bytes = self.arena.free_bytes();
+                self.arena.allocate(id, placement.bytes).ok_or_else(|| out_of_memory(available_bytes))?
+            }
+        };
+        // A handle that was freed is not given again soon: a batch that still names it is found out.
+        self.next_handle = self.next_handle.wrapping_add(1);
+        let placement = Arc::new(placement);
+        let upload = Arc::new(Upload::default());
+        let address = self.memory.view().address() + offset as u64;
+        let job = Job {
+            host: host.clone(),
+            table: placement.table_bytes(address, config),
+            placement: placement.clone(),
+            address,
+            upload: upload.clone(),
+        };
+        self.jobs
+            .send(job)
+            .map_err(|_| BackendError::Device("the upload thread has ended".into()))?;
+        let resident = Resident::new(placement, offset, host, upload, config);
+        self.used_bytes += host.bytes();
+        self.residents.insert(AdapterHandle(id), resident);
+        Ok(AdapterHandle(id))
+    }
+
+    pub fn poll_upload(&self, handle: AdapterHandle) -> Result<bool, BackendError> {
+        let resident = self.residents.get(&handle);
+        let resident = resident.ok_or_else(|| BackendError::BadBatch(format!("adapter handle {} was freed", handle.0)))?;
+        match resident.upload.result.get() {
+            None => Ok(false),
+            Some(Ok(())) => Ok(true),
+            Some(Err(error)) => Err(BackendError::Device(error.to_string())),
+        }
+    }
+
+    pub fn free(&mut self, handle: AdapterHandle) {
+        let Some(resident) = self.residents.remove(&handle) else { return };
+        self.used_bytes -= resident.host_bytes;
+        self.leaving.push((handle.0, resident.upload));
+        self.reap_leaving();
+    }
+
+    fn reap_leaving(&mut self) {
+        let arena = &mut self.arena;
+        self.leaving.retain(|(id, upload)| {
+            let is_done = upload.result.get().is_some();
+            if is_done {
+                arena.free(*id);
+            }
+            !is_done
+        });
+    }
+
+    /// Closes the gaps between runs whose uploads are done.
+    fn compact(&mut self, stream: &Stream, config: &DecoderConfig) -> Result<(), BackendError> {
+        let residents = &self.residents;
+        let is_ready = |id| {
+            residents
+                .get(&AdapterHandle(id))
+                .is_some_and(|resident: &Resident| matches!(resident.upload.result.get(), Some(Ok(()))))
+        };
+        let moves = self.arena.compact(is_ready);
+        tracing::debug!(moves = moves.len(), "moving adapters to make one free run");
+        for Move { id, from, to, len } in moves {
+            // A copy must not overlap itself: in pieces as long as the way down.
+            for start in (0..len).step_by(from - to) {
+                let piece = start..len.min(start + from - to);
+                let at = |offset: usize| self.memory.view().slice(offset + piece.start..offset + piece.end);
+                stream.copy_on_device(at(to), at(from)).map_err(super::device_error)?;
+            }
+            let resident = self.residents.get_mut(&AdapterHandle(id)).expect("only residents move");
+            resident.offset = to;
+            let address = self.memory.view().address() + to as u64;
+            let table = resident.placement.table_bytes(address, config);
+            let to = self.memory.view().slice(to..to + table.len());
+            stream.copy_to_device(to, &table).map_err(super::device_error)?;
+        }
+        // The tables above are pageable memory that is gone when this returns.
+        stream.synchronize().map_err(super::device_error)
+    }
+}
+
+impl Resident {
+    fn new(placement: Arc<Placement>, offset: usize, host: &HostAdapter, upload: Arc<Upload>, config: &DecoderConfig) -> Self {
+        let tiles = |line: &TableLine| line.rank_total().div_ceil(RANK_TILE) as u16;
+        let lines = |group: Group| (0..config.num_layers).map(move |layer| layer * Group::ALL.len() + group as usize);
+        let head = config.num_layers * Group::ALL.len();
+        Self {
+            rank_tiles: Group::ALL.map(|group| lines(group).map(|line| tiles(&placement.table[line])).max().unwrap_or(0)),
+            head_rank_tiles: tiles(&placement.table[head]),
+            changes_embedding: placement.table[head + 1].lora_rank[0] > 0,
+            placement,
+            offset,
+            host_bytes: host.bytes(),
+            upload,
+        }
+    }
+}
+
+impl TableLine {
+    fn rank_total(&self) -> usize {
+        self.lora_rank.iter().map(|&rank| usize::from(rank)).sum()
+    }
+}
+
+impl Placement {
+    /// The table as the kernels read it, for a run at `address`.
+    fn table_bytes(&self, address: u64, config: &DecoderConfig) -> Vec<u8> {
+        let embedding = embedding_offset(config) / LINE_BYTES;
+        let mut bytes = Vec::with_capacity(self.table.len() * LINE_BYTES);
+        for (index, line) in self.table.iter().enumerate() {
+            let at = |offset: usize| address + offset as u64;
+            if index == embedding {
+                let adapter = EmbeddingAdapter {
+                    a: at(line.a),
+                    b_t: at(line.b_t[0]),
+                    lora_rank: u32::from(line.lora_rank[0]),
+                    scaling: line.scaling[0],
+                    reserved: [0; 2],
+                };
+                bytes.extend_from_slice(bytes_of(&adapter));
+                bytes.resize((index + 1) * LINE_BYTES, 0);
+            } else {
+                bytes.extend_from_slice(bytes_of(&LoraDescriptor {
+                    a: at(line.a),
+                    b_t: line.b_t.map(at),
+                    lora_rank: line.lora_rank,
+                    rank_total: line.rank_total() as u16,
+                    scaling: line.scaling,
+                    reserved: [0; 3],
+                }));
+            }
+        }
+        bytes
+    }
+}
+
+/// Lays an adapter out: per layer and group the A's of its slices without a gap, then each Bᵀ.
+fn place(host: &HostAdapter, config: &DecoderConfig, max_lora_rank: usize) -> Result<Placement, BackendError> {
+    let bad = |what: String| BackendError::BadBatch(format!("adapter {}: {what}", host.version));
+    if let Some(replaced) = host.replaced.first() {
+        return Err(bad(format!("{:?}: replaced weights are not applied by this backend", replaced.id)));
+    }
+    for module in &host.modules {
+        let (d_in, d_out) = module_shape(module.id, config);
+        let is_known = !matches!(module.id, ModuleId::Layer { layer, .. } if usize::from(layer) >= config.num_layers);
+        if !is_known || (module.d_in as usize, module.d_out as usize) != (d_in, d_out) {
+            let (got_in, got_out) = (module.d_in, module.d_out);
+            return Err(bad(format!("{:?}: expected {d_in} to {d_out}, got {got_in} to {got_out}", module.id)));
+        }
+        if module.lora_rank as usize > max_lora_rank {
+            return Err(bad(format!(
+                "{:?}: lora_rank {}, at most {max_lora_rank} here",
+                module.id, module.lora_rank
+            )));
+        }
+        if !module.d_out.is_multiple_of(8) {
+            return Err(bad(format!("{:?}: an output width of {d_out} is no multiple of 8", module.id)));
+        }
+        if module.output_scale_offset_bytes.is_some() || module.output_bias_offset_bytes.is_some() {
+            return Err(bad(format!(
+                "{:?}: scales and biases on outputs are not applied by this backend",
+                module.id
+            )));
+        }
+    }
+    let num_lines = embedding_offset(config) / LINE_BYTES + 1;
+    let mut placer = Placer {
+        host,
+        pieces: Vec::new(),
+        bytes: num_lines * LINE_BYTES,
+    };
+    let mut table = Vec::with_capacity(num_lines);
+    for layer in 0..config.num_layers {
+        for group in Group::ALL {
+            let modules = group.projections().iter().map(|&projection| {
+                host.module(ModuleId::Layer {
+                    layer: layer as u16,
+                    projection,
+                })
+            });
+            table.push(placer.line(&modules.collect::<Vec<_>>()));
+        }
+    }
+    table.push(placer.line(&[host.module(ModuleId::LmHead)]));
+    table.push(placer.line(&[host.module(ModuleId::EmbedTokens)]));
+    Ok(Placement {
+        table,
+        pieces: placer.pieces,
+        bytes: placer.bytes,
+    })
+}
+
+struct Placer<'a> {
+    host: &'a HostAdapter,
+    pieces: Vec<(Range<usize>, usize)>,
+    bytes: usize,
+}
+
+impl Placer<'_> {
+    fn line(&mut self, modules: &[Option<&PackedModule>]) -> TableLine {
+        let mut line = TableLine::default();
+        self.bytes = self.bytes.next_multiple_of(LINE_BYTES);
+        line.a = self.bytes;
+        for module in modules.iter().flatten() {
+            self.piece(module.a_offset_bytes, module.lora_rank as usize * module.d_in as usize);
+        }
+        for (slice, module) in modules.iter().enumerate() {
+            if let Some(module) = module {
+                self.bytes = self.bytes.next_multiple_of(LINE_BYTES);
+                line.b_t[slice] = self.bytes;
+                line.lora_rank[slice] = module.lora_rank as u16;
+                line.scaling[slice] = module.scaling;
+                self.piece(module.b_t_offset_bytes, module.lora_rank as usize * module.d_out as usize);
+            }
+        }
+        line
+    }
+
+    /// Appends `len` elements of the blob; what was neighbours there and stays so is one piece.
+    fn piece(&mut self, blob_offset: usize, len: usize) {
+        let from = blob_offset..blob_offset + len * self.host.dtype.size_bytes();
+        match self.pieces.last_mut() {
+            Some((last, to)) if last.end == from.start && *to + last.len() / self.host.dtype.size_bytes() * 2 == self.bytes => last.end = from.end,
+            _ => self.pieces.push((from, self.bytes)),
+        }
+        self.bytes += 2 * len;
+    }
+}
+
+/// The thread that uploads: through pinned memory, on a stream of its own.
+struct Uploader {
+    device: Arc<Device>,
+    stream: Stream,
+    stages: [PinnedBuffer<bf16>; 2],
+    copied: [Event; 2],
+    turn: usize,
+}
+
+impl Uploader {
+    fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        let stage = || PinnedBuffer::zeroed(device, STAGE_BYTES / 2);
+        Ok(Self {
+            device: device.clone(),
+            stream: Stream::new(device)?,
+            stages: [stage()?, stage()?],
+            copied: [Event::new(device, false)?, Event::new(device, false)?],
+            turn: 0,
+        })
+    }
+
+    fn run(&mut self, inbox: &Receiver<Job>) {
+        let bound = self.device.bind();
+        while let Ok(job) = inbox.recv() {
+            let result = bound.clone().and_then(|()| self.upload(&job));
+            job.upload.result.set(result).expect("one job an upload");
+        }
+    }
+
+    fn upload(&mut self, job: &Job) -> Result<(), CudaError> {
+        let element_bytes = job.host.dtype.size_bytes();
+        for (from, to) in &job.placement.pieces {
+            let mut address = job.address + *to as u64;
+            for chunk in job.host.blob.as_bytes()[from.clone()].chunks(STAGE_BYTES / 2 * element_bytes) {
+                let len = chunk.len() / element_bytes;
+                self.copied[self.turn].synchronize()?;
+                let stage = &mut self.stages[self.turn][..len];
+                match job.host.dtype {
+                    PackedDtype::Bf16 => cast_slice_mut(stage).copy_from_slice(chunk),
+                    PackedDtype::F32 => {
+                        let values: &[f32] = cast_slice(chunk);
+                        stage.iter_mut().zip(values).for_each(|(to, from)| *to = bf16::from_f32(*from));
+                    }
+                }
+                self.stream.copy_to_device(View::from_address(address, len), stage)?;
+                self.copied[self.turn].record(&self.stream)?;
+                self.turn ^= 1;
+                address += 2 * len as u64;
+            }
+        }
+        self.stream.copy_to_device(View::from_address(job.address, job.table.len()), &job.table)?;
+        self.stream.synchronize()
+    }
+}

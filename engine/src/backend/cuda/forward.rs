@@ -1,0 +1,451 @@
+//! The forward pass: which kernel is launched when, on which buffers.
+
+use half::bf16;
+use polylora_kernels::cuda::{
+    CudaError, Device, DeviceBuffer, Kernels, Stream, View,
+    activation::Gate,
+    attention_decode::{AttentionDecode, AttentionDecodeArgs},
+    attention_prefill::{AttentionPrefillArgs, PrefillTile},
+    embedding::EmbeddingArgs,
+    gemm::{Gemm, GemmArgs, GemmBias, GemmOutput},
+    lora::{ExpandInto, ItemRows, Lora, LoraItem, LoraItems, Shrunk},
+    rms_norm::RmsNormArgs,
+    rope_kv::{HeadShape, RopeKvArgs},
+};
+
+use super::{
+    adapters::{Group, head_descriptor_offset},
+    model::{Layer, Linear, Model},
+    plan::{ForwardPlaces, LoraShape, StepShape},
+    staging::Staging,
+};
+use crate::decoder::{Activation, DecoderConfig};
+
+/// Parts of the columns that a shrink splits among blocks when rows are few, and when they are many.
+const SPLITS_OF_FEW_ROWS: usize = 16;
+const SPLITS_OF_MANY_ROWS: usize = 4;
+/// Rows from which they are many.
+const MANY_ROWS: usize = 512;
+/// Blocks of a launch whose blocks stride over their work, for each multiprocessor.
+const BLOCKS_PER_MULTIPROCESSOR: u32 = 16;
+
+/// Buffers of a step, made once; `[max_rows, width]` row-major, of which a step uses the first rows. Zero at first: what padded rows hold
+/// stays finite.
+pub(super) struct Workspace {
+    /// The residual stream, `[hidden]`.
+    residual: DeviceBuffer<f32>,
+    /// Input of a block's projections, `[hidden]`.
+    normed: DeviceBuffer<bf16>,
+    /// `[q + 2·kv]`
+    qkv: DeviceBuffer<bf16>,
+    /// `[q]`
+    attention_out: DeviceBuffer<bf16>,
+    /// `[2·intermediate]`
+    gate_up: DeviceBuffer<bf16>,
+    /// `[intermediate]`
+    activated: DeviceBuffer<bf16>,
+    /// Between shrink and expand.
+    shrunk: DeviceBuffer<f32>,
+    v_stride: usize,
+    /// Of decode attention.
+    partial: DeviceBuffer<f32>,
+    counters: DeviceBuffer<u32>,
+    /// `[max_logits_rows, vocab]`
+    pub logits: DeviceBuffer<f32>,
+    /// Token ids that the last step chose, by sample.
+    pub chosen: DeviceBuffer<u32>,
+    max_rows: usize,
+    pub max_logits_rows: usize,
+}
+
+/// Sizes that a workspace is made for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WorkspaceSize {
+    pub max_rows: usize,
+    pub max_logits_rows: usize,
+    pub max_lora_rank: usize,
+}
+
+impl Workspace {
+    pub fn new(stream: &Stream, config: &DecoderConfig, shape: &HeadShape, size: WorkspaceSize) -> Result<Self, CudaError> {
+        let WorkspaceSize {
+            max_rows,
+            max_logits_rows,
+            max_lora_rank,
+        } = size;
+        let v_stride = 3 * max_lora_rank;
+        let partial_len = |rows: usize| AttentionDecode::partial_len(shape, rows, splits_for(shape, rows, stream.device()));
+        Ok(Self {
+            residual: DeviceBuffer::zeroed(stream, max_rows * config.hidden_size)?,
+            normed: DeviceBuffer::zeroed(stream, max_rows * config.hidden_size)?,
+            qkv: DeviceBuffer::zeroed(stream, max_rows * shape.qkv_width())?,
+            attention_out: DeviceBuffer::zeroed(stream, max_rows * config.q_size())?,
+            gate_up: DeviceBuffer::zeroed(stream, max_rows * 2 * config.intermediate_size)?,
+            activated: DeviceBuffer::zeroed(stream, max_rows * config.intermediate_size)?,
+            shrunk: DeviceBuffer::zeroed(stream, shrunk_rows(max_rows) * v_stride)?,
+            v_stride,
+            partial: DeviceBuffer::zeroed(stream, (1..=max_rows).map(partial_len).max().unwrap_or(0))?,
+            counters: DeviceBuffer::zeroed(stream, max_rows * shape.num_kv_heads)?,
+            logits: DeviceBuffer::zeroed(stream, max_logits_rows * config.vocab_size)?,
+            chosen: DeviceBuffer::zeroed(stream, max_rows)?,
+            max_rows,
+            max_logits_rows,
+        })
+    }
+}
+
+/// Rows of the shrink's output over all splits, at most.
+fn shrunk_rows(max_rows: usize) -> usize {
+    let few = max_rows.min(MANY_ROWS) * SPLITS_OF_FEW_ROWS;
+    few.max(max_rows * SPLITS_OF_MANY_ROWS)
+}
+
+fn splits_for(shape: &HeadShape, rows: usize, device: &Device) -> usize {
+    AttentionDecode::splits_for(shape, rows, device.num_multiprocessors())
+}
+
+/// K and V of one layer, `[num_blocks, num_kv_heads, block_size, head_dim]` each.
+pub(super) struct LayerKv {
+    pub k: DeviceBuffer<bf16>,
+    pub v: DeviceBuffer<bf16>,
+}
+
+/// What does not change from step to step.
+pub(super) struct Forward<'a> {
+    pub config: &'a DecoderConfig,
+    pub shape: HeadShape,
+    pub kernels: &'a Kernels,
+    pub model: &'a Model,
+    pub kv_cache: &'a [LayerKv],
+    pub cos_sin: &'a DeviceBuffer<[f32; 2]>,
+    pub workspace: &'a Workspace,
+    pub stream: &'a Stream,
+}
+
+/// The step's metadata on the device.
+pub(super) struct StepViews<'a> {
+    pub forward: &'a Staging,
+    pub places: ForwardPlaces,
+    pub block_tables: View<'a, u32>,
+    pub prefill_tiles: View<'a, PrefillTile>,
+}
+
+/// One group's input, and what its deltas are added to.
+struct LoraOperands<'a> {
+    x: View<'a, bf16>,
+    d_in: usize,
+    y: ExpandInto<'a>,
+    d_out: &'a [usize],
+}
+
+impl Forward<'_> {
+    /// Enqueues embedding and layers: afterwards the residual stream holds every row's last hidden state.
+    pub fn layers(&self, gemm: &mut Gemm, step: &StepShape, views: &StepViews<'_>) -> Result<(), CudaError> {
+        let w = self.workspace;
+        debug_assert!(step.rows <= w.max_rows);
+        self.kernels.embedding.launch(
+            self.stream,
+            &EmbeddingArgs {
+                out: w.residual.view(),
+                table: self.model.embedding.view(),
+                token_sources: views.forward.view(views.places.token_sources),
+                chosen: w.chosen.view(),
+                adapters: views.forward.view(views.places.embedding_adapters),
+                rows: step.rows,
+                hidden: self.config.hidden_size,
+            },
+        )?;
+        for (layer_idx, layer) in self.model.layers.iter().enumerate() {
+            self.attention_block(gemm, step, views, layer_idx, layer)?;
+            self.mlp_block(gemm, step, views, layer_idx, layer)?;
+        }
+        Ok(())
+    }
+
+    fn attention_block(&self, gemm: &mut Gemm, step: &StepShape, views: &StepViews<'_>, layer_idx: usize, layer: &Layer) -> Result<(), CudaError> {
+        let (w, config, rows) = (self.workspace, self.config, step.rows);
+        self.norm(&layer.input_norm, rows)?;
+        let widths = [config.q_size(), config.kv_size(), config.kv_size()];
+        self.linear_bf16(gemm, &layer.qkv, w.normed.view(), w.qkv.view(), rows)?;
+        let operands = LoraOperands {
+            x: w.normed.view(),
+            d_in: config.hidden_size,
+            y: ExpandInto::Bf16(w.qkv.view()),
+            d_out: &widths,
+        };
+        self.lora(step, views, Group::Qkv, layer_idx, operands)?;
+        let kv = &self.kv_cache[layer_idx];
+        self.kernels.rope_kv.launch(
+            self.stream,
+            &RopeKvArgs {
+                shape: self.shape,
+                qkv: w.qkv.view(),
+                positions: views.forward.view(views.places.positions),
+                kv_slots: views.forward.view(views.places.kv_slots),
+                cos_sin: self.cos_sin.view(),
+                qk_norm: layer.qk_norm.as_ref().map(|(q, k)| (q.view(), k.view())),
+                k_cache: kv.k.view(),
+                v_cache: kv.v.view(),
+                rows,
+                eps: config.rms_norm_eps,
+            },
+        )?;
+        self.attention(step, views, kv)?;
+        self.linear_add(gemm, &layer.o, w.attention_out.view(), rows)?;
+        let operands = LoraOperands {
+            x: w.attention_out.view(),
+            d_in: config.q_size(),
+            y: ExpandInto::F32(w.residual.view()),
+            d_out: &[config.hidden_size],
+        };
+        self.lora(step, views, Group::O, layer_idx, operands)
+    }
+
+    fn attention(&self, step: &StepShape, views: &StepViews<'_>, kv: &LayerKv) -> Result<(), CudaError> {
+        let w = self.workspace;
+        let scale = 1.0 / (self.shape.head_dim as f32).sqrt();
+        if step.decode_rows > 0 {
+            let args = AttentionDecodeArgs {
+                shape: self.shape,
+                out: w.attention_out.view(),
+                q: w.qkv.view(),
+                q_stride: self.shape.qkv_width(),
+                k_cache: kv.k.view(),
+                v_cache: kv.v.view(),
+                rows: Some(views.forward.view(views.places.decode_rows)),
+                context_lens: views.forward.view(views.places.context_lens),
+                block_table_starts: views.forward.view(views.places.block_table_starts),
+                block_tables: views.block_tables,
+                partial: w.partial.view(),
+                counters: w.counters.view(),
+                sequences: step.decode_rows,
+                max_splits: splits_for(&self.shape, step.decode_rows, self.stream.device()),
+                window: self.config.sliding_window,
+                scale,
+            };
+            self.kernels.attention_decode.launch(self.stream, &args)?;
+        }
+        if step.prefill_tiles > 0 {
+            let args = AttentionPrefillArgs {
+                shape: self.shape,
+                out: w.attention_out.view(),
+                q: w.qkv.view(),
+                q_stride: self.shape.qkv_width(),
+                k_cache: kv.k.view(),
+                v_cache: kv.v.view(),
+                tiles: views.prefill_tiles,
+                block_tables: views.block_tables,
+                window: self.config.sliding_window,
+                scale,
+            };
+            self.kernels.attention_prefill.launch(self.stream, &args)?;
+        }
+        Ok(())
+    }
+
+    fn mlp_block(&self, gemm: &mut Gemm, step: &StepShape, views: &StepViews<'_>, layer_idx: usize, layer: &Layer) -> Result<(), CudaError> {
+        let (w, config, rows) = (self.workspace, self.config, step.rows);
+        let ffn = config.intermediate_size;
+        self.norm(&layer.post_attention_norm, rows)?;
+        self.linear_bf16(gemm, &layer.gate_up, w.normed.view(), w.gate_up.view(), rows)?;
+        let operands = LoraOperands {
+            x: w.normed.view(),
+            d_in: config.hidden_size,
+            y: ExpandInto::Bf16(w.gate_up.view()),
+            d_out: &[ffn, ffn],
+        };
+        self.lora(step, views, Group::GateUp, layer_idx, operands)?;
+        let gate = match config.activation {
+            Activation::Silu => Gate::Silu,
+            Activation::GeluTanh => Gate::GeluTanh,
+        };
+        self.kernels
+            .activation
+            .launch(self.stream, gate, w.gate_up.view(), w.activated.view(), rows, ffn)?;
+        self.linear_add(gemm, &layer.down, w.activated.view(), rows)?;
+        let operands = LoraOperands {
+            x: w.activated.view(),
+            d_in: ffn,
+            y: ExpandInto::F32(w.residual.view()),
+            d_out: &[config.hidden_size],
+        };
+        self.lora(step, views, Group::Down, layer_idx, operands)
+    }
+
+    /// Enqueues the logits of residual rows `rows` into the workspace, with the head's deltas if there are `items` of them.
+    pub fn logits(&self, gemm: &mut Gemm, rows: View<'_, u32>, items: Option<HeadItems<'_>>) -> Result<(), CudaError> {
+        let (w, config) = (self.workspace, self.config);
+        let num_rows = rows.len();
+        self.kernels.rms_norm.launch(
+            self.stream,
+            &RmsNormArgs {
+                residual: w.residual.view(),
+                x: None,
+                weight: self.model.final_norm.view(),
+                y: w.normed.view(),
+                gather: Some(rows),
+                rows: num_rows,
+                eps: config.rms_norm_eps,
+            },
+        )?;
+        let args = self.head_args(super::plan::bucket(num_rows).min(w.max_logits_rows));
+        gemm.launch(self.stream, &args)?;
+        let Some(HeadItems { shrink, expand, counts }) = items else {
+            return Ok(());
+        };
+        let shrunk = self.shrunk(config.hidden_size, num_rows);
+        let most = self.most_blocks();
+        let work = |items, num_items, grid| LoraItems {
+            items,
+            num_items,
+            rows: ItemRows::UpTo64,
+            descriptor_offset: head_descriptor_offset(config),
+            grid,
+        };
+        let shrink_grid = (shrink.len() * shrunk.num_splits) as u32;
+        let shrink = work(shrink, counts.slice(1..2), shrink_grid.min(most));
+        self.kernels
+            .lora
+            .launch_shrink(self.stream, shrink, w.normed.view(), config.hidden_size, shrunk)?;
+        let expand_grid = (expand.len() * Lora::column_tiles(&[config.vocab_size])) as u32;
+        let expand = work(expand, counts.slice(0..1), expand_grid.min(most));
+        let y = ExpandInto::F32(w.logits.view());
+        self.kernels.lora.launch_expand(self.stream, expand, shrunk, y, &[config.vocab_size])
+    }
+
+    /// Picks the algorithms of a step with so many rows, by measuring. The buffers are left with any values, the residual with zeros.
+    pub fn tune(&self, gemm: &mut Gemm, rows: usize) -> Result<(), CudaError> {
+        let (w, layers) = (self.workspace, &self.model.layers);
+        let Some(layer) = layers.first() else { return Ok(()) };
+        let weights = |of: fn(&Layer) -> View<'_, bf16>| layers.iter().map(of).collect::<Vec<_>>();
+        let tune = |gemm: &mut Gemm, args: &GemmArgs<'_>, weights: &[View<'_, bf16>]| gemm.tune(self.stream, args, weights).map(|_| ());
+        let qkv = bf16_args(&layer.qkv, w.normed.view(), w.qkv.view(), rows);
+        tune(gemm, &qkv, &weights(|layer| layer.qkv.weight.view()))?;
+        let o = add_args(&layer.o, w.attention_out.view(), w.residual.view(), rows);
+        tune(gemm, &o, &weights(|layer| layer.o.weight.view()))?;
+        let gate_up = bf16_args(&layer.gate_up, w.normed.view(), w.gate_up.view(), rows);
+        tune(gemm, &gate_up, &weights(|layer| layer.gate_up.weight.view()))?;
+        let down = add_args(&layer.down, w.activated.view(), w.residual.view(), rows);
+        tune(gemm, &down, &weights(|layer| layer.down.weight.view()))?;
+        if rows <= w.max_logits_rows {
+            tune(gemm, &self.head_args(rows), &[self.model.head()])?;
+        }
+        // Sums that were added again and again may have overflowed; padded rows are never written.
+        self.stream.fill_bytes(w.residual.view(), 0)
+    }
+
+    fn head_args(&self, rows: usize) -> GemmArgs<'_> {
+        GemmArgs {
+            x: self.workspace.normed.view(),
+            w: self.model.head(),
+            bias: None,
+            y: GemmOutput::F32(self.workspace.logits.view()),
+            m: rows,
+            n: self.config.vocab_size,
+            k: self.config.hidden_size,
+        }
+    }
+
+    fn norm(&self, weight: &DeviceBuffer<bf16>, rows: usize) -> Result<(), CudaError> {
+        let w = self.workspace;
+        self.kernels.rms_norm.launch(
+            self.stream,
+            &RmsNormArgs {
+                residual: w.residual.view(),
+                x: None,
+                weight: weight.view(),
+                y: w.normed.view(),
+                gather: None,
+                rows,
+                eps: self.config.rms_norm_eps,
+            },
+        )
+    }
+
+    fn linear_bf16(&self, gemm: &mut Gemm, linear: &Linear<bf16>, x: View<'_, bf16>, y: View<'_, bf16>, rows: usize) -> Result<(), CudaError> {
+        gemm.launch(self.stream, &bf16_args(linear, x, y, rows))
+    }
+
+    /// Adds the projection to the residual stream.
+    fn linear_add(&self, gemm: &mut Gemm, linear: &Linear<f32>, x: View<'_, bf16>, rows: usize) -> Result<(), CudaError> {
+        gemm.launch(self.stream, &add_args(linear, x, self.workspace.residual.view(), rows))
+    }
+
+    /// Adds every adapter's deltas of one group of projections.
+    fn lora(&self, step: &StepShape, views: &StepViews<'_>, group: Group, layer: usize, operands: LoraOperands<'_>) -> Result<(), CudaError> {
+        let Some(lora) = step.lora else { return Ok(()) };
+        let shrunk = self.shrunk(operands.d_in, step.rows);
+        let counts = views.forward.view(views.places.counts);
+        let work = |items, count: usize, units: usize| LoraItems {
+            items,
+            num_items: counts.slice(count..count + 1),
+            rows: lora.item_rows(),
+            descriptor_offset: group.descriptor_offset(layer),
+            grid: (units as u32).min(self.most_blocks()),
+        };
+        // Blocks for rank 16 in every row or chunk; higher ranks make them stride.
+        let items = max_items(step.rows, lora);
+        let shrink_units = items * operands.d_out.len() * shrunk.num_splits;
+        let shrink = work(views.forward.view(views.places.shrink_items), 1 + group as usize, shrink_units);
+        self.kernels.lora.launch_shrink(self.stream, shrink, operands.x, operands.d_in, shrunk)?;
+        let expand = work(
+            views.forward.view(views.places.expand_items),
+            0,
+            items * Lora::column_tiles(operands.d_out),
+        );
+        self.kernels.lora.launch_expand(self.stream, expand, shrunk, operands.y, operands.d_out)
+    }
+
+    fn shrunk(&self, d_in: usize, rows: usize) -> Shrunk<'_> {
+        let max_splits = if rows > MANY_ROWS { SPLITS_OF_MANY_ROWS } else { SPLITS_OF_FEW_ROWS };
+        Shrunk {
+            v: self.workspace.shrunk.view(),
+            num_splits: Lora::num_splits(d_in, max_splits),
+            split_rows: rows,
+            v_stride: self.workspace.v_stride,
+        }
+    }
+
+    fn most_blocks(&self) -> u32 {
+        BLOCKS_PER_MULTIPROCESSOR * self.stream.device().num_multiprocessors()
+    }
+}
+
+/// Items of the head's deltas over the sample rows; `counts` are those of the expand and of the shrink.
+pub(super) struct HeadItems<'a> {
+    pub shrink: View<'a, LoraItem>,
+    pub expand: View<'a, LoraItem>,
+    pub counts: View<'a, u32>,
+}
+
+/// Items of a step with so many rows, usually: one a row when decoding, else of 64 rows.
+fn max_items(rows: usize, lora: LoraShape) -> usize {
+    match lora.has_chunks {
+        false => rows,
+        true => rows.div_ceil(64) + 64.min(rows),
+    }
+}
+
+fn bf16_args<'a>(linear: &'a Linear<bf16>, x: View<'a, bf16>, y: View<'a, bf16>, rows: usize) -> GemmArgs<'a> {
+    GemmArgs {
+        x,
+        w: linear.weight.view(),
+        bias: linear.bias.as_ref().map(|bias| GemmBias::Bf16(bias.view())),
+        y: GemmOutput::Bf16(y),
+        m: rows,
+        n: linear.n,
+        k: linear.k,
+    }
+}
+
+fn add_args<'a>(linear: &'a Linear<f32>, x: View<'a, bf16>, y: View<'a, f32>, rows: usize) -> GemmArgs<'a> {
+    GemmArgs {
+        x,
+        w: linear.weight.view(),
+        bias: linear.bias.as_ref().map(|bias| GemmBias::F32(bias.view())),
+        y: GemmOutput::AddF32(y),
+        m: rows,
+        n: linear.n,
+        k: linear.k,
+    }
+}

@@ -1,0 +1,679 @@
+//! The backend on an NVIDIA GPU: the same decoder and the same meaning as on the CPU, in bf16 with f32 sums and an f32 residual stream.
+//!
+//! A step is: metadata written to pinned memory and copied in one go, the layers (a captured graph for decode steps, launches for steps
+//! with chunks), logits and sampling of the sample rows, and the copy of what came of them. Nothing is allocated and nothing waits in
+//! between: [`CudaBackend::launch`] returns while the device works, and the ids that a step chose stay on the device for the next one.
+
+use std::{
+    collections::{HashMap, VecDeque, hash_map::Entry},
+    sync::Arc,
+};
+
+use half::bf16;
+use polylora_kernels::cuda::{
+    CudaError, Device, DeviceBuffer, Event, Graph, Kernels, PinnedBuffer, Stream,
+    attention_decode::AttentionDecode,
+    attention_prefill::AttentionPrefill,
+    gemm::Gemm,
+    rope_kv::HeadShape,
+    sampling::{MAX_TOP, SampleResult, SamplingArgs},
+};
+
+mod adapters;
+mod arena;
+mod forward;
+mod model;
+mod plan;
+mod sampling;
+mod staging;
+
+use adapters::Adapters;
+use forward::{Forward, HeadItems, LayerKv, StepViews, Workspace, WorkspaceSize};
+use model::Model;
+use plan::{ForwardPlaces, LoraWork, StepPlan, StepShape};
+use sampling::{RowResult, SampleWork, needs_logits};
+use staging::{Layout, Staging};
+
+use super::{
+    Backend, BackendError, Capacity, Launched,
+    check::{ModelLimits, check_batch},
+    cpu::KvBudget,
+};
+use crate::{
+    adapter::HostAdapter,
+    batch::{AdapterHandle, ChooseToken, SampleRow, StepBatch, StepOutput},
+    decoder::{DecoderConfig, RopeTables},
+    files::FileSource,
+    weights::{ModelWeights, WeightsError},
+};
+
+/// Steps that may be launched and not collected.
+const MAX_IN_FLIGHT: usize = 2;
+/// Sample rows whose logits are in memory at once.
+const MAX_LOGITS_ROWS: usize = 256;
+
+/// How a [`CudaBackend`] is made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CudaOptions {
+    /// Which device.
+    pub device: usize,
+    /// Part of the device's memory that may be used, weights included.
+    pub mem_fraction: f64,
+    /// How large the KV cache is; `None`: all that the rest leaves of `mem_fraction`.
+    pub kv_cache: Option<KvBudget>,
+    /// Positions per block, a multiple of 16.
+    pub block_size: usize,
+    /// Most rows of one step.
+    pub max_batch_tokens: usize,
+    /// Most positions of a sequence; at most the model's own.
+    pub max_context: usize,
+    /// Most bytes of adapters that batches may name, as the host counts them.
+    pub adapter_bytes: usize,
+    /// Distinct adapters of one step.
+    pub max_adapters_per_batch: usize,
+    /// Largest rank of an adapter's module.
+    pub max_lora_rank: usize,
+    /// Picks GEMM algorithms by measuring them at start; off, cuBLASLt's first proposal is taken.
+    pub tune: bool,
+    /// Captures decode steps in graphs; off, every kernel is launched by itself.
+    pub graphs: bool,
+}
+
+impl Default for CudaOptions {
+    /// Device 0, 90 % of its memory, 2048 rows, 8 GiB of adapters of up to rank 64, 64 of them in a step.
+    fn default() -> Self {
+        Self {
+            device: 0,
+            mem_fraction: 0.9,
+            kv_cache: None,
+            block_size: 16,
+            max_batch_tokens: 2048,
+            max_context: usize::MAX,
+            adapter_bytes: 8 << 30,
+            max_adapters_per_batch: 64,
+            max_lora_rank: 64,
+            tune: true,
+            graphs: true,
+        }
+    }
+}
+
+/// A model that cannot be brought to the device.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// Its files.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The device, its driver, or a shape that the kernels don't cover.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// Not enough memory for at least one block of KV cache.
+    #[error(
+        "{used_bytes} bytes of device memory are taken by weights, buffers and adapters; that leaves no room for the KV cache within \
+         mem_fraction {mem_fraction} of {total_bytes}: raise the fraction, or lower the memory for adapters"
+    )]
+    NoRoom {
+        /// Taken.
+        used_bytes: usize,
+        /// The device's.
+        total_bytes: usize,
+        /// The setting.
+        mem_fraction: f64,
+    },
+    /// A setting out of its range.
+    #[error("{option}: expected {expected}, got {got}")]
+    Option {
+        /// Field of [`CudaOptions`].
+        option: &'static str,
+        /// The range.
+        expected: String,
+        /// What was given.
+        got: String,
+    },
+}
+
+fn device_error(error: CudaError) -> BackendError {
+    BackendError::Device(error.to_string())
+}
+
+/// An NVIDIA GPU as a [`Backend`].
+pub struct CudaBackend {
+    // Dropped in this order: graphs before the modules that their kernels are of.
+    graphs: HashMap<StepShape, Graph>,
+    in_flight: VecDeque<InFlight>,
+    stream: Stream,
+    kernels: Kernels,
+    gemm: Gemm,
+    model: Model,
+    kv_cache: Vec<LayerKv>,
+    cos_sin: DeviceBuffer<[f32; 2]>,
+    workspace: Workspace,
+    adapters: Adapters,
+    forward_staging: Staging,
+    block_staging: Staging,
+    sample_staging: Staging,
+    outputs: Outputs,
+    config: DecoderConfig,
+    shape: HeadShape,
+    capacity: Capacity,
+    limits: ModelLimits,
+    use_graphs: bool,
+    device: Arc<Device>,
+}
+
+/// A step that was launched.
+struct InFlight {
+    slot: usize,
+    samples: Vec<SampleRow>,
+}
+
+/// What came of sample rows: on the device one step's, on the host one set for each step in flight.
+struct Outputs {
+    results: DeviceBuffer<SampleResult>,
+    top_ids: DeviceBuffer<u32>,
+    top_logprobs: DeviceBuffer<f32>,
+    slots: Vec<OutputSlot>,
+    turn: usize,
+}
+
+struct OutputSlot {
+    results: PinnedBuffer<SampleResult>,
+    top_ids: PinnedBuffer<u32>,
+    top_logprobs: PinnedBuffer<f32>,
+    /// Rows that want more than the kernel reports, by sample.
+    logits: HashMap<usize, PinnedBuffer<f32>>,
+    done: Event,
+}
+
+impl Outputs {
+    fn new(device: &Arc<Device>, max_rows: usize) -> Result<Self, CudaError> {
+        let slot = |_| {
+            Ok(OutputSlot {
+                results: PinnedBuffer::zeroed(device, max_rows)?,
+                top_ids: PinnedBuffer::zeroed(device, max_rows * MAX_TOP)?,
+                top_logprobs: PinnedBuffer::zeroed(device, max_rows * MAX_TOP)?,
+                logits: HashMap::new(),
+                done: Event::new(device, false)?,
+            })
+        };
+        Ok(Self {
+            results: DeviceBuffer::uninit(device, max_rows)?,
+            top_ids: DeviceBuffer::uninit(device, max_rows * MAX_TOP)?,
+            top_logprobs: DeviceBuffer::uninit(device, max_rows * MAX_TOP)?,
+            slots: (0..MAX_IN_FLIGHT).map(slot).collect::<Result<_, CudaError>>()?,
+            turn: 0,
+        })
+    }
+}
+
+impl CudaBackend {
+    /// Loads the weights of a model folder.
+    ///
+    /// # Errors
+    /// No device; weights that are missing, damaged or not those of `config`; not enough memory; an option out of its range.
+    pub fn load(files: &FileSource, config: &DecoderConfig, options: &CudaOptions) -> Result<Self, LoadError> {
+        Self::from_weights(&ModelWeights::open(files)?, config, options)
+    }
+
+    /// The same from weights that are open already.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn from_weights(weights: &ModelWeights, config: &DecoderConfig, options: &CudaOptions) -> Result<Self, LoadError> {
+        Self::new(config, options, |stream, _| Model::load(stream, weights, config))
+    }
+
+    /// A model of this shape with random weights, made on the device.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn random(config: &DecoderConfig, seed: u64, options: &CudaOptions) -> Result<Self, LoadError> {
+        Self::new(config, options, |stream, kernels| Model::random(stream, kernels, config, seed))
+    }
+
+    fn new(
+        config: &DecoderConfig,
+        options: &CudaOptions,
+        load_model: impl FnOnce(&Stream, &Kernels) -> Result<Model, LoadError>,
+    ) -> Result<Self, LoadError> {
+        options.check()?;
+        let shape = HeadShape {
+            num_heads: config.num_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            block_size: options.block_size,
+        };
+        AttentionDecode::supports(&shape)?;
+        let device = Device::open(options.device)?;
+        let stream = Stream::new(&device)?;
+        let kernels = Kernels::load(&device)?;
+        let free_at_start = device.free_bytes()?;
+        let model = load_model(&stream, &kernels)?;
+        let gemm = Gemm::new(&device)?;
+        let size = WorkspaceSize {
+            max_rows: plan::bucket(options.max_batch_tokens),
+            max_logits_rows: plan::bucket(options.max_batch_tokens.min(MAX_LOGITS_ROWS)),
+            max_lora_rank: options.max_lora_rank,
+        };
+        let workspace = Workspace::new(&stream, config, &shape, size)?;
+        let adapters = Adapters::new(&device, options.adapter_bytes, options.max_lora_rank)?;
+        let outputs = Outputs::new(&device, size.max_rows)?;
+        let max_shrink_items = size.max_rows * (3 * options.max_lora_rank).div_ceil(16);
+        let forward_bytes = ForwardPlaces::new(size.max_rows, max_shrink_items).1.bytes();
+        let forward_staging = Staging::new(&device, forward_bytes, MAX_IN_FLIGHT)?;
+        let sample_staging = Staging::new(&device, size.max_rows * 128, MAX_IN_FLIGHT)?;
+        let max_context = options.max_context.min(config.max_position_embeddings);
+        let block_staging = Staging::new(&device, max_context.div_ceil(options.block_size) * 4 * 64, MAX_IN_FLIGHT)?;
+
+        let tables = RopeTables::new(config, max_context);
+        let cos_sin: Vec<[f32; 2]> = tables.cos.iter().zip(&tables.sin).map(|(&cos, &sin)| [cos, sin]).collect();
+        let cos_sin = stream.upload(&cos_sin)?;
+
+        let total_bytes = device.info().total_bytes;
+        let used_bytes = total_bytes.saturating_sub(free_at_start) + (free_at_start - device.free_bytes()?);
+        let budget = ((total_bytes as f64 * options.mem_fraction) as usize).saturating_sub(used_bytes);
+        let block_bytes = kv_block_bytes(config, options.block_size);
+        // Slots are u32.
+        let max_blocks = u32::MAX as usize / options.block_size - 1;
+        let num_blocks = match options.kv_cache {
+            Some(KvBudget::Blocks(blocks)) => blocks,
+            Some(KvBudget::Bytes(bytes)) => bytes / block_bytes,
+            None => budget / block_bytes,
+        }
+        .min(max_blocks);
+        if num_blocks == 0 {
+            return Err(LoadError::NoRoom {
+                used_bytes,
+                total_bytes,
+                mem_fraction: options.mem_fraction,
+            });
+        }
+        let cache_len = num_blocks * shape.block_len();
+        let layer_kv = |_| {
+            Ok(LayerKv {
+                k: DeviceBuffer::zeroed(&stream, cache_len)?,
+                v: DeviceBuffer::zeroed(&stream, cache_len)?,
+            })
+        };
+        let kv_cache = (0..config.num_layers).map(layer_kv).collect::<Result<_, CudaError>>()?;
+        stream.synchronize()?;
+        let mut backend = Self {
+            graphs: HashMap::new(),
+            in_flight: VecDeque::new(),
+            kernels,
+            gemm,
+            model,
+            kv_cache,
+            cos_sin,
+            workspace,
+            adapters,
+            forward_staging,
+            block_staging,
+            sample_staging,
+            outputs,
+            config: config.clone(),
+            shape,
+            capacity: Capacity {
+                num_blocks,
+                block_size: options.block_size,
+                max_batch_tokens: options.max_batch_tokens,
+                adapter_bytes: options.adapter_bytes,
+                max_adapters_per_batch: options.max_adapters_per_batch,
+            },
+            limits: ModelLimits {
+                vocab_size: config.vocab_size,
+                max_positions: max_context.min(num_blocks * options.block_size),
+            },
+            use_graphs: options.graphs,
+            stream,
+            device,
+        };
+        if options.tune {
+            backend.tune(size.max_rows)?;
+        }
+        Ok(backend)
+    }
+
+    fn tune(&mut self, max_rows: usize) -> Result<(), CudaError> {
+        let Self {
+            config,
+            shape,
+            kernels,
+            gemm,
+            model,
+            kv_cache,
+            cos_sin,
+            workspace,
+            stream,
+            ..
+        } = self;
+        let forward = Forward {
+            config,
+            shape: *shape,
+            kernels,
+            model,
+            kv_cache,
+            cos_sin,
+            workspace,
+            stream,
+        };
+        let chunks = [512, 1024, 2048, 4096, 8192].into_iter().filter(|&rows| rows <= max_rows);
+        for rows in plan::buckets(max_rows).chain(chunks) {
+            forward.tune(gemm, rows)?;
+        }
+        stream.synchronize()
+    }
+
+    /// `cuda:0 (NVIDIA H100 80GB HBM3)`, for logs.
+    pub fn device_name(&self) -> String {
+        let info = self.device.info();
+        format!("cuda:{} ({})", info.ordinal, info.name)
+    }
+
+    /// Bytes of the base model's weights on the device.
+    pub fn weight_bytes(&self) -> usize {
+        self.model.bytes()
+    }
+
+    /// Enqueues a checked step.
+    fn enqueue(&mut self, batch: &StepBatch) -> Result<InFlight, BackendError> {
+        let plan = StepPlan::new(batch, &self.adapters, &self.config, AttentionPrefill::tile_rows(&self.shape));
+        self.enqueue_layers(batch, &plan).map_err(device_error)?;
+        self.enqueue_samples(batch).map_err(device_error)?;
+        // What `collect` needs of the samples, without their lists.
+        let samples = batch.samples.iter().map(|sample| SampleRow {
+            row: sample.row,
+            request_id: sample.request_id,
+            choose: sample.choose.as_ref().map(|choose| ChooseToken {
+                params: choose.params.clone(),
+                output_position: choose.output_position,
+                token_counts: Vec::new(),
+                forbidden: Vec::new(),
+                mask: None,
+                top_k_logprobs: choose.top_k_logprobs,
+            }),
+            prompt_logprob: sample.prompt_logprob,
+        });
+        Ok(InFlight {
+            slot: self.outputs.turn,
+            samples: samples.collect(),
+        })
+    }
+
+    fn enqueue_layers(&mut self, batch: &StepBatch, plan: &StepPlan) -> Result<(), CudaError> {
+        let (places, layout) = ForwardPlaces::new(plan.shape.rows, plan.lora.shrink_items.len());
+        plan.write(batch, &places, &mut self.forward_staging.begin()?);
+        self.forward_staging.copy(&self.stream, layout.bytes())?;
+
+        let mut layout = Layout::default();
+        let block_tables = layout.place::<u32>(plan.block_tables.len());
+        let prefill_tiles = layout.place(plan.prefill_tiles.len());
+        if layout.bytes() > self.block_staging.capacity() {
+            // Graphs know the old address.
+            self.stream.synchronize()?;
+            self.graphs.clear();
+            self.block_staging.grow(layout.bytes())?;
+        }
+        let mut stage = self.block_staging.begin()?;
+        stage.array(block_tables).copy_from_slice(&plan.block_tables);
+        stage.array(prefill_tiles).copy_from_slice(&plan.prefill_tiles);
+        self.block_staging.copy(&self.stream, layout.bytes())?;
+
+        let Self {
+            graphs,
+            config,
+            shape,
+            kernels,
+            gemm,
+            model,
+            kv_cache,
+            cos_sin,
+            workspace,
+            stream,
+            forward_staging,
+            block_staging,
+            use_graphs,
+            ..
+        } = self;
+        let forward = Forward {
+            config,
+            shape: *shape,
+            kernels,
+            model,
+            kv_cache,
+            cos_sin,
+            workspace,
+            stream,
+        };
+        let views = StepViews {
+            forward: forward_staging,
+            places,
+            block_tables: block_staging.view(block_tables),
+            prefill_tiles: block_staging.view(prefill_tiles),
+        };
+        if !*use_graphs || !plan.shape.is_decode() {
+            return forward.layers(gemm, &plan.shape, &views);
+        }
+        let graph = match graphs.entry(plan.shape) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(stream.capture(|| forward.layers(gemm, &plan.shape, &views))?),
+        };
+        stream.launch_graph(graph)
+    }
+
+    /// Logits and sampling of the sample rows, as many at once as fit, and the copy of the results.
+    fn enqueue_samples(&mut self, batch: &StepBatch) -> Result<(), CudaError> {
+        let (config, num_samples) = (&self.config, batch.samples.len());
+        let work = SampleWork::new(&batch.samples, config.vocab_size);
+        let rows: Vec<u32> = batch.samples.iter().map(|sample| sample.row).collect();
+        let segments = plan::segments_of_samples(&batch.lora_segments, &batch.samples);
+        let rows_at_once = self.workspace.max_logits_rows;
+        // The head's items, by chunk of rows, counted from the chunk's first.
+        let chunks: Vec<(usize, usize)> = (0..num_samples)
+            .step_by(rows_at_once)
+            .map(|first| (first, rows_at_once.min(num_samples - first)))
+            .collect();
+        let head_work: Vec<LoraWork> = chunks
+            .iter()
+            .map(|&(first, count)| {
+                let within = plan::segments_within(&segments, first as u32, count as u32);
+                LoraWork::new(&within, &self.adapters, 64, |resident| [resident.head_rank_tiles, 0, 0, 0])
+            })
+            .collect();
+
+        let mut layout = Layout::default();
+        let places = (
+            layout.place::<u32>(num_samples),
+            layout.place(num_samples),
+            layout.place(work.edits.len()),
+            layout.place::<u32>(work.masks.len()),
+        );
+        let head_places: Vec<_> = head_work
+            .iter()
+            .map(|work| {
+                (
+                    layout.place::<u32>(2),
+                    layout.place(work.expand_items.len()),
+                    layout.place(work.shrink_items.len()),
+                )
+            })
+            .collect();
+        if layout.bytes() > self.sample_staging.capacity() {
+            self.stream.synchronize()?;
+            self.sample_staging.grow(layout.bytes())?;
+        }
+        let mut stage = self.sample_staging.begin()?;
+        stage.array(places.0).copy_from_slice(&rows);
+        stage.array(places.1).copy_from_slice(&work.params);
+        stage.array(places.2).copy_from_slice(&work.edits);
+        stage.array(places.3).copy_from_slice(&work.masks);
+        for (place, work) in head_places.iter().zip(&head_work) {
+            let counts = [work.expand_items.len() as u32, work.num_shrink_items[0]];
+            stage.array(place.0).copy_from_slice(&counts);
+            stage.array(place.1).copy_from_slice(&work.expand_items);
+            stage.array(place.2).copy_from_slice(&work.shrink_items);
+        }
+        self.sample_staging.copy(&self.stream, layout.bytes())?;
+
+        self.outputs.turn = (self.outputs.turn + 1) % self.outputs.slots.len();
+        let staging = &self.sample_staging;
+        for ((&(first, count), head_work), head_place) in chunks.iter().zip(&head_work).zip(&head_places) {
+            let range = first..first + count;
+            let forward = Forward {
+                config,
+                shape: self.shape,
+                kernels: &self.kernels,
+                model: &self.model,
+                kv_cache: &self.kv_cache,
+                cos_sin: &self.cos_sin,
+                workspace: &self.workspace,
+                stream: &self.stream,
+            };
+            let items = (!head_work.expand_items.is_empty()).then(|| HeadItems {
+                counts: staging.view(head_place.0),
+                expand: staging.view(head_place.1),
+                shrink: staging.view(head_place.2),
+            });
+            forward.logits(&mut self.gemm, staging.view(places.0).slice(range.clone()), items)?;
+            let tops = first * MAX_TOP..(first + count) * MAX_TOP;
+            self.kernels.sampling.launch(
+                &self.stream,
+                &SamplingArgs {
+                    logits: self.workspace.logits.view(),
+                    params: staging.view(places.1).slice(range.clone()),
+                    edits: staging.view(places.2),
+                    masks: staging.view(places.3),
+                    results: self.outputs.results.view().slice(range.clone()),
+                    top_ids: self.outputs.top_ids.view().slice(tops.clone()),
+                    top_logprobs: self.outputs.top_logprobs.view().slice(tops),
+                    chosen: self.workspace.chosen.view(),
+                    rows: count,
+                    vocab: config.vocab_size,
+                },
+            )?;
+            let slot = &mut self.outputs.slots[self.outputs.turn];
+            for sample_idx in range.filter(|&sample_idx| needs_logits(&batch.samples[sample_idx])) {
+                let row = (sample_idx - first) * config.vocab_size..(sample_idx - first + 1) * config.vocab_size;
+                let mut to = PinnedBuffer::zeroed(&self.device, config.vocab_size)?;
+                self.stream
+                    .copy_to_pinned(&mut to, 0..config.vocab_size, self.workspace.logits.view().slice(row))?;
+                slot.logits.insert(sample_idx, to);
+            }
+        }
+        let slot = &mut self.outputs.slots[self.outputs.turn];
+        self.stream
+            .copy_to_pinned(&mut slot.results, 0..num_samples, self.outputs.results.view().first(num_samples))?;
+        if work.wants_top {
+            let tops = num_samples * MAX_TOP;
+            self.stream
+                .copy_to_pinned(&mut slot.top_ids, 0..tops, self.outputs.top_ids.view().first(tops))?;
+            self.stream
+                .copy_to_pinned(&mut slot.top_logprobs, 0..tops, self.outputs.top_logprobs.view().first(tops))?;
+        }
+        slot.done.record(&self.stream)
+    }
+}
+
+/// Bytes of one KV block over all layers.
+pub fn kv_block_bytes(config: &DecoderConfig, block_size: usize) -> usize {
+    2 * config.num_layers * config.kv_size() * block_size * size_of::<bf16>()
+}
+
+impl CudaOptions {
+    fn check(&self) -> Result<(), LoadError> {
+        let check = |option, holds: bool, expected: &str, got: String| match holds {
+            true => Ok(()),
+            false => Err(LoadError::Option {
+                option,
+                expected: expected.to_owned(),
+                got,
+            }),
+        };
+        check(
+            "mem_fraction",
+            self.mem_fraction > 0.0 && self.mem_fraction < 1.0,
+            "between 0 and 1",
+            self.mem_fraction.to_string(),
+        )?;
+        let multiple_of_16 = self.block_size > 0 && self.block_size.is_multiple_of(16) && self.block_size <= 1024;
+        check("block_size", multiple_of_16, "a multiple of 16 up to 1024", self.block_size.to_string())?;
+        let rows = self.max_batch_tokens;
+        check("max_batch_tokens", (1..=32768).contains(&rows), "from 1 to 32768", rows.to_string())?;
+        check(
+            "max_lora_rank",
+            (1..=1024).contains(&self.max_lora_rank),
+            "from 1 to 1024",
+            self.max_lora_rank.to_string(),
+        )?;
+        check("max_context", self.max_context > 0, "at least 1", self.max_context.to_string())
+    }
+}
+
+impl Backend for CudaBackend {
+    fn capacity(&self) -> &Capacity {
+        &self.capacity
+    }
+
+    fn begin_upload(&mut self, adapter: &Arc<HostAdapter>) -> Result<AdapterHandle, BackendError> {
+        self.device.bind().map_err(device_error)?;
+        self.adapters.begin_upload(adapter, &self.config, &self.stream)
+    }
+
+    fn poll_upload(&mut self, handle: AdapterHandle) -> Result<bool, BackendError> {
+        self.adapters.poll_upload(handle)
+    }
+
+    fn free_adapter(&mut self, handle: AdapterHandle) {
+        self.adapters.free(handle);
+    }
+
+    fn execute(&mut self, batch: &StepBatch) -> Result<StepOutput, BackendError> {
+        match self.launch(batch)? {
+            Launched::Done(output) => Ok(output),
+            Launched::Running => self.collect(),
+        }
+    }
+
+    fn launch(&mut self, batch: &StepBatch) -> Result<Launched, BackendError> {
+        if self.in_flight.len() >= MAX_IN_FLIGHT {
+            return Err(BackendError::BadBatch(format!("{MAX_IN_FLIGHT} steps are in flight already")));
+        }
+        check_batch(batch, &self.capacity, self.limits, |handle| self.adapters.is_ready(handle))?;
+        if batch.token_ids.is_empty() {
+            return Ok(Launched::Done(StepOutput::default()));
+        }
+        self.device.bind().map_err(device_error)?;
+        let in_flight = self.enqueue(batch)?;
+        self.in_flight.push_back(in_flight);
+        Ok(Launched::Running)
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, BackendError> {
+        let Some(InFlight { slot, samples }) = self.in_flight.pop_front() else {
+            return Err(BackendError::BadBatch("no step is running".to_owned()));
+        };
+        let slot = &mut self.outputs.slots[slot];
+        slot.done.synchronize().map_err(device_error)?;
+        let output = |(index, sample): (usize, &SampleRow)| {
+            let tops = index * MAX_TOP..(index + 1) * MAX_TOP;
+            RowResult {
+                result: slot.results[index],
+                top_ids: &slot.top_ids[tops.clone()],
+                top_logprobs: &slot.top_logprobs[tops],
+                logits: slot.logits.get(&index).map(|logits| &logits[..]),
+            }
+            .output(sample)
+        };
+        let samples = samples.iter().enumerate().map(output).collect();
+        slot.logits.clear();
+        Ok(StepOutput { samples })
+    }
+}
+
+impl Drop for CudaBackend {
+    fn drop(&mut self) {
+        // What is enqueued still reads and writes the buffers. An error has nobody left to hear it.
+        let _ = self.device.bind();
+        let _ = self.device.synchronize();
+    }
+}
