@@ -177,7 +177,10 @@ pub fn unix_seconds(time: SystemTime) -> u64 {
 /// Everything that is served.
 pub fn app(state: AppState) -> Router {
     let limits = state.limits.clone();
-    let routes = routes::router()
+    let (routes, document) = routes::router();
+    let documentation: Router = utoipa_swagger_ui::SwaggerUi::new("/docs").url("/openapi.json", document).into();
+    let routes = routes
+        .merge(documentation.with_state(()))
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(unknown_url)
         .layer(from_fn_with_state(Arc::clone(&state), authenticate))

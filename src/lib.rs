@@ -16,6 +16,7 @@ pub mod hub;
 pub mod logprobs;
 pub mod message_parser;
 pub mod metrics;
+pub mod openapi;
 pub mod prompt;
 pub mod protocol;
 pub mod reasoning;

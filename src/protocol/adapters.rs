@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::error::NativeErrorBody;
+
 /// A request for `/load_lora_adapter`.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -55,6 +57,18 @@ pub struct AdapterResponse {
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(value_type = Option<Object>)]
     pub report: Option<serde_json::Value>,
+}
+
+/// What a failed load or unload answers with: about the adapter, or about the body.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum AdapterFailure {
+    /// The adapter can't be had.
+    #[schema(title = "Adapter")]
+    Adapter(AdapterResponse),
+    /// The body is wrong.
+    #[schema(title = "Body")]
+    Body(NativeErrorBody),
 }
 
 /// A request for `/v1/load_lora_adapter`, in vLLM's form.

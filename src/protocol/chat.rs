@@ -11,10 +11,10 @@ use super::{OneOrMany, StreamOptions, Usage};
 /// A request for `/v1/chat/completions`: OpenAI's fields, then the usual extensions.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-#[schema(example = json!({"model": "polylora-demo:sql", "messages": [{"role": "user", "content": "List 3 countries and their capitals."}]}))]
+#[schema(example = json!({"model": "demo:sql", "messages": [{"role": "user", "content": "List 3 countries and their capitals."}]}))]
 pub struct ChatRequest {
     /// The served base name, `base:adapter`, or an adapter's name.
-    #[schema(example = "polylora-demo:sql")]
+    #[schema(example = "demo:sql")]
     pub model: String,
     /// The conversation.
     #[schema(min_items = 1)]

@@ -11,10 +11,10 @@ use super::{OneOrMany, Prompts, StreamOptions, Usage, chat::ResponseFormat};
 /// A request for `/v1/completions`: OpenAI's fields, then the usual extensions.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-#[schema(example = json!({"model": "polylora-demo", "prompt": "The capital of France is", "max_tokens": 8}))]
+#[schema(example = json!({"model": "demo", "prompt": "The capital of France is", "max_tokens": 8}))]
 pub struct CompletionRequest {
     /// The served base name, `base:adapter`, or an adapter's name.
-    #[schema(example = "polylora-demo")]
+    #[schema(example = "demo")]
     pub model: String,
     /// What to go on with.
     pub prompt: Prompts,

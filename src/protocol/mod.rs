@@ -12,7 +12,9 @@ pub mod chat;
 pub mod completions;
 pub mod generate;
 pub mod models;
+pub mod responses;
 pub mod server;
+pub mod tokenize;
 
 /// One value, or a list of them.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]

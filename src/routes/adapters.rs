@@ -16,8 +16,8 @@ use crate::{
     error::{ApiError, ErrorBody, ErrorDetail},
     extract::{ApiJson, NativeJson},
     protocol::adapters::{
-        AdapterResponse, DynamoList, DynamoLoadRequest, DynamoResponse, LoadAdapterRequest, PinAdapterRequest, UnloadAdapterRequest, VllmLoadRequest,
-        VllmUnloadRequest,
+        AdapterFailure, AdapterResponse, DynamoList, DynamoLoadRequest, DynamoResponse, LoadAdapterRequest, PinAdapterRequest, UnloadAdapterRequest,
+        VllmLoadRequest, VllmUnloadRequest,
     },
 };
 
@@ -85,6 +85,16 @@ fn native_answer(state: &Gateway, result: Result<Option<serde_json::Value>, ApiE
 }
 
 /// `POST /load_lora_adapter`.
+#[utoipa::path(
+    post, path = "/load_lora_adapter", operation_id = "load_lora_adapter", tag = "Adapters", request_body = LoadAdapterRequest,
+    responses(
+        (status = 200, description = "Loaded.", body = AdapterResponse),
+        (status = 400, description = "The adapter or the request is wrong; nothing was registered.",
+            content((AdapterFailure = "application/json"))),
+        (status = 503, description = "No room for another adapter now.", body = AdapterResponse),
+        crate::openapi::NativeAdminErrors,
+    ),
+)]
 pub async fn load(State(state): State<AppState>, NativeJson(request): NativeJson<LoadAdapterRequest>) -> Response {
     let (pinned, replace) = (request.pinned.unwrap_or(false), request.replace.unwrap_or(false));
     let loaded = load_adapter(&state, request.lora_name, request.lora_path, pinned, replace).await;
@@ -93,12 +103,28 @@ pub async fn load(State(state): State<AppState>, NativeJson(request): NativeJson
 }
 
 /// `POST /pin_lora_adapter`.
+#[utoipa::path(
+    post, path = "/pin_lora_adapter", operation_id = "pin_lora_adapter", tag = "Adapters", request_body = PinAdapterRequest,
+    responses(
+        (status = 200, description = "Pinned, or not any more.", body = AdapterResponse),
+        (status = 400, description = "No such adapter, too many pins, or the request is wrong.", content((AdapterFailure = "application/json"))),
+        crate::openapi::NativeAdminErrors,
+    ),
+)]
 pub async fn pin(State(state): State<AppState>, NativeJson(request): NativeJson<PinAdapterRequest>) -> Response {
     let pinned = state.engine.pin_adapter(&request.lora_name, request.pinned);
     native_answer(&state, pinned.map(|()| None).map_err(ApiError::from))
 }
 
 /// `POST /unload_lora_adapter`.
+#[utoipa::path(
+    post, path = "/unload_lora_adapter", operation_id = "unload_lora_adapter", tag = "Adapters", request_body = UnloadAdapterRequest,
+    responses(
+        (status = 200, description = "Unloaded; requests that use it have ended.", body = AdapterResponse),
+        (status = 400, description = "No such adapter, or the request is wrong.", content((AdapterFailure = "application/json"))),
+        crate::openapi::NativeAdminErrors,
+    ),
+)]
 pub async fn unload(State(state): State<AppState>, NativeJson(request): NativeJson<UnloadAdapterRequest>) -> Response {
     let unloaded = unload_adapter(&state, &request.lora_name).await;
     native_answer(&state, unloaded.map(|()| None))
@@ -125,6 +151,10 @@ fn vllm_failure(error: &ApiError) -> Response {
 }
 
 /// `POST /v1/load_lora_adapter`.
+#[utoipa::path(
+    post, path = "/v1/load_lora_adapter", tag = "Adapters", request_body = VllmLoadRequest,
+    responses((status = 200, description = "Loaded.", body = String, content_type = "text/plain"), crate::openapi::LoadErrors),
+)]
 pub async fn vllm_load(State(state): State<AppState>, ApiJson(request): ApiJson<VllmLoadRequest>) -> Result<Response, ApiError> {
     if request.is_3d_lora_weight == Some(true) {
         return Err(ApiError::unsupported(
@@ -150,6 +180,10 @@ pub async fn vllm_load(State(state): State<AppState>, ApiJson(request): ApiJson<
 }
 
 /// `POST /v1/unload_lora_adapter`.
+#[utoipa::path(
+    post, path = "/v1/unload_lora_adapter", tag = "Adapters", request_body = VllmUnloadRequest,
+    responses((status = 200, description = "Unloaded.", body = String, content_type = "text/plain"), crate::openapi::LoadErrors),
+)]
 pub async fn vllm_unload(State(state): State<AppState>, ApiJson(request): ApiJson<VllmUnloadRequest>) -> Response {
     let Some(name) = request.lora_name.filter(|name| !name.is_empty()) else {
         let message = "'lora_name' needs to be provided to unload a LoRA adapter.".to_owned();
@@ -182,6 +216,10 @@ fn dynamo_answer(name: String, message: String) -> Json<DynamoResponse> {
 }
 
 /// `POST /v1/loras`.
+#[utoipa::path(
+    post, path = "/v1/loras", tag = "Adapters", request_body = DynamoLoadRequest,
+    responses((status = 200, description = "Loaded.", body = DynamoResponse), crate::openapi::LoadErrors),
+)]
 pub async fn dynamo_load(State(state): State<AppState>, ApiJson(request): ApiJson<DynamoLoadRequest>) -> Result<Json<DynamoResponse>, ApiError> {
     let uri = request.source.uri;
     let path = uri.strip_prefix("file://").unwrap_or(&uri).to_owned();
@@ -191,6 +229,10 @@ pub async fn dynamo_load(State(state): State<AppState>, ApiJson(request): ApiJso
 }
 
 /// `GET /v1/loras`.
+#[utoipa::path(
+    get, path = "/v1/loras", tag = "Adapters",
+    responses((status = 200, description = "Every adapter.", body = DynamoList), crate::openapi::AdminReadErrors),
+)]
 pub async fn dynamo_list(State(state): State<AppState>) -> Json<DynamoList> {
     let adapters = state.engine.list_adapters();
     let loras: BTreeMap<String, u32> = adapters.iter().map(|info| (info.name.to_string(), dynamo_id(&info.name))).collect();
@@ -202,6 +244,10 @@ pub async fn dynamo_list(State(state): State<AppState>) -> Json<DynamoList> {
 }
 
 /// `DELETE /v1/loras/{name}`.
+#[utoipa::path(
+    delete, path = "/v1/loras/{name}", tag = "Adapters", params(("name" = String, Path, description = "The adapter's name.")),
+    responses((status = 200, description = "Unloaded.", body = DynamoResponse), crate::openapi::LoadErrors),
+)]
 pub async fn dynamo_unload(State(state): State<AppState>, Path(name): Path<String>) -> Result<Json<DynamoResponse>, ApiError> {
     unload_adapter(&state, &name).await?;
     let message = format!("LoRA adapter '{name}' unloaded successfully");

@@ -21,7 +21,7 @@ use crate::{
     message_parser::{MessageParser, MessagePart, message},
     protocol::{
         StreamOptions, Usage,
-        chat::{ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatRequest, ChatResponse, Role, Tool, ToolChoice, ToolChoiceMode},
+        chat::{ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatMessage, ChatRequest, ChatResponse, Role, Tool, ToolChoice, ToolChoiceMode},
     },
     reasoning::ReasoningSplitter,
     stream::{Completed, DONE, Finish, MergedStream, OutputToken, TextEvent, TextOptions, TextStream, collect, sse_event, sse_response},
@@ -29,6 +29,14 @@ use crate::{
 };
 
 /// Answers a conversation.
+#[utoipa::path(
+    post, path = "/v1/chat/completions", tag = "OpenAI", request_body = ChatRequest,
+    responses(
+        (status = 200, description = "The answer; with `stream`, events of `ChatChunk` ended by `[DONE]`.",
+            content((ChatResponse = "application/json"), (ChatChunk = "text/event-stream"))),
+        crate::openapi::GenerationErrors,
+    ),
+)]
 pub async fn chat_completions(State(state): State<AppState>, caller: Caller, ApiJson(request): ApiJson<ChatRequest>) -> Result<Response, ApiError> {
     let streaming = request.stream.unwrap_or(false);
     let options = request.stream_options.clone().unwrap_or_default();
@@ -161,6 +169,22 @@ impl Tools {
             parallel: request.parallel_tool_calls.unwrap_or(true),
         })
     }
+}
+
+/// The text of a conversation without tools.
+pub(super) fn template_text(
+    state: &Gateway,
+    messages: &[ChatMessage],
+    add_generation_prompt: bool,
+    kwargs: Option<&serde_json::Map<String, Value>>,
+) -> Result<String, ApiError> {
+    state.prompt.render_chat(&ChatInput {
+        messages: &template_messages(messages, state.prompt.templates())?,
+        tools: None,
+        add_generation_prompt,
+        continue_final_message: false,
+        kwargs,
+    })
 }
 
 fn prompt_text(state: &Gateway, request: &ChatRequest, tools: &Tools) -> Result<String, ApiError> {

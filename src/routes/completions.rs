@@ -27,6 +27,14 @@ use crate::{
 };
 
 /// Goes on with a text, or with each of several.
+#[utoipa::path(
+    post, path = "/v1/completions", tag = "OpenAI", request_body = CompletionRequest,
+    responses(
+        (status = 200, description = "The answer; with `stream`, events of the same form ended by `[DONE]`.",
+            content((CompletionResponse = "application/json"), (CompletionResponse = "text/event-stream"))),
+        crate::openapi::GenerationErrors,
+    ),
+)]
 pub async fn completions(State(state): State<AppState>, caller: Caller, ApiJson(request): ApiJson<CompletionRequest>) -> Result<Response, ApiError> {
     refuse_unsupported(&request)?;
     let prompts = prompts(&state, &request).await?;

@@ -21,13 +21,21 @@ use crate::{
     prompt::SamplingDefaults,
     protocol::{
         OneOrMany,
-        generate::{GenerateRequest, GenerateResponse, InputIds, MetaInfo, NativeFinishReason, NativeSamplingParams},
+        generate::{GenerateRequest, GenerateResponse, GenerateResponses, InputIds, MetaInfo, NativeFinishReason, NativeSamplingParams},
     },
     routing::Target,
     stream::{DONE, Finish, MergedStream, OutputToken, TextEvent, TextOptions, TextStream, collect, sse_event, sse_response},
 };
 
 /// Generates.
+#[utoipa::path(
+    post, path = "/generate", tag = "Native", request_body = GenerateRequest,
+    responses(
+        (status = 200, description = "An output, or a list of them for a batch or `n` > 1; with `stream`, events with the text so far, ended by `[DONE]`.",
+            content((GenerateResponses = "application/json"), (GenerateResponse = "text/event-stream"))),
+        crate::openapi::NativeGenerationErrors,
+    ),
+)]
 pub async fn generate(
     State(state): State<AppState>,
     caller: Caller,
@@ -70,6 +78,19 @@ pub async fn generate(
         response,
         leases.first().and_then(Option::as_ref).filter(|_| all_alike),
     ))
+}
+
+/// `PUT /generate`: the same.
+#[utoipa::path(
+    put, path = "/generate", tag = "Native", request_body = GenerateRequest,
+    responses(
+        (status = 200, description = "An output, or a list of them for a batch or `n` > 1; with `stream`, events with the text so far, ended by `[DONE]`.",
+            content((GenerateResponses = "application/json"), (GenerateResponse = "text/event-stream"))),
+        crate::openapi::NativeGenerationErrors,
+    ),
+)]
+pub async fn put_generate(state: State<AppState>, caller: Caller, request: NativeJson<GenerateRequest>) -> Result<Response, NativeError> {
+    generate(state, caller, request).await
 }
 
 /// An adapter by its name. An unknown one is a 400 in SGLang's words.

@@ -19,6 +19,11 @@ use crate::{
 };
 
 /// `GET /health`: 200 while the engine is well.
+#[utoipa::path(
+    get, path = "/health", tag = "Server",
+    responses((status = 200, description = "The engine is well."), crate::openapi::ProbeErrors),
+    security(()),
+)]
 pub async fn health(State(state): State<AppState>) -> Result<(), NativeError> {
     if state.engine.stats().healthy {
         Ok(())
@@ -27,7 +32,32 @@ pub async fn health(State(state): State<AppState>) -> Result<(), NativeError> {
     }
 }
 
+/// `GET /ping`: the same, as SageMaker asks.
+#[utoipa::path(
+    get, path = "/ping", tag = "Server",
+    responses((status = 200, description = "The engine is well."), crate::openapi::ProbeErrors),
+    security(()),
+)]
+pub async fn ping(state: State<AppState>) -> Result<(), NativeError> {
+    health(state).await
+}
+
+/// `POST /ping`: the same.
+#[utoipa::path(
+    post, path = "/ping", tag = "Server",
+    responses((status = 200, description = "The engine is well."), crate::openapi::ProbeErrors),
+    security(()),
+)]
+pub async fn post_ping(state: State<AppState>) -> Result<(), NativeError> {
+    health(state).await
+}
+
 /// `GET /health_generate`: 200 once the base model has generated a token.
+#[utoipa::path(
+    get, path = "/health_generate", tag = "Server",
+    responses((status = 200, description = "A token was generated, or the server is busy generating others."), crate::openapi::ProbeErrors),
+    security(()),
+)]
 pub async fn health_generate(State(state): State<AppState>, caller: Caller) -> Result<(), NativeError> {
     let job = Job {
         prompt_tokens: vec![0],
@@ -53,6 +83,11 @@ pub async fn health_generate(State(state): State<AppState>, caller: Caller) -> R
 }
 
 /// `GET /metrics`: Prometheus.
+#[utoipa::path(
+    get, path = "/metrics", tag = "Server",
+    responses((status = 200, description = "Prometheus' text format.", body = String, content_type = "text/plain"), crate::openapi::ProbeErrors),
+    security(()),
+)]
 pub async fn metrics(State(state): State<AppState>) -> Response {
     let text = state.metrics.render(state.engine.as_ref());
     ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response()

@@ -1,15 +1,14 @@
 //! The routes, one file an endpoint.
 
-use axum::{
-    Router,
-    http::HeaderValue,
-    middleware::from_fn,
-    response::Response,
-    routing::{get, post},
-};
+use axum::{Router, http::HeaderValue, middleware::from_fn, response::Response};
 use polylora_engine::AdapterLease;
+use utoipa::{OpenApi as _, openapi::OpenApi};
+use utoipa_axum::{router::OpenApiRouter, routes};
 
-use crate::app::{ADAPTER_HEADER, AppState, admit, require_admin};
+use crate::{
+    app::{ADAPTER_HEADER, AppState, admit, require_admin},
+    openapi::Document,
+};
 
 pub mod adapters;
 pub mod chat_completions;
@@ -17,43 +16,50 @@ pub mod completions;
 pub mod generate;
 pub mod health;
 pub mod models;
+pub mod responses;
 pub mod server;
+pub mod tokenize;
 
-/// Every route.
-pub fn router() -> Router<AppState> {
-    let generating = Router::new()
-        .route("/v1/chat/completions", post(chat_completions::chat_completions))
-        .route("/v1/completions", post(completions::completions))
-        .route("/generate", post(generate::generate).put(generate::generate))
+/// Every route, and the document of all of them.
+pub fn router() -> (Router<AppState>, OpenApi) {
+    let generating = OpenApiRouter::new()
+        .routes(routes!(chat_completions::chat_completions))
+        .routes(routes!(completions::completions))
+        .routes(routes!(responses::responses))
+        .routes(routes!(generate::generate, generate::put_generate))
         .route_layer(from_fn(admit));
-    let admin = Router::new()
-        .route("/load_lora_adapter", post(adapters::load))
-        .route("/unload_lora_adapter", post(adapters::unload))
-        .route("/pin_lora_adapter", post(adapters::pin))
-        .route("/v1/load_lora_adapter", post(adapters::vllm_load))
-        .route("/v1/unload_lora_adapter", post(adapters::vllm_unload))
-        .route("/v1/loras", post(adapters::dynamo_load).get(adapters::dynamo_list))
-        .route("/v1/loras/{name}", axum::routing::delete(adapters::dynamo_unload))
-        .route("/flush_cache", get(server::flush_cache).post(server::flush_cache))
+    let admin = OpenApiRouter::new()
+        .routes(routes!(adapters::load))
+        .routes(routes!(adapters::unload))
+        .routes(routes!(adapters::pin))
+        .routes(routes!(adapters::vllm_load))
+        .routes(routes!(adapters::vllm_unload))
+        .routes(routes!(adapters::dynamo_load, adapters::dynamo_list))
+        .routes(routes!(adapters::dynamo_unload))
+        .routes(routes!(server::flush_cache, server::get_flush_cache))
         .route_layer(from_fn(require_admin));
-    Router::new()
+    OpenApiRouter::with_openapi(Document::openapi())
         .merge(generating)
         .merge(admin)
-        .route("/abort_request", post(server::abort_request))
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*id}", get(models::one))
-        .route("/health", get(health::health))
-        .route("/health_generate", get(health::health_generate))
-        .route("/ping", get(health::health).post(health::health))
-        .route("/metrics", get(health::metrics))
-        .route("/version", get(server::version))
-        .route("/load", get(server::load))
-        .route("/get_load", get(server::load))
-        .route("/v1/loads", get(server::loads))
-        .route("/model_info", get(server::model_info))
-        .route("/get_model_info", get(server::model_info))
-        .route("/server_info", get(server::server_info))
-        .route("/get_server_info", get(server::server_info))
+        .routes(routes!(server::abort_request))
+        .routes(routes!(models::list))
+        .routes(routes!(models::one))
+        .routes(routes!(models::one_of_org))
+        .routes(routes!(tokenize::tokenize))
+        .routes(routes!(tokenize::detokenize))
+        .routes(routes!(health::health))
+        .routes(routes!(health::health_generate))
+        .routes(routes!(health::ping, health::post_ping))
+        .routes(routes!(health::metrics))
+        .routes(routes!(server::version))
+        .routes(routes!(server::load))
+        .routes(routes!(server::get_load))
+        .routes(routes!(server::loads))
+        .routes(routes!(server::model_info))
+        .routes(routes!(server::get_model_info))
+        .routes(routes!(server::server_info))
+        .routes(routes!(server::get_server_info))
+        .split_for_parts()
 }
 
 /// Says which adapter answers.

@@ -54,6 +54,10 @@ fn adapter_card(state: &Gateway, info: AdapterInfo) -> ModelCard {
 }
 
 /// `GET /v1/models`. Base model first: routers read that one.
+#[utoipa::path(
+    get, path = "/v1/models", operation_id = "list_models", tag = "OpenAI",
+    responses((status = 200, description = "The base model's names, then the adapters, last used last.", body = ModelList), crate::openapi::ReadErrors),
+)]
 pub async fn list(State(state): State<AppState>, caller: Caller) -> Json<ModelList> {
     let mut adapters = state.engine.list_adapters();
     adapters.retain(|info| caller.identity.sees_adapter(&info.name));
@@ -65,6 +69,11 @@ pub async fn list(State(state): State<AppState>, caller: Caller) -> Json<ModelLi
 }
 
 /// `GET /v1/models/{id}`: whatever `model` of a request may be.
+#[utoipa::path(
+    get, path = "/v1/models/{id}", operation_id = "retrieve_model", tag = "OpenAI",
+    params(("id" = String, Path, description = "What `model` of a request may be.", example = "sql")),
+    responses((status = 200, description = "About it.", body = ModelCard), crate::openapi::ReadOneErrors),
+)]
 pub async fn one(State(state): State<AppState>, caller: Caller, Path(id): Path<String>) -> Result<Json<ModelCard>, ApiError> {
     let router = state.router(&caller.identity);
     let card = match router.target(&id, None)? {
@@ -75,4 +84,17 @@ pub async fn one(State(state): State<AppState>, caller: Caller, Path(id): Path<S
         },
     };
     Ok(Json(card))
+}
+
+/// `GET /v1/models/{org}/{name}`: the same for a name with a slash.
+#[utoipa::path(
+    get, path = "/v1/models/{org}/{name}", operation_id = "retrieve_model_of_org", tag = "OpenAI",
+    params(
+        ("org" = String, Path, description = "Before the slash."),
+        ("name" = String, Path, description = "After it."),
+    ),
+    responses((status = 200, description = "About it.", body = ModelCard), crate::openapi::ReadOneErrors),
+)]
+pub async fn one_of_org(state: State<AppState>, caller: Caller, Path((org, name)): Path<(String, String)>) -> Result<Json<ModelCard>, ApiError> {
+    one(state, caller, Path(format!("{org}/{name}"))).await
 }

@@ -10,7 +10,7 @@ use axum::{
 
 use crate::{
     app::{AppState, Caller, Gateway},
-    error::{ApiError, NativeError},
+    error::{ApiError, NativeError, NativeErrorBody},
     extract::NativeJson,
     protocol::server::{AbortRequest, AbortResponse, AggregateLoad, EngineLoad, Loads, ModelInfo, ServerInfo, ServerLoad, Version},
 };
@@ -18,11 +18,20 @@ use crate::{
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// `GET /version`.
+#[utoipa::path(
+    get, path = "/version", tag = "Server",
+    responses((status = 200, description = "The server's version.", body = Version), crate::openapi::ReadErrors),
+    security(()),
+)]
 pub async fn version() -> Json<Version> {
     Json(Version { version: VERSION.to_owned() })
 }
 
 /// `GET /load`.
+#[utoipa::path(
+    get, path = "/load", tag = "Server",
+    responses((status = 200, description = "How much there is to do.", body = ServerLoad), crate::openapi::ReadErrors),
+)]
 pub async fn load(State(state): State<AppState>) -> Json<ServerLoad> {
     let stats = state.engine.stats();
     Json(ServerLoad {
@@ -31,6 +40,10 @@ pub async fn load(State(state): State<AppState>) -> Json<ServerLoad> {
 }
 
 /// `GET /v1/loads`.
+#[utoipa::path(
+    get, path = "/v1/loads", tag = "Server",
+    responses((status = 200, description = "How much there is to do, in detail.", body = Loads), crate::openapi::ReadErrors),
+)]
 pub async fn loads(State(state): State<AppState>) -> Json<Loads> {
     let load = engine_load(&state);
     Json(Loads {
@@ -67,6 +80,10 @@ fn engine_load(state: &Gateway) -> EngineLoad {
 }
 
 /// `GET /model_info`.
+#[utoipa::path(
+    get, path = "/model_info", tag = "Server",
+    responses((status = 200, description = "About the model.", body = ModelInfo), crate::openapi::ReadErrors),
+)]
 pub async fn model_info(State(state): State<AppState>) -> Json<ModelInfo> {
     let architecture = &state.engine.describe().architecture;
     Json(ModelInfo {
@@ -83,6 +100,10 @@ pub async fn model_info(State(state): State<AppState>) -> Json<ModelInfo> {
 }
 
 /// `GET /server_info`.
+#[utoipa::path(
+    get, path = "/server_info", tag = "Server",
+    responses((status = 200, description = "About the server.", body = ServerInfo), crate::openapi::ReadErrors),
+)]
 pub async fn server_info(State(state): State<AppState>) -> Json<ServerInfo> {
     let (stats, description) = (state.engine.stats(), state.engine.describe());
     let max_total_tokens = description.num_blocks * description.block_size;
@@ -114,6 +135,14 @@ pub async fn server_info(State(state): State<AppState>) -> Json<ServerInfo> {
 }
 
 /// `POST /flush_cache`: forgets cached prefixes; 400 while requests run.
+#[utoipa::path(
+    post, path = "/flush_cache", tag = "Server",
+    responses(
+        (status = 200, description = "Cached prefixes are forgotten.", body = String, content_type = "text/plain"),
+        (status = 400, description = "Requests run or wait: nothing was done.", body = NativeErrorBody),
+        crate::openapi::NativeAdminErrors,
+    ),
+)]
 pub async fn flush_cache(State(state): State<AppState>) -> Result<Response, NativeError> {
     if state.engine.flush_cache().await {
         Ok("Cache flushed.\n".into_response())
@@ -123,6 +152,10 @@ pub async fn flush_cache(State(state): State<AppState>) -> Result<Response, Nati
 }
 
 /// `POST /abort_request`: ends one request, or all (which is for admins).
+#[utoipa::path(
+    post, path = "/abort_request", tag = "Native", request_body = AbortRequest,
+    responses((status = 200, description = "What was told to end.", body = AbortResponse), crate::openapi::NativeBodyErrors),
+)]
 pub async fn abort_request(
     State(state): State<AppState>,
     caller: Caller,
@@ -139,4 +172,44 @@ pub async fn abort_request(
         })),
         None => Err(ApiError::invalid("rid", "Give rid, or abort_all.").into()),
     }
+}
+
+/// `GET /get_load`: an older name.
+#[utoipa::path(
+    get, path = "/get_load", tag = "Server",
+    responses((status = 200, description = "The same as `/load`, under its older name.", body = ServerLoad), crate::openapi::ReadErrors),
+)]
+pub async fn get_load(state: State<AppState>) -> Json<ServerLoad> {
+    load(state).await
+}
+
+/// `GET /get_model_info`: an older name.
+#[utoipa::path(
+    get, path = "/get_model_info", tag = "Server",
+    responses((status = 200, description = "The same as `/model_info`, under its older name.", body = ModelInfo), crate::openapi::ReadErrors),
+)]
+pub async fn get_model_info(state: State<AppState>) -> Json<ModelInfo> {
+    model_info(state).await
+}
+
+/// `GET /get_server_info`: an older name.
+#[utoipa::path(
+    get, path = "/get_server_info", tag = "Server",
+    responses((status = 200, description = "The same as `/server_info`, under its older name.", body = ServerInfo), crate::openapi::ReadErrors),
+)]
+pub async fn get_server_info(state: State<AppState>) -> Json<ServerInfo> {
+    server_info(state).await
+}
+
+/// `GET /flush_cache`: the same.
+#[utoipa::path(
+    get, path = "/flush_cache", tag = "Server",
+    responses(
+        (status = 200, description = "Cached prefixes are forgotten.", body = String, content_type = "text/plain"),
+        (status = 400, description = "Requests run or wait: nothing was done.", body = NativeErrorBody),
+        crate::openapi::NativeAdminErrors,
+    ),
+)]
+pub async fn get_flush_cache(state: State<AppState>) -> Result<Response, NativeError> {
+    flush_cache(state).await
 }

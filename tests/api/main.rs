@@ -5,6 +5,8 @@ mod chat_completions;
 mod common;
 mod completions;
 mod generate;
+mod openapi;
+mod responses;
 mod server;
 mod structured;
 mod tenants;
