@@ -13,7 +13,8 @@
 //!
 //! Log-probabilities are those of the model: log-softmax of the logits as they came.
 //!
-//! The functions are pure; `scratch` only saves allocations. Nothing sorts the vocabulary: the likeliest few are selected in one pass.
+//! The functions are pure; `scratch` only saves allocations. Nothing sorts the vocabulary: the likeliest few are selected in one pass, and a
+//! nucleus of many is cut by summing weights into buckets.
 
 use crate::{
     batch::{ChooseToken, SampleFailure, SampleOutput, SampleRow},
@@ -26,6 +27,7 @@ pub struct SamplingScratch {
     logits: Vec<f32>,
     weights: Vec<f32>,
     candidates: Vec<Candidate>,
+    buckets: Vec<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -174,26 +176,81 @@ fn draw(logits: &[f32], max: f32, params: &SamplingParams, u: f64, scratch: &mut
     } else {
         let total: f64 = logits.chunks(BLOCK).map(|block| lane_sum(block, weight)).sum();
         let target = f64::from(params.top_p) * total;
-        // Most nuclei are small. One that is not is found by selecting more, at worst all.
-        let mut selected = 64;
-        loop {
-            select_largest(logits, selected, candidates);
-            candidates.iter_mut().for_each(|candidate| candidate.value = weight(candidate.value));
-            if let Some(len) = nucleus_len(candidates, target) {
-                candidates.truncate(len);
-                break;
+        // Most nuclei are small.
+        select_largest(logits, SMALL_NUCLEUS, candidates);
+        candidates.iter_mut().for_each(|candidate| candidate.value = weight(candidate.value));
+        // Shorter than the nucleus, too, if `min_p` ends it before.
+        let ends_here = candidates.len() < SMALL_NUCLEUS || candidates.last().is_some_and(|last| last.value < params.min_p);
+        match nucleus_len(candidates, target) {
+            Some(len) => candidates.truncate(len),
+            None if ends_here => {}
+            None => {
+                scratch.weights.clear();
+                scratch.weights.extend(logits.iter().map(|&logit| weight(logit)));
+                keep_nucleus(logits, max, target, scratch);
+                scratch
+                    .weights
+                    .iter_mut()
+                    .filter(|weight| **weight < params.min_p)
+                    .for_each(|weight| *weight = 0.0);
+                return draw_from_all(&scratch.weights, u);
             }
-            // All are selected; or the nucleus is longer than what `min_p` leaves of it.
-            if selected >= logits.len() || candidates.last().is_some_and(|last| last.value < params.min_p) {
-                break;
-            }
-            selected = selected.saturating_mul(8);
         }
     }
     // The first candidate stays: its weight is 1.
     candidates.truncate(candidates.partition_point(|candidate| candidate.value >= params.min_p));
     candidates.sort_unstable_by_key(|candidate| candidate.token_id);
     draw_from_candidates(candidates, u)
+}
+
+/// A nucleus of at most so many tokens is found by selecting them.
+const SMALL_NUCLEUS: usize = 256;
+
+/// Zeroes `scratch.weights` outside the nucleus, without sorting: weights are summed into buckets by logit, and only the bucket in which the
+/// sum reaches `target` is put in order.
+fn keep_nucleus(logits: &[f32], max: f32, target: f64, scratch: &mut SamplingScratch) {
+    // The bits of a positive float ascend with it; these are sign, exponent and 5 bits more of the distance to the largest logit.
+    const SHIFT: u32 = 18;
+    const NUM_BUCKETS: usize = (f32::INFINITY.to_bits() >> SHIFT) as usize + 1;
+    let SamplingScratch {
+        weights,
+        candidates,
+        buckets,
+        ..
+    } = scratch;
+    let bucket_of = |logit: f32| ((max - logit).to_bits() >> SHIFT) as usize;
+    buckets.clear();
+    buckets.resize(NUM_BUCKETS, 0.0);
+    for (&logit, &weight) in logits.iter().zip(&*weights) {
+        buckets[bucket_of(logit)] += f64::from(weight);
+    }
+    let mut cumulated = 0.0;
+    let reaches = |mass: &f64| {
+        let reaches = cumulated + mass >= target;
+        cumulated += if reaches { 0.0 } else { *mass };
+        reaches
+    };
+    // By rounding the whole sum can miss the target: then every token stays.
+    let Some(last_bucket) = buckets.iter().position(reaches) else { return };
+    candidates.clear();
+    for (token, &logit) in logits.iter().enumerate() {
+        match bucket_of(logit).cmp(&last_bucket) {
+            std::cmp::Ordering::Less => {}
+            std::cmp::Ordering::Equal => candidates.push(Candidate {
+                token_id: token as u32,
+                value: logit,
+            }),
+            std::cmp::Ordering::Greater => weights[token] = 0.0,
+        }
+    }
+    candidates.sort_unstable_by(likelier_first);
+    for candidate in candidates {
+        let weight = &mut weights[candidate.token_id as usize];
+        if cumulated >= target {
+            *weight = 0.0;
+        }
+        cumulated += f64::from(*weight);
+    }
 }
 
 /// How many of the likeliest reach `target`; `None` if all together do not.
@@ -689,13 +746,30 @@ mod tests {
 
     #[test]
     fn a_flat_nucleus_is_found_whole() {
-        // 5000 of 20000 equal tokens: more than the first selections.
+        // 5000 of 20000 equal tokens.
         let params = SamplingParams {
             top_p: 0.25,
             ..Default::default()
         };
         let last = draw(&[0.0; 20_000], 0.0, &params, 1.0 - 1e-12, &mut SamplingScratch::default());
         assert_eq!(last, 4999);
+        // Hundreds of tokens over many buckets, and tokens that can't be.
+        let logits: Vec<f32> = (0..2500u32)
+            .map(|token| match token.wrapping_mul(2_654_435_761) >> 20 {
+                bits if bits % 7 == 0 => f32::NEG_INFINITY,
+                bits => bits as f32 / 1024.0,
+            })
+            .collect();
+        for top_p in [0.5, 0.9, 0.99] {
+            let params = SamplingParams {
+                top_p,
+                min_p: 0.05,
+                ..Default::default()
+            };
+            let num_kept = naive_weights(&logits, &params).iter().filter(|weight| **weight > 0.0).count();
+            assert!(num_kept > SMALL_NUCLEUS, "{num_kept}");
+            check_draws(&logits, &params);
+        }
     }
 
     /// The frequencies over seeds 0..20000 fit the definition: chi-square below the 99.9 % point of its degrees of freedom.
