@@ -60,6 +60,8 @@ struct Block {
     ref_count: u32,
     /// Set once published; cleared when the block is overwritten.
     key: Option<BlockKey>,
+    /// Set while its holder computes what it will publish.
+    promise: Option<BlockKey>,
     /// Its place in `BlockPool::cached`, valid while it is there.
     released_at: u64,
 }
@@ -72,6 +74,7 @@ pub struct BlockPool {
     /// Unreferenced blocks with a key, by the time of their release.
     cached: BTreeMap<u64, BlockId>,
     by_key: HashMap<BlockKey, BlockId>,
+    promised: HashMap<BlockKey, BlockId>,
     releases: u64,
 }
 
@@ -84,6 +87,7 @@ impl BlockPool {
             free: (0..num_blocks).rev().map(BlockId).collect(),
             cached: BTreeMap::new(),
             by_key: HashMap::new(),
+            promised: HashMap::new(),
             releases: 0,
         }
     }
@@ -139,8 +143,28 @@ impl BlockPool {
         Some(block_id)
     }
 
+    /// Notes that the holder of a block is computing what it will publish under `key`, so that others may wait instead of computing it too.
+    /// The promise ends with `publish`, or when the block is released.
+    pub fn promise(&mut self, block_id: BlockId, key: BlockKey) {
+        let block = &mut self.blocks[block_id.0 as usize];
+        assert!(
+            block.ref_count > 0 && block.promise.is_none(),
+            "{block_id:?} is promised once, by its holder"
+        );
+        self.promised.entry(key).or_insert_with(|| {
+            block.promise = Some(key);
+            block_id
+        });
+    }
+
+    /// Whether somebody is computing the block of this key.
+    pub fn is_promised(&self, key: &BlockKey) -> bool {
+        self.promised.contains_key(key)
+    }
+
     /// Lets others share a full, computed block that the caller holds. When another block has the key already, this one stays private.
     pub fn publish(&mut self, block_id: BlockId, key: BlockKey) {
+        self.end_promise(block_id);
         let block = &mut self.blocks[block_id.0 as usize];
         assert!(block.ref_count > 0, "{block_id:?} is published by nobody");
         match block.key {
@@ -162,6 +186,8 @@ impl BlockPool {
         if block.ref_count > 0 {
             return;
         }
+        self.end_promise(block_id);
+        let block = &mut self.blocks[block_id.0 as usize];
         if block.key.is_some() {
             block.released_at = self.releases;
             self.cached.insert(self.releases, block_id);
@@ -209,6 +235,12 @@ impl BlockPool {
         }
         let published = self.blocks.iter().filter(|block| block.key.is_some()).count();
         assert_eq!(published, self.by_key.len(), "published blocks and keys");
+        let promising = self.blocks.iter().filter(|block| block.promise.is_some()).count();
+        assert_eq!(promising, self.promised.len(), "promising blocks and promises");
+        for (key, block_id) in &self.promised {
+            let block = &self.blocks[block_id.0 as usize];
+            assert!(block.promise == Some(*key) && block.ref_count > 0, "promise of {block_id:?}");
+        }
         for (key, block_id) in &self.by_key {
             assert_eq!(self.blocks[block_id.0 as usize].key, Some(*key), "key of {block_id:?}");
         }
@@ -216,6 +248,12 @@ impl BlockPool {
 
     fn block_mut(&mut self, block_id: BlockId) -> &mut Block {
         &mut self.blocks[block_id.0 as usize]
+    }
+
+    fn end_promise(&mut self, block_id: BlockId) {
+        if let Some(key) = self.block_mut(block_id).promise.take() {
+            self.promised.remove(&key);
+        }
     }
 
     fn forget_key(&mut self, block_id: BlockId) {
@@ -305,6 +343,22 @@ mod tests {
         let block_id = pool.try_allocate().expect("free");
         pool.release(block_id);
         pool.release(block_id);
+    }
+
+    #[test]
+    fn a_promise_ends_when_it_is_kept_and_when_it_cannot_be() {
+        let mut pool = BlockPool::new(3);
+        let blocks: Vec<BlockId> = (0..3).map(|_| pool.try_allocate().expect("free")).collect();
+        pool.promise(blocks[0], key(0));
+        pool.promise(blocks[1], key(1));
+        pool.promise(blocks[2], key(0));
+        pool.assert_consistent();
+        pool.publish(blocks[0], key(0));
+        assert!(!pool.is_promised(&key(0)) && pool.is_promised(&key(1)));
+        pool.release(blocks[1]);
+        assert!(!pool.is_promised(&key(1)));
+        pool.release(blocks[2]);
+        pool.assert_consistent();
     }
 
     #[derive(Clone, Debug)]

@@ -130,6 +130,9 @@ pub enum StartError {
 /// After how many admissions a request that others overtake is overdue; see [`FairQueue`](crate::fairness::FairQueue).
 const OVERTAKE_LIMIT: u64 = 1024;
 
+/// Fewer prompt tokens are computed twice rather than waited for: a step's length is not worth them.
+const MIN_AWAITED_TOKENS: usize = 64;
+
 /// The engine over a backend: checks requests, hands them to the engine thread, and knows the adapters by name.
 /// Dropping it ends every request with `ShuttingDown`.
 pub struct LlmEngine {
@@ -171,6 +174,7 @@ impl LlmEngine {
             max_running_requests: config.max_running_requests,
             max_loras_per_batch: config.lora.as_ref().map_or(1, |lora| lora.max_loras_per_batch),
             prefix_caching: config.prefix_caching,
+            min_awaited_tokens: MIN_AWAITED_TOKENS,
             eos_token_ids: description.eos_token_ids.clone(),
             overtake_limit: OVERTAKE_LIMIT,
         });

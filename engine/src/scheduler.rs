@@ -5,7 +5,8 @@
 //! preempted in between are ignored by `commit`.
 //!
 //! **Admission** goes by [`FairQueue`]. A request is admitted when a sequence may still run, its adapter is on the device, and there are
-//! blocks for all of its known tokens; one whose adapter is not there yet is passed over, one that lacks blocks is waited for.
+//! blocks for all of its known tokens; one whose adapter is not there yet is passed over, one that lacks blocks is waited for. One whose
+//! prefix another request is computing just now (`n` answers to one prompt arrive together) is passed over until that is in the cache.
 //! **Turns**: when running sequences have more distinct adapters than a step may have, the adapters whose last turn is longest ago go
 //! first; one that has just been admitted stands at the end of that ring. Base rows are in every step.
 //! **Preemption**: a sequence that needs a block when none is left pushes back the one admitted last (perhaps itself), whose KV is
@@ -24,7 +25,7 @@ use crate::{
     fairness::{FairQueue, FlowKey, Turn},
     request::{FinishReason, RequestError, RequestId, TokenEvent},
     residency::{AdapterResidency, Residency, ResidentAdapter},
-    sequence::{AppendedRows, Sequence},
+    sequence::{AppendedRows, Sequence, Start, StartRules},
 };
 
 /// The limits of a scheduler.
@@ -42,6 +43,8 @@ pub struct SchedulerConfig {
     pub max_loras_per_batch: usize,
     /// Whether prefixes are cached.
     pub prefix_caching: bool,
+    /// A request whose next so many prompt tokens another one is computing just now waits for them.
+    pub min_awaited_tokens: usize,
     /// Tokens that end generation.
     pub eos_token_ids: Vec<u32>,
     /// See [`FairQueue`].
@@ -309,7 +312,7 @@ impl Scheduler {
                     schedule.failed.push((request_id, error));
                     continue;
                 }
-                Admission::AdapterNotReady | Admission::NoRoom => {}
+                Admission::NotYet | Admission::NoRoom => {}
                 Admission::NoBlocks => break,
             }
             if !is_overdue {
@@ -329,11 +332,11 @@ impl Scheduler {
         let mut resident = None;
         if let Some(lease) = self.sequences[&request_id].adapter().cloned() {
             if self.is_draining().is_some_and(|denied| denied != request_id) {
-                return Ok(Admission::AdapterNotReady);
+                return Ok(Admission::NotYet);
             }
             match self.ask(request_id, &lease, residency, schedule)? {
                 Residency::Ready(adapter) => resident = Some(adapter),
-                Residency::Uploading => return Ok(Admission::AdapterNotReady),
+                Residency::Uploading => return Ok(Admission::NotYet),
                 Residency::NoRoom => return Ok(Admission::NoRoom),
                 Residency::Impossible(reason) => {
                     let adapter = lease.name().to_string();
@@ -341,12 +344,21 @@ impl Scheduler {
                 }
             }
         }
-        // One block for each running sequence is left to grow into, or preemptions would follow at once.
-        let reserve = self.running.len();
+        let rules = StartRules {
+            block_size: self.config.block_size,
+            prefix_caching: self.config.prefix_caching,
+            // One block for each running sequence is left to grow into, or preemptions would follow at once.
+            reserve: self.running.len(),
+            min_awaited_tokens: self.config.min_awaited_tokens,
+        };
         let sequence = self.sequences.get_mut(&request_id).expect("a queued request has a sequence");
-        if !sequence.try_start(&mut self.pool, self.config.block_size, self.config.prefix_caching, reserve, resident) {
-            assert!(!self.running.is_empty(), "a request that fits the KV cache alone can start alone");
-            return Ok(Admission::NoBlocks);
+        match sequence.try_start(&mut self.pool, resident, &rules) {
+            Start::Started => {}
+            Start::PrefixInTheMaking => return Ok(Admission::NotYet),
+            Start::TooFewBlocks => {
+                assert!(!self.running.is_empty(), "a request that fits the KV cache alone can start alone");
+                return Ok(Admission::NoBlocks);
+            }
         }
         let num_rows = sequence.num_uncomputed();
         if let Some(version) = sequence.version() {
@@ -611,7 +623,7 @@ impl Scheduler {
 
 enum Admission {
     Admitted { num_rows: usize },
-    AdapterNotReady,
+    NotYet,
     NoRoom,
     NoBlocks,
     Failed(RequestError),
@@ -660,6 +672,7 @@ mod tests {
         max_loras: usize,
         adapter_bytes: usize,
         prefix_caching: bool,
+        min_awaited_tokens: usize,
     }
 
     const ROOMY: Limits = Limits {
@@ -670,6 +683,7 @@ mod tests {
         max_loras: 8,
         adapter_bytes: 1 << 20,
         prefix_caching: true,
+        min_awaited_tokens: 8,
     };
 
     impl Bench {
@@ -681,6 +695,7 @@ mod tests {
                 max_running_requests: limits.max_running,
                 max_loras_per_batch: limits.max_loras,
                 prefix_caching: limits.prefix_caching,
+                min_awaited_tokens: limits.min_awaited_tokens,
                 eos_token_ids: vec![EOS],
                 overtake_limit: 64,
             };
@@ -845,6 +860,40 @@ mod tests {
         }
         bench.scheduler.flush_cache();
         assert_eq!(run(&mut bench, Some(&old)), 0, "not after a flush");
+    }
+
+    #[test]
+    fn a_prompt_asked_for_many_times_at_once_is_computed_once() {
+        let mut bench = Bench::new(ROOMY);
+        let long: Vec<RequestId> = (0..4)
+            .map(|seed| {
+                let mut request = bench.request(prompt(41), 5, None);
+                request.sampling.temperature = 1.0;
+                request.sampling.seed = seed;
+                bench.add(request)
+            })
+            .collect();
+        let rows: Vec<usize> = (0..2).map(|_| bench.step().expect("work").token_ids.len()).collect();
+        assert_eq!(rows, [41, 1 + 3], "the first computes it, the others their last token");
+        bench.run();
+        let cached: Vec<u32> = long.iter().map(|request_id| bench.cached_tokens(*request_id)).collect();
+        assert_eq!(cached, [0, 40, 40, 40]);
+    }
+
+    #[test]
+    fn nobody_waits_for_a_prefix_that_will_not_come() {
+        let mut bench = Bench::new(Limits { token_budget: 16, ..ROOMY });
+        let requests: Vec<RequestId> = (0..2)
+            .map(|_| {
+                let request = bench.request(prompt(41), 5, None);
+                bench.add(request)
+            })
+            .collect();
+        bench.step();
+        assert_eq!(bench.scheduler.num_waiting(), 1);
+        assert!(bench.scheduler.remove(requests[0]));
+        let batch = bench.step().expect("the second goes on by itself");
+        assert_eq!(batch.positions[0], 16, "from what the first had computed before it was cancelled");
     }
 
     #[test]
@@ -1021,8 +1070,9 @@ mod tests {
     #[test]
     fn a_device_too_small_for_all_adapters_serves_each_in_turn() {
         // Room for two of six adapters, and requests that never stop coming for two of them under ever new tenants.
+        // Their lengths differ, so that neither is ever without a running sequence by itself.
         let mut bench = Bench::new(Limits {
-            max_running: 4,
+            max_running: 6,
             adapter_bytes: 200,
             ..ROOMY
         });
@@ -1030,7 +1080,7 @@ mod tests {
         let mut tenant = 0;
         let mut add_hot = |bench: &mut Bench| {
             tenant += 1;
-            let mut request = bench.request(prompt(3), 3, Some(&adapters[tenant % 2]));
+            let mut request = bench.request(prompt(3), 2 + (tenant / 2 % 5) as u32, Some(&adapters[tenant % 2]));
             request.fairness_key = tenant.to_string().into();
             bench.add(request)
         };
@@ -1054,6 +1104,29 @@ mod tests {
         }
     }
 
+    #[test]
+    fn one_step_ahead_wastes_no_row_when_the_end_is_known_and_one_when_it_is_not() {
+        let mut stopped = 0;
+        for first_token in 0..30 {
+            let mut bench = Bench::new(ROOMY);
+            let mut request = bench.request(vec![first_token, 1, 2], 40, None);
+            request.sampling.ignore_eos = false;
+            let expected = expected_events(&request);
+            let request_id = bench.add(request);
+            let mut rows = 0;
+            while !bench.scheduler.sequences.is_empty() || bench.in_flight.is_some() {
+                bench.pipelined_step();
+                rows += bench.in_flight.as_ref().map_or(0, |step| step.batch.token_ids.len());
+            }
+            assert_eq!(bench.events[&request_id], expected);
+            let needed = 3 + tokens(&expected).len() - 1;
+            let is_stopped = tokens(&expected).last() == Some(&EOS) && tokens(&expected).len() < 40;
+            stopped += usize::from(is_stopped);
+            assert_eq!(rows, needed + usize::from(is_stopped));
+        }
+        assert!((1..30).contains(&stopped), "both kinds of end: {stopped}");
+    }
+
     /// Arrivals, cancels, adapters, tiny pools, chunks, slow uploads, evictions; one step after another or one ahead.
     fn random_run(seed: u64) {
         let mut rng = Rng(seed);
@@ -1071,6 +1144,7 @@ mod tests {
             max_loras: 1 + rng.below(3),
             adapter_bytes: 300 + rng.below(600),
             prefix_caching: !rng.one_in(4),
+            min_awaited_tokens: 1 + rng.below(24),
         });
         bench.backend.upload_polls = rng.below(4);
         let is_pipelined = rng.one_in(2);

@@ -143,33 +143,35 @@ impl Sequence {
         self.mask = Some(mask);
     }
 
-    /// Becomes a running sequence: takes what the prefix cache has and blocks for all other known tokens, leaving at least `reserve`
-    /// available. False, and nothing taken, when there are too few. At least one token is left to be computed.
-    pub fn try_start(
-        &mut self,
-        pool: &mut BlockPool,
-        block_size: usize,
-        read_cache: bool,
-        reserve: usize,
-        resident: Option<Arc<ResidentAdapter>>,
-    ) -> bool {
+    /// Becomes a running sequence: takes what the prefix cache has and blocks for all other known tokens. Nothing is taken otherwise.
+    /// At least one token is left to be computed.
+    pub fn try_start(&mut self, pool: &mut BlockPool, resident: Option<Arc<ResidentAdapter>>, rules: &StartRules) -> Start {
+        let block_size = rules.block_size;
         assert!(
             self.blocks.is_empty() && self.num_computed == 0,
             "a waiting sequence holds no blocks and has computed nothing"
         );
-        if read_cache {
+        if rules.prefix_caching {
             let num_readable_blocks = self.max_cached_tokens() / block_size;
-            self.extend_block_keys(num_readable_blocks, block_size);
-            let shared = self.block_keys[..num_readable_blocks].iter().map_while(|key| pool.try_share(key));
-            self.blocks.extend(shared);
+            self.extend_block_keys(self.tokens.len() / block_size, block_size);
+            let readable = &self.block_keys[..num_readable_blocks];
+            self.blocks.extend(readable.iter().map_while(|key| pool.try_share(key)));
+            let num_promised = readable[self.blocks.len()..].iter().take_while(|key| pool.is_promised(key)).count();
+            if num_promised > 0 && num_promised * block_size >= rules.min_awaited_tokens {
+                pool.release_all(self.blocks.drain(..));
+                return Start::PrefixInTheMaking;
+            }
         }
         let num_shared = self.blocks.len();
         let num_missing = self.tokens.len().div_ceil(block_size) - num_shared;
-        if pool.num_available() < num_missing + reserve {
+        if pool.num_available() < num_missing + rules.reserve {
             pool.release_all(self.blocks.drain(..));
-            return false;
+            return Start::TooFewBlocks;
         }
         self.blocks.extend((0..num_missing).map_while(|_| pool.try_allocate()));
+        for (block_id, key) in self.blocks.iter().zip(&self.block_keys).skip(num_shared) {
+            pool.promise(*block_id, *key);
+        }
         self.num_computed = num_shared * block_size;
         self.num_published_blocks = num_shared;
         if !self.started {
@@ -177,7 +179,7 @@ impl Sequence {
         }
         self.resident = resident;
         self.refresh_block_table();
-        true
+        Start::Started
     }
 
     /// Takes the blocks that `num_rows` more rows need. False, and nothing taken, when there are too few.
@@ -378,6 +380,30 @@ impl Sequence {
     fn refresh_block_table(&mut self) {
         self.block_table = self.blocks.iter().map(|block_id| block_id.0).collect();
     }
+}
+
+/// What `try_start` keeps to.
+#[derive(Clone, Copy, Debug)]
+pub struct StartRules {
+    /// Positions per block.
+    pub block_size: usize,
+    /// Whether prefixes are cached.
+    pub prefix_caching: bool,
+    /// Blocks that stay available.
+    pub reserve: usize,
+    /// Prefix tokens that another sequence must be computing just now to be worth waiting for.
+    pub min_awaited_tokens: usize,
+}
+
+/// What came of `try_start`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// It runs.
+    Started,
+    /// Another sequence is computing a prefix of it, which will be in the cache.
+    PrefixInTheMaking,
+    /// Too few blocks are available.
+    TooFewBlocks,
 }
 
 /// Which rows of a step are whose, for `Scheduler::commit`.

@@ -19,8 +19,9 @@ import urllib.parse
 import urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+DEMO = os.path.join(os.path.dirname(os.path.dirname(HERE)), "demo")
 GRAFANA = os.path.join(os.path.dirname(os.path.dirname(HERE)), "grafana")
-ADAPTERS = ["lines", "table", "json", "pirate", "sql", "upper", "flags", "yaml", None]
+ADAPTERS = ["lines", "table", "json", "pirate", "sql", "upper", "flags", "yaml", "guest", None]
 
 
 def query(port, expression):
@@ -41,6 +42,19 @@ def expressions():
     with open(os.path.join(GRAFANA, "rules.yml"), encoding="utf-8") as file:
         for name in re.findall(r"- record: (\S+)", file.read()):
             yield "rules.yml", name
+
+
+def variant(folder, number):
+    """A copy of an adapter with another scaling."""
+    out = os.path.join(folder, f"variant-{number}")
+    shutil.copytree(os.path.join(DEMO, "adapters", "json"), out)
+    path = os.path.join(out, "adapter_config.json")
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    config["lora_alpha"] += number / 16
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(config, file)
+    return out
 
 
 def main():
@@ -65,10 +79,16 @@ def main():
         prometheus = subprocess.Popen([arguments.prometheus, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
                                        f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"])
         try:
-            missing, deadline = list(expressions()), time.monotonic() + 60
+            missing, versions, deadline = list(expressions()), 0, time.monotonic() + 60
             while missing and time.monotonic() < deadline:
-                status, _ = server.post("/generate", {"text": [LIST_3] * len(ADAPTERS), "lora_path": ADAPTERS, "sampling_params": {"max_new_tokens": 32}})
-                assert status == 200
+                # All adapters in one batch, and one that comes and goes: each time another version, which no tier can hold yet.
+                versions += 1
+                calls = [("/load_lora_adapter", {"lora_name": "guest", "lora_path": variant(folder, versions)}),
+                         ("/generate", {"text": [LIST_3] * len(ADAPTERS), "lora_path": ADAPTERS, "sampling_params": {"max_new_tokens": 32}}),
+                         ("/unload_lora_adapter", {"lora_name": "guest"})]
+                for path, body in calls:
+                    status, answer = server.post(path, body)
+                    assert status == 200, answer
                 time.sleep(0.2)                 # a load, not a wait: the loop ends when every query has data
                 try:
                     missing = [(place, expression) for place, expression in missing

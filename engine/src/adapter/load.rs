@@ -1,4 +1,4 @@
-//! Adapter files to [`HostAdapter`](super::HostAdapter)s, checked against the base model.
+//! Adapter files to [`HostAdapter`]s, checked against the base model.
 //!
 //! Everything that a file says is either applied as PEFT applies it or an error that names it. Files are read into memory within a
 //! bound that follows from the configuration and the base model; nothing in them can do worse than an `Err`.

@@ -1,6 +1,6 @@
 //! One suite of cases for every backend, and the means to run sequences on one without an engine.
 //!
-//! For tests: a failed case panics with what disagreed. [`run_all`] wants a backend over [`config`] with [`options`]' capacity or more.
+//! For tests: a failed case panics with what disagreed. [`run_all`] wants a backend over the model of [`config`].
 
 use std::sync::Arc;
 

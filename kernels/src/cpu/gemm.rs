@@ -456,7 +456,7 @@ impl<'a> Ahead<'a> {
     fn prefetch<S: Simd>(&self, s: S, block: usize) {
         if let Some(block) = self.panel.get(block) {
             for line in &block[self.lines.clone()] {
-                s.prefetch(line);
+                s.prefetch(line.as_ptr());
             }
         }
     }

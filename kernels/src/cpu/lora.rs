@@ -183,6 +183,8 @@ fn lora_with<T: LoraElement>(
 
 /// Ranks that a task takes at least.
 const RANK_GROUP: usize = 4;
+/// How far ahead of its arithmetic one row's expand asks for B.
+const RANKS_AHEAD: usize = 8;
 /// Columns that a task takes at least: 16 AVX-512 registers.
 const COLUMN_GROUP: usize = 256;
 
@@ -339,6 +341,10 @@ fn shrink_tile<S: Simd, T: LoraElement, const ROWS: usize, const RANKS: usize>(
             let mut a = [s.splat(0.0); RANKS];
             for (a, blocks) in a.iter_mut().zip(&a_blocks) {
                 *a = T::load(s, &blocks[block][lane..]);
+                if ROWS == 1 {
+                    // A row of A is too short for the hardware to see it coming; the next group of them follows this one.
+                    s.prefetch(blocks[block][lane..].as_ptr().wrapping_add(RANKS * d_in));
+                }
             }
             for row in 0..ROWS {
                 let x = s.load(&x_blocks[row][block][lane..]);
@@ -429,6 +435,10 @@ fn expand_tile<S: Simd, T: LoraElement, const ROWS: usize, const VECTORS: usize>
             let b_row = &b_row[first_column..][..VECTORS * S::LANES];
             for (vector, b) in b.iter_mut().enumerate() {
                 *b = T::load(s, &b_row[vector * S::LANES..]);
+                if ROWS == 1 {
+                    // Columns of a run of ranks lie apart: the hardware doesn't follow.
+                    s.prefetch(b_row[vector * S::LANES..].as_ptr().wrapping_add(RANKS_AHEAD * job.d_out));
+                }
             }
         } else {
             for (vector, b) in b.iter_mut().enumerate() {

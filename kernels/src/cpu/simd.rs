@@ -96,16 +96,16 @@ pub(super) trait Simd: Copy {
     /// The largest lane; any value if one is NaN.
     fn max_lane(self, a: Self::Vector) -> f32;
 
-    /// Asks for a cache line to be brought to the second-level cache.
+    /// Asks for the cache line at `address`, which need not be valid, to be brought to the second-level cache.
     #[inline(always)]
-    fn prefetch(self, line: &[u32; 16]) {
+    fn prefetch<T>(self, address: *const T) {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: every x86-64 has the instruction, and it has no effect but on caches.
+        // SAFETY: every x86-64 has the instruction; it never faults and has no effect but on caches.
         unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.as_ptr().cast());
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast());
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = line;
+        let _ = address;
     }
 
     /// Like `load_bf16`, zeros where there are fewer.
