@@ -5,35 +5,12 @@ mod demo;
 
 use std::{collections::VecDeque, sync::Arc};
 
-use demo::{Case, Limits, ROOMY, adapter_names, assert_nothing_is_held, check, goldens, lease, load_request, random, request, start};
+use demo::{Case, Limits, ROOMY, Zipf, adapter_names, assert_nothing_is_held, check, goldens, lease, load_request, random, request, start};
 use polylora_engine::{InferenceEngine, LlmEngine};
 
 const NUM_NAMES: usize = 10_000;
 const MAX_LOADED: usize = 200;
 const IN_FLIGHT: usize = 48;
-
-/// Names by Zipf's law with exponent 1: name `i` is asked for in proportion to `1 / (i + 1)`.
-struct Zipf(Vec<f64>);
-
-impl Zipf {
-    fn new(num_names: usize) -> Self {
-        let mut sum = 0.0;
-        Self(
-            (1..=num_names)
-                .map(|place| {
-                    sum += 1.0 / place as f64;
-                    sum
-                })
-                .collect(),
-        )
-    }
-
-    fn draw(&self, state: &mut u64) -> usize {
-        let total = self.0[self.0.len() - 1];
-        let point = random(state, 1 << 30) as f64 / (1u64 << 30) as f64 * total;
-        self.0.partition_point(|sum| *sum <= point).min(self.0.len() - 1)
-    }
-}
 
 /// Sends `num_requests` by Zipf's law and checks every answer; gives how many distinct names were asked for.
 fn run(engine: &Arc<LlmEngine>, cases_of: &[Vec<Case>], zipf: &Zipf, state: &mut u64, num_requests: usize) -> usize {

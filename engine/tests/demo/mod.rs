@@ -222,3 +222,26 @@ pub fn assert_nothing_is_held(engine: &LlmEngine) {
     let stats = engine.stats();
     assert_eq!((stats.running, stats.waiting, stats.used_blocks, stats.registry.leases), (0, 0, 0, 0));
 }
+
+/// Names by Zipf's law with exponent 1: name `i` is asked for in proportion to `1 / (i + 1)`.
+pub struct Zipf(Vec<f64>);
+
+impl Zipf {
+    pub fn new(num_names: usize) -> Self {
+        let mut sum = 0.0;
+        Self(
+            (1..=num_names)
+                .map(|place| {
+                    sum += 1.0 / place as f64;
+                    sum
+                })
+                .collect(),
+        )
+    }
+
+    pub fn draw(&self, state: &mut u64) -> usize {
+        let total = self.0[self.0.len() - 1];
+        let point = random(state, 1 << 30) as f64 / (1u64 << 30) as f64 * total;
+        self.0.partition_point(|sum| *sum <= point).min(self.0.len() - 1)
+    }
+}
