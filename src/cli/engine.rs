@@ -18,6 +18,9 @@ use polylora_engine::{
     weights::{Dtype as StoredDtype, ModelWeights},
 };
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use super::bench::BenchArgs;
 use crate::config::{Device, Dtype, EngineSettings, LoraSettings, MemoryBudget};
 
@@ -59,6 +62,10 @@ const CPU_KV_BYTES: u64 = 4 << 30;
 
 /// The engine of `polylora serve`.
 pub(super) fn build(inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine> {
+    #[cfg(feature = "cuda")]
+    if cuda::is_chosen(inputs.settings.device)? {
+        return cuda::start(inputs);
+    }
     refuse_cuda(inputs.settings.device)?;
     let compute = compute_dtype(inputs.dtype, inputs.weights.dtype(&inputs.decoder)?);
     let needs = MemoryNeeds {
@@ -75,6 +82,7 @@ pub(super) fn build(inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine> {
 
 /// The engine of `polylora bench`.
 pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result<BuiltEngine> {
+    #[cfg(not(feature = "cuda"))]
     refuse_cuda(args.device)?;
     let files = args.model_path.clone().map(FileSource::Directory);
     let (weights, decoder) = match &files {
@@ -125,6 +133,10 @@ pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result
         lora,
         base_names: Vec::new(),
     };
+    #[cfg(feature = "cuda")]
+    if cuda::is_chosen(args.device)? {
+        return cuda::start(inputs);
+    }
     match args.mem_fraction_static {
         None => start_on_cpu(inputs, compute, exact),
         Some(_) => build(inputs),

@@ -19,6 +19,8 @@ use polylora_kernels::cuda::{
     sampling::{MAX_TOP, SampleResult, SamplingArgs},
 };
 
+pub use polylora_kernels::cuda::{DeviceInfo, devices};
+
 mod adapters;
 mod arena;
 mod forward;

@@ -1,0 +1,78 @@
+//! The engine on a CUDA device.
+
+use polylora_engine::{
+    adapter::{LoraLimits, PackedDtype},
+    backend::{
+        cpu::KvBudget,
+        cuda::{CudaBackend, CudaOptions, devices},
+    },
+};
+
+use super::{BuiltEngine, DeviceFacts, EngineInputs, StepLimits};
+use crate::config::{Device, MemoryBudget};
+
+/// Sequences at once, unless set.
+const RUNNING_REQUESTS: usize = 256;
+/// Tokens of a step, unless set.
+const CHUNKED_PREFILL: usize = 2048;
+/// Part of the memory for weights, KV cache and adapters, unless set.
+const MEMORY_FRACTION: f64 = 0.85;
+/// Of that, for adapters.
+const ADAPTER_FRACTION: f64 = 0.25;
+/// Largest rank, unless set.
+const MAX_LORA_RANK: u32 = 64;
+
+/// Whether the model goes to a CUDA device: `auto` takes one if there is one, and says why not if there is none.
+pub(super) fn is_chosen(device: Device) -> anyhow::Result<bool> {
+    match device {
+        Device::Cpu => Ok(false),
+        Device::Cuda => Ok(devices().map(|_| true)?),
+        Device::Auto => match devices() {
+            Ok(_) => Ok(true),
+            Err(reason) => {
+                tracing::info!("running on the CPU: {reason}");
+                Ok(false)
+            }
+        },
+    }
+}
+
+pub(super) fn start(mut inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine> {
+    // The device's buffers are made for a largest rank: the registry refuses what is above.
+    if let Some(lora) = &mut inputs.lora {
+        lora.max_lora_rank.get_or_insert(MAX_LORA_RANK);
+    }
+    let (settings, lora) = (inputs.settings, &inputs.lora);
+    let limits = StepLimits::of(settings, RUNNING_REQUESTS, CHUNKED_PREFILL);
+    let adapter_fraction = if lora.is_some() { ADAPTER_FRACTION } else { 0.0 };
+    let total_bytes = devices()?[0].total_bytes as f64;
+    let (mem_fraction, bytes, kv_cache) = match settings.memory {
+        None => (MEMORY_FRACTION, total_bytes * MEMORY_FRACTION, None),
+        // The driver keeps some for itself.
+        Some(MemoryBudget::Fraction(fraction)) => (fraction.min(0.99), total_bytes * fraction, None),
+        Some(MemoryBudget::Bytes(bytes)) => {
+            let kv_bytes = (bytes as f64 * (1.0 - adapter_fraction)) as usize;
+            (MEMORY_FRACTION, bytes as f64, Some(KvBudget::Bytes(kv_bytes)))
+        }
+    };
+    let options = CudaOptions {
+        mem_fraction,
+        kv_cache,
+        block_size: settings.block_size,
+        max_batch_tokens: limits.tokens,
+        max_context: inputs.context_length.unwrap_or(usize::MAX),
+        adapter_bytes: (bytes * adapter_fraction) as usize,
+        max_adapters_per_batch: lora.as_ref().map_or(1, |lora| lora.max_loras_per_batch),
+        max_lora_rank: lora.as_ref().and_then(|lora| lora.max_lora_rank).unwrap_or(1) as usize,
+        ..CudaOptions::default()
+    };
+    let backend = CudaBackend::from_weights(inputs.weights, &inputs.decoder, &options)?;
+    let device = DeviceFacts {
+        name: backend.device_name(),
+        dtype: "bfloat16",
+        weight_bytes: backend.weight_bytes(),
+        limits,
+        lora_limits: LoraLimits::new(PackedDtype::Bf16),
+    };
+    super::start(inputs, Box::new(backend), device)
+}
