@@ -14,7 +14,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def allowed(expression, names):
-    """Evaluates an SPDX expression; `/` is crates.io's old spelling of OR."""
+    """Evaluates an SPDX expression; `/` is Cargo's old spelling of OR."""
     tokens = re.findall(r"\(|\)|[^\s()]+", expression.replace("/", " OR "))
     python, index = [], 0
     while index < len(tokens):
