@@ -1,6 +1,6 @@
 //! Steps of the CUDA backend on the shape of Llama-3.1-8B, random weights and adapters, against the floor of memory bandwidth.
 //!
-//! `cargo bench -p polylora-engine --features cuda --bench cuda [-- FILTER]`
+//! `cargo bench -p polylora-engine --features cuda --bench cuda [-- decode|prefill [BATCH:ADAPTERS]...]`
 //!
 //! Decode: prompts of 128 random tokens, then 128 greedy steps, each launched while the one before it runs, as the engine does. A step's time
 //! is that from one collected output to the next; median, p10 and p90 are printed, and the floor: weights, distinct adapters and the KV of an
@@ -37,7 +37,14 @@ fn llama_8b() -> DecoderConfig {
 }
 
 fn main() {
-    let filter = std::env::args().skip(1).find(|argument| argument != "--bench").unwrap_or_default();
+    let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
+    let filter = arguments.next().unwrap_or_default();
+    let only: Vec<(usize, usize)> = arguments
+        .map(|row| {
+            let (batch, adapters) = row.split_once(':').expect("rows are named BATCH:ADAPTERS");
+            (batch.parse().expect("a number"), adapters.parse().expect("a number"))
+        })
+        .collect();
     let config = llama_8b();
     let options = CudaOptions {
         block_size: BLOCK_SIZE,
@@ -58,7 +65,7 @@ fn main() {
     );
     let mut bench = Bench { backend, config };
     if "decode".contains(&filter) {
-        bench.decode();
+        bench.decode(&only);
     }
     if "prefill".contains(&filter) {
         bench.prefill();
@@ -78,7 +85,7 @@ struct Row {
 }
 
 impl Bench {
-    fn decode(&mut self) {
+    fn decode(&mut self, only: &[(usize, usize)]) {
         println!("decode: batch, adapters: ms a step (p10, p90), floor, share; host time of a launch");
         let same = |batch: usize, adapters: usize, rank: usize| Row {
             batch,
@@ -108,6 +115,7 @@ impl Bench {
             batch: 32,
             ranks: (0..32).map(|adapter| [8, 16, 32, 64][adapter % 4]).collect(),
         });
+        rows.retain(|row| only.is_empty() || only.contains(&(row.batch, row.ranks.len())));
         for row in rows {
             let handles = self.upload(&row.ranks);
             let times = self.decode_steps(row.batch, &handles);

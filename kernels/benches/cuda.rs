@@ -305,7 +305,7 @@ impl Bench {
         let xs: Vec<DeviceBuffer<bf16>> = GROUPS.iter().map(|group| self.random(rows * group.d_in, 3, 1.0)).collect();
         let y16 = self.zeros::<bf16>(rows * 2 * FFN);
         let y32 = self.zeros::<f32>(rows * HIDDEN);
-        let max_splits = if variant == ItemRows::UpTo64 { 4 } else { 14 };
+        let max_splits = if variant == ItemRows::UpTo64 { 8 } else { 14 };
         let one = |group_idx: usize, layer: usize, shrink: bool, widen: bool| -> Result<(), CudaError> {
             let group = &GROUPS[group_idx];
             let shrunk = Shrunk {
@@ -366,6 +366,32 @@ impl Bench {
                     bytes_of_group(group, shrink, widen),
                 );
             }
+        }
+        if variant != ItemRows::Naive {
+            let activated = self.zeros::<bf16>(rows * FFN);
+            let times = self.time_repeats(repeats, || {
+                (0..LAYERS).try_for_each(|layer| {
+                    let work = LoraItems {
+                        items: expand.view(),
+                        num_items: num_expand.view(),
+                        rows: variant,
+                        descriptor_offset: ((layer * GROUPS.len() + 2) * 64) as u32,
+                        grid: ((expand_items.len() * Lora::gated_column_tiles(FFN)) as u32).min(16 * self.device.num_multiprocessors()),
+                    };
+                    let shrunk = Shrunk {
+                        v: v.view(),
+                        num_splits: Lora::num_splits(HIDDEN, max_splits),
+                        split_rows: rows,
+                        v_stride,
+                    };
+                    let buffers = (y16.view(), activated.view());
+                    self.kernels
+                        .lora
+                        .launch_expand_gated(&self.stream, work, shrunk, Gate::Silu, buffers, FFN)
+                })
+            });
+            let bytes = LAYERS * (num_adapters * rank * 2 * 2 * FFN + rows * 3 * FFN * 2);
+            self.report(&format!("  expand gate_up and activation x {LAYERS}"), times, bytes as f64);
         }
         let times = self.time_repeats(repeats, || {
             (0..LAYERS).try_for_each(|layer| (0..GROUPS.len()).try_for_each(|group| one(group, layer, true, true)))

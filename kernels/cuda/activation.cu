@@ -5,13 +5,6 @@
 // Limits  ffn % 8 == 0
 #include "common.cuh"
 
-DEVICE float silu(float x) { return x / (1.f + __expf(-x)); }
-DEVICE float gelu_tanh(float x) {
-  // 0.5 · x · (1 + tanh(u)) = x · sigmoid(2u)
-  const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-  return x / (1.f + __expf(-2.f * u));
-}
-
 template <float (*act)(float)>
 DEVICE void gated(const bf16* gate_up, bf16* y, int64_t num_vectors, int ffn) {
   allow_next_kernel();

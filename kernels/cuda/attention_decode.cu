@@ -3,10 +3,11 @@
 // Shapes  q [rows, q_stride] bf16 (head h at h·D); sequence s has row rows[s], or row s if that is null; k, v [num_blocks, KV, block_size, D] bf16; context_lens [S] (0: the row is left alone);
 //         block_table_starts [S], block_tables: block of positions p of sequence s is block_tables[starts[s] + p / block_size];
 //         out [rows, H·D] bf16; partial [S, H, max_splits, D + 2] f32 and counters [S, KV] u32 (all 0, left 0) when max_splits > 1
-// Launch  grid (KV, S, max_splits), block 128: a block serves the H/KV query heads that share a K/V head and one split of the positions; the last
-//         block of a (sequence, K/V head) to finish merges the splits, in their order
+// Launch  grid (KV, S, max_splits), block 128 or 256, dynamic shared 4·warps·heads·(D + 6) bytes with heads 8 or 16: a block serves the H/KV
+//         query heads that share a K/V head and one split of the positions; the last block of a (sequence, K/V head) to finish merges the
+//         splits, in their order
 // Cost    bytes 4·KV·D·Σ len, flops 4·H·D·Σ len: bandwidth is the roof
-// Limits  D in {64, 96, 128, 256}; H/KV <= 16; block_size % 16 == 0
+// Limits  D in {64, 96, 128, 256}; H/KV <= 16; block_size a power of two, at least 16
 // Variants heads8 for H/KV <= 8 (half of the registers), heads16
 #include "common.cuh"
 
@@ -24,23 +25,27 @@ struct DecodeArgs {
   int q_stride;
   int num_heads;
   int num_kv_heads;
-  int block_size;
+  int block_shift;  // log2 of the positions of a block
   int max_splits;
   int min_split;  // positions below which a split is not worth its merge; % 64 == 0
   int window;     // 0: none
   float scale;
 };
 
-// Each of 4 warps takes groups of 16 positions in turn: 16 x 16 scores by K fragments that come straight from memory (permuted k), then
+// Each warp takes groups of 16 positions in turn: 16 x 16 scores by K fragments that come straight from memory (permuted k), then
 // probabilities as the left operand against V, whose rows are loaded 16 bytes wide and transposed in registers. Nothing passes through shared
-// memory until the four warps' results are merged.
+// memory until the warps' results are merged.
 template <int D, bool heads8>
 DEVICE void decode(const DecodeArgs& p) {
   constexpr int CHUNKS = D / 32;
   constexpr int ROWS = heads8 ? 8 : 16;
-  __shared__ float shared_o[ROWS][D + 4];
-  __shared__ float shared_max[4][ROWS], shared_sum[4][ROWS];
+  constexpr int STRIDE = D + 4;
+  constexpr bool V_LATER = D > 128;  // K and V together would not fit the registers
+  DYNAMIC_SHARED(float, shared);  // [warp][ROWS][STRIDE], then maxima and sums [warp][ROWS]
   __shared__ bool is_last;
+  const int num_warps = blockDim.x / 32;
+  float* shared_max = shared + num_warps * ROWS * STRIDE;
+  float* shared_sum = shared_max + num_warps * ROWS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int kv_head = blockIdx.x, sequence = blockIdx.y, split = blockIdx.z;
   const int group = p.num_heads / p.num_kv_heads;
@@ -55,30 +60,60 @@ DEVICE void decode(const DecodeArgs& p) {
   const int begin = first + split * per_split;
   const int end = min(len, begin + per_split);
   allow_next_kernel();
-  wait_for_previous_kernel();
-  if (begin >= end) return;
-
-  uint4 q_low[CHUNKS], q_high[CHUNKS];
-#pragma unroll
-  for (int c = 0; c < CHUNKS; c++) {
-    const bf16* q = p.q + row_of_batch * p.q_stride + (int64_t)kv_head * group * D + c * 32 + t * 8;
-    q_low[c] = g < group ? load_16(q + g * D) : zero_16();
-    q_high[c] = !heads8 && g + 8 < group ? load_16(q + (g + 8) * D) : zero_16();
+  if (begin >= end) {
+    wait_for_previous_kernel();
+    return;
   }
+  // The block ids of the warp's next 32 groups, one a lane, so that no group waits for its own.
+  const int step = num_warps * 16;
+  auto block_of = [&](int position) { return position < end ? block_table[position >> p.block_shift] : 0; };
+  uint32_t blocks = block_of(begin + warp * 16 + lane * step);
+  const int own = len - 1;
   const float scale_log2 = p.scale * 1.4426950408889634f;
+  uint4 q_low[CHUNKS], q_high[CHUNKS];
   float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {};
   float o[CHUNKS][4][4] = {};
-  for (int position = begin + warp * 16; position < end; position += 64) {
-    const uint32_t block = block_table[position / p.block_size];
-    const int64_t base = (((int64_t)block * p.num_kv_heads + kv_head) * p.block_size + position % p.block_size) * D;
+  bool waited = false;
+  int turn = 0;
+  for (int position = begin + warp * 16; position < end; position += step, turn++) {
+    if (turn == 32) {
+      turn = 0;
+      blocks = block_of(position + lane * step);
+    }
+    const uint32_t block = __shfl_sync(0xffffffffu, blocks, turn);
+    const int64_t offset = ((((int64_t)block * p.num_kv_heads + kv_head) << p.block_shift) + (position & ((1 << p.block_shift) - 1)) + g) * D + t * 8;
+    // The cache has held every position but the step's own since earlier steps: the first group is asked for while the kernel before this one
+    // still runs. The own position is read afterwards, past a cache that may hold what was there before.
     uint4 keys[2][CHUNKS], values[2][CHUNKS];
 #pragma unroll
     for (int n = 0; n < 2; n++) {
-      const bool valid = position + n * 8 + g < end;
+      const bool valid = position + n * 8 + g < min(end, own);
 #pragma unroll
-      for (int c = 0; c < CHUNKS; c++) keys[n][c] = valid ? load_stream_16(p.k + base + (int64_t)(n * 8 + g) * D + c * 32 + t * 8) : zero_16();
+      for (int c = 0; c < CHUNKS; c++) keys[n][c] = valid ? load_stream_16(p.k + offset + n * 8 * D + c * 32) : zero_16();
 #pragma unroll
-      for (int c = 0; c < CHUNKS; c++) values[n][c] = valid ? load_stream_16(p.v + base + (int64_t)(n * 8 + g) * D + c * 32 + t * 8) : zero_16();
+      for (int c = 0; c < CHUNKS; c++) {
+        if (!V_LATER) values[n][c] = valid ? load_stream_16(p.v + offset + n * 8 * D + c * 32) : zero_16();
+      }
+    }
+    if (!waited) {
+      waited = true;
+      wait_for_previous_kernel();
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) {
+        const bf16* q = p.q + row_of_batch * p.q_stride + (int64_t)kv_head * group * D + c * 32 + t * 8;
+        q_low[c] = g < group ? load_16(q + g * D) : zero_16();
+        q_high[c] = !heads8 && g + 8 < group ? load_16(q + (g + 8) * D) : zero_16();
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      if (position + n * 8 + g == own) {
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+          keys[n][c] = load_fresh_16(p.k + offset + n * 8 * D + c * 32);
+          if (!V_LATER) values[n][c] = load_fresh_16(p.v + offset + n * 8 * D + c * 32);
+        }
+      }
     }
     float s[2][4] = {};
 #pragma unroll
@@ -103,12 +138,12 @@ DEVICE void decode(const DecodeArgs& p) {
       peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 1));
       peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 2));
       const float reference = peak == -INFINITY ? 0.f : peak;
-      const float keep = exp2f(row_max[half] - reference);
+      const float keep = exp2_fast(row_max[half] - reference);
       row_max[half] = peak;
       float sum = 0.f;
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        x[i] = exp2f(x[i] - reference);
+        x[i] = exp2_fast(x[i] - reference);
         sum += x[i];
       }
       row_sum[half] = row_sum[half] * keep + sum;
@@ -123,6 +158,14 @@ DEVICE void decode(const DecodeArgs& p) {
         }
       }
     }
+    if (V_LATER) {
+#pragma unroll
+      for (int n = 0; n < 2; n++) {
+        const int at = position + n * 8 + g;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) values[n][c] = at < end ? load_fresh_16(p.v + offset + n * 8 * D + c * 32) : zero_16();
+      }
+    }
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
       const uint32_t low[4] = {values[0][c].x, values[0][c].y, values[0][c].z, values[0][c].w};
@@ -132,48 +175,39 @@ DEVICE void decode(const DecodeArgs& p) {
     }
   }
 
-  // Merge of the four warps, in their order.
+  if (!waited) wait_for_previous_kernel();
+
+  // Merge of the warps, in their order.
 #pragma unroll
   for (int half = 0; half < (heads8 ? 1 : 2); half++) {
+    const int row = half * 8 + g;
     row_sum[half] += __shfl_xor_sync(0xffffffffu, row_sum[half], 1);
     row_sum[half] += __shfl_xor_sync(0xffffffffu, row_sum[half], 2);
     if (t == 0) {
-      shared_max[warp][half * 8 + g] = row_max[half];
-      shared_sum[warp][half * 8 + g] = row_sum[half];
+      shared_max[warp * ROWS + row] = row_max[half];
+      shared_sum[warp * ROWS + row] = row_sum[half];
+    }
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+      float4* to = reinterpret_cast<float4*>(shared + (warp * ROWS + row) * STRIDE + c * 32 + t * 8);
+      to[0] = make_float4(o[c][0][2 * half], o[c][0][2 * half + 1], o[c][1][2 * half], o[c][1][2 * half + 1]);
+      to[1] = make_float4(o[c][2][2 * half], o[c][2][2 * half + 1], o[c][3][2 * half], o[c][3][2 * half + 1]);
     }
   }
   __syncthreads();
-#pragma unroll
-  for (int w = 0; w < 4; w++) {
-    if (warp == w) {
-#pragma unroll
-      for (int half = 0; half < (heads8 ? 1 : 2); half++) {
-        const int row = half * 8 + g;
-        const float peak = fmaxf(fmaxf(shared_max[0][row], shared_max[1][row]), fmaxf(shared_max[2][row], shared_max[3][row]));
-        const float factor = row_max[half] == -INFINITY ? 0.f : exp2f(row_max[half] - peak);
-#pragma unroll
-        for (int c = 0; c < CHUNKS; c++) {
-#pragma unroll
-          for (int i = 0; i < 8; i++) {
-            float* cell = &shared_o[row][c * 32 + t * 8 + i];
-            const float value = o[c][i / 2][2 * half + i % 2] * factor;
-            *cell = w == 0 ? value : *cell + value;
-          }
-        }
-      }
-    }
-    __syncthreads();
-  }
-
   float* partial = p.partial + ((int64_t)sequence * p.num_heads + (int64_t)kv_head * group) * p.max_splits * (D + 2);
-  for (int i = threadIdx.x; i < group * (D / 2); i += 128) {
+  for (int i = threadIdx.x; i < group * (D / 2); i += blockDim.x) {
     const int row = i / (D / 2), column = i % (D / 2) * 2;
-    float peak = -INFINITY, sum = 0.f;
-#pragma unroll
-    for (int w = 0; w < 4; w++) peak = fmaxf(peak, shared_max[w][row]);
-#pragma unroll
-    for (int w = 0; w < 4; w++) sum += shared_max[w][row] == -INFINITY ? 0.f : shared_sum[w][row] * exp2f(shared_max[w][row] - peak);
-    const float a = shared_o[row][column], b = shared_o[row][column + 1];
+    float peak = -INFINITY, sum = 0.f, a = 0.f, b = 0.f;
+    for (int w = 0; w < num_warps; w++) peak = fmaxf(peak, shared_max[w * ROWS + row]);
+    for (int w = 0; w < num_warps; w++) {
+      const float warp_max = shared_max[w * ROWS + row];
+      const float factor = warp_max == -INFINITY ? 0.f : exp2_fast(warp_max - peak);
+      const float2 value = *reinterpret_cast<const float2*>(shared + (w * ROWS + row) * STRIDE + column);
+      sum += factor * shared_sum[w * ROWS + row];
+      a += factor * value.x;
+      b += factor * value.y;
+    }
     if (num_splits == 1) {
       *reinterpret_cast<uint32_t*>(p.out + (row_of_batch * p.num_heads + kv_head * group + row) * D + column) = pack_bf16(a / sum, b / sum);
     } else {
@@ -191,7 +225,7 @@ DEVICE void decode(const DecodeArgs& p) {
   if (!is_last) return;
   __threadfence();
   if (threadIdx.x == 0) p.counters[(int64_t)sequence * p.num_kv_heads + kv_head] = 0;
-  for (int i = threadIdx.x; i < group * (D / 2); i += 128) {
+  for (int i = threadIdx.x; i < group * (D / 2); i += blockDim.x) {
     const int row = i / (D / 2), column = i % (D / 2) * 2;
     const volatile float* from = partial + (int64_t)row * p.max_splits * (D + 2);
     float peak = -INFINITY;
@@ -199,7 +233,7 @@ DEVICE void decode(const DecodeArgs& p) {
     float sum = 0.f, a = 0.f, b = 0.f;
     for (int s = 0; s < num_splits; s++) {
       const float split_max = from[s * (D + 2) + D];
-      const float factor = split_max == -INFINITY ? 0.f : exp2f(split_max - peak);
+      const float factor = split_max == -INFINITY ? 0.f : exp2_fast(split_max - peak);
       sum += factor * from[s * (D + 2) + D + 1];
       a += factor * from[s * (D + 2) + column];
       b += factor * from[s * (D + 2) + column + 1];
@@ -208,10 +242,11 @@ DEVICE void decode(const DecodeArgs& p) {
   }
 }
 
-#define DECODE_KERNEL(D)                                                                                                            \
-  KERNEL __launch_bounds__(128) attention_decode_d##D##_heads8(const __grid_constant__ DecodeArgs args) { decode<D, true>(args); } \
-  KERNEL __launch_bounds__(128) attention_decode_d##D##_heads16(const __grid_constant__ DecodeArgs args) { decode<D, false>(args); }
-DECODE_KERNEL(64)
-DECODE_KERNEL(96)
-DECODE_KERNEL(128)
-DECODE_KERNEL(256)
+// MOST_THREADS bounds the registers: 384 leave 168 a thread, so that three blocks of 4 warps fit a multiprocessor.
+#define DECODE_KERNEL(D, MOST_THREADS)                                                                                                         \
+  KERNEL __launch_bounds__(MOST_THREADS) attention_decode_d##D##_heads8(const __grid_constant__ DecodeArgs args) { decode<D, true>(args); } \
+  KERNEL __launch_bounds__(MOST_THREADS) attention_decode_d##D##_heads16(const __grid_constant__ DecodeArgs args) { decode<D, false>(args); }
+DECODE_KERNEL(64, 384)
+DECODE_KERNEL(96, 384)
+DECODE_KERNEL(128, 384)
+DECODE_KERNEL(256, 256)

@@ -24,7 +24,7 @@ typedef __nv_bfloat16 bf16;
 
 // d += a · b.
 DEVICE void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -33,7 +33,7 @@ DEVICE void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
 // Transposes an 8x8 matrix of 16-bit values held as (row g, cols 2t..2t+1).
 DEVICE uint32_t transpose_8x8(uint32_t x) {
   uint32_t y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
 }
 
@@ -63,6 +63,20 @@ DEVICE uint4 load_stream_16(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
+}
+
+// 16 bytes past L1: what another kernel may have written while this one already ran.
+DEVICE uint4 load_fresh_16(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+
+// 2^x in one instruction; results below the least normal number are 0.
+DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // Programmatic dependent launch (sm_90): a kernel starts while the one before it still runs. Everything before `wait_for_previous_kernel`
@@ -110,6 +124,14 @@ DEVICE float block_sum(float x, float* shared) {
 #pragma unroll
   for (int w = 0; w < num_warps; w++) total += shared[w];
   return total;
+}
+
+// Activations of the gated MLP.
+DEVICE float silu(float x) { return x / (1.f + __expf(-x)); }
+DEVICE float gelu_tanh(float x) {
+  // 0.5 · x · (1 + tanh(u)) = x · sigmoid(2u)
+  const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+  return x / (1.f + __expf(-2.f * u));
 }
 
 // What one adapter has for one group of projections that share their input (q, k, v; o; gate, up; down; lm_head) in one layer.

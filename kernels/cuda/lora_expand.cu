@@ -7,6 +7,8 @@
 //         bandwidth is the roof for few rows; for many, reading and writing y is
 // Limits  d_out of each slice % 8 == 0; y_stride % 8 == 0
 // Variants naive: one thread an output; rows8: items of up to 8 rows (decode); rows64: of up to 64 rows (prefill)
+// Gated    y[t,j] = act(gate[t,j] + Δgate) · (up[t,j] + Δup): the expand of gate and up and the activation in one pass, so that the widest
+//          rows of the model are read once and never written back. Its items cover every row; base rows have descriptors 0. Column tiles of 256
 #include "common.cuh"
 
 // Slices of y: d_out of each (0 past the last) and the first column tile of each.
@@ -160,9 +162,137 @@ DEVICE void expand(Y* y, const ExpandArgs& args) {
 }
 
 KERNEL __launch_bounds__(128) lora_expand_rows8_bf16(bf16* y, const __grid_constant__ ExpandArgs args) { expand<bf16, true>(y, args); }
-KERNEL __launch_bounds__(128) lora_expand_rows8_f32(float* y, const __grid_constant__ ExpandArgs args) { expand<float, true>(y, args); }
+KERNEL __launch_bounds__(128, 3) lora_expand_rows8_f32(float* y, const __grid_constant__ ExpandArgs args) { expand<float, true>(y, args); }
 KERNEL __launch_bounds__(128) lora_expand_rows64_bf16(bf16* y, const __grid_constant__ ExpandArgs args) { expand<bf16, false>(y, args); }
 KERNEL __launch_bounds__(128) lora_expand_rows64_f32(float* y, const __grid_constant__ ExpandArgs args) { expand<float, false>(y, args); }
+
+// As `expand`, but a warp owns 64 columns of gate and the same 64 of up.
+template <bool rows8, float (*act)(float)>
+DEVICE void expand_gated(const bf16* gate_up, bf16* y, const ExpandArgs& args) {
+  constexpr int HALVES = rows8 ? 1 : 2;
+  __shared__ uint32_t v_shared[2][rows8 ? 8 : 64][8 + 1];  // 16 ranks of each row of gate and of up, as pairs of bf16
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int ffn = args.slices.d_out[0];
+  allow_next_kernel();
+  bool waited = false;
+  const int total = (int)*args.num_items * args.slices.num_tiles;
+  for (int work = blockIdx.x; work < total; work += gridDim.x) {
+    const LoraItem item = args.items[work / args.slices.num_tiles];
+    const int column0 = work % args.slices.num_tiles * 256 + warp * 64 + t * 8;
+    int ranks[2] = {0, 0};
+    const bf16* b_t[2] = {nullptr, nullptr};
+    float scaling[2] = {0.f, 0.f};
+    if (item.descriptors != 0) {
+      const LoraDescriptor* d = reinterpret_cast<const LoraDescriptor*>(item.descriptors + args.descriptor_offset);
+#pragma unroll
+      for (int slice = 0; slice < 2; slice++) {
+        ranks[slice] = d->lora_rank[slice];
+        b_t[slice] = d->b_t[slice];
+        scaling[slice] = d->scaling[slice];
+      }
+    }
+    const int max_rank = max(ranks[0], ranks[1]);
+    const bool one_chunk = max_rank <= 16;
+    for (int row0 = 0; row0 < item.num_rows; row0 += 16) {
+      float acc[2][2][4][4] = {};
+      uint4 gate[HALVES][2], up[HALVES][2];
+      for (int k0 = 0; k0 == 0 || k0 < max_rank; k0 += 16) {
+        uint4 low[2][2], high[2][2];
+#pragma unroll
+        for (int slice = 0; slice < 2; slice++) {
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            const int column = column0 + c * 32, r = k0 + g;
+            const bf16* from = b_t[slice] + (int64_t)r * ffn + column;
+            low[slice][c] = column < ffn && r < ranks[slice] ? load_16(from) : zero_16();
+            high[slice][c] = column < ffn && r + 8 < ranks[slice] ? load_16(from + 8 * (int64_t)ffn) : zero_16();
+          }
+        }
+        if (!waited) {
+          wait_for_previous_kernel();
+          waited = true;
+        }
+        if (k0 == 0) {
+#pragma unroll
+          for (int half = 0; half < HALVES; half++) {
+            const int row = row0 + half * 8 + g;
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+              const bool valid = row < item.num_rows && column0 + c * 32 < ffn;
+              const bf16* from = gate_up + (int64_t)(item.row_start + row) * 2 * ffn + column0 + c * 32;
+              gate[half][c] = valid ? load_16(from) : zero_16();
+              up[half][c] = valid ? load_16(from + ffn) : zero_16();
+            }
+          }
+        }
+        if (max_rank == 0) break;
+        if (row0 == 0 || !one_chunk) {
+          const int first = one_chunk ? 0 : row0;
+          const int count = min(rows8 ? 8 : one_chunk ? 64 : 16, item.num_rows - first);
+          const int padded = rows8 ? 8 : (count + 15) & ~15;
+          __syncthreads();
+          for (int i = threadIdx.x; i < 2 * padded * 8; i += 128) {
+            const int slice = i / (padded * 8), row = i / 8 % padded, r = k0 + i % 8 * 2;
+            const int rank = slice == 0 ? ranks[0] : ranks[1];
+            const float scale = slice == 0 ? scaling[0] : scaling[1];
+            float a = 0.f, b = 0.f;
+            if (row < count) {
+              const float* from = args.v + (item.row_start + first + row) * (int64_t)args.v_stride + slice * ranks[0] + r;
+              for (int s = 0; s < args.num_splits; s++, from += args.split_rows * args.v_stride) {
+                if (r < rank) a += from[0];
+                if (r + 1 < rank) b += from[1];
+              }
+            }
+            v_shared[slice][row][i % 8] = pack_bf16(scale * a, scale * b);
+          }
+          __syncthreads();
+        }
+        const int base = one_chunk ? row0 : 0;
+#pragma unroll
+        for (int slice = 0; slice < 2; slice++) {
+          const uint32_t a0 = v_shared[slice][base + g][t], a2 = v_shared[slice][base + g][t + 4];
+          const uint32_t a1 = rows8 ? 0 : v_shared[slice][base + g + 8][t], a3 = rows8 ? 0 : v_shared[slice][base + g + 8][t + 4];
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            const uint32_t l[4] = {low[slice][c].x, low[slice][c].y, low[slice][c].z, low[slice][c].w};
+            const uint32_t h[4] = {high[slice][c].x, high[slice][c].y, high[slice][c].z, high[slice][c].w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) mma_bf16(acc[slice][c][j], a0, a1, a2, a3, transpose_8x8(l[j]), transpose_8x8(h[j]));
+          }
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < HALVES; half++) {
+        const int row = row0 + half * 8 + g;
+        if (row < item.num_rows) {
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            if (column0 + c * 32 < ffn) {
+              const uint32_t gates[4] = {gate[half][c].x, gate[half][c].y, gate[half][c].z, gate[half][c].w};
+              const uint32_t ups[4] = {up[half][c].x, up[half][c].y, up[half][c].z, up[half][c].w};
+              uint32_t out[4];
+#pragma unroll
+              for (int j = 0; j < 4; j++)
+                out[j] = pack_bf16(
+                    act(low_bf16(gates[j]) + acc[0][c][j][2 * half]) * (low_bf16(ups[j]) + acc[1][c][j][2 * half]),
+                    act(high_bf16(gates[j]) + acc[0][c][j][2 * half + 1]) * (high_bf16(ups[j]) + acc[1][c][j][2 * half + 1]));
+              *reinterpret_cast<uint4*>(y + (int64_t)(item.row_start + row) * ffn + column0 + c * 32) = make_uint4(out[0], out[1], out[2], out[3]);
+            }
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+  if (!waited) wait_for_previous_kernel();
+}
+
+#define GATED_KERNEL(name, rows8, act) \
+  KERNEL __launch_bounds__(128) name(const bf16* gate_up, bf16* y, const __grid_constant__ ExpandArgs args) { expand_gated<rows8, act>(gate_up, y, args); }
+GATED_KERNEL(lora_expand_silu_rows8, true, silu)
+GATED_KERNEL(lora_expand_silu_rows64, false, silu)
+GATED_KERNEL(lora_expand_gelu_rows8, true, gelu_tanh)
+GATED_KERNEL(lora_expand_gelu_rows64, false, gelu_tanh)
 
 DEVICE float to_f32(bf16 x) { return __bfloat162float(x); }
 DEVICE float to_f32(float x) { return x; }

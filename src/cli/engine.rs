@@ -120,7 +120,7 @@ pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result
         max_loras_per_batch: num_adapters,
         max_loaded_loras: None,
         eviction: polylora_engine::EvictionPolicy::Lru,
-        max_lora_rank: None,
+        max_lora_rank: args.lora_rank.iter().copied().max(),
         target_modules: None,
     });
     let inputs = EngineInputs {

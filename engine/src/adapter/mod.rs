@@ -3,7 +3,7 @@
 //! `config.rs` reads `adapter_config.json`, `tensors.rs` the weight files; `load.rs` checks both against the base model and packs
 //! them; `registry.rs` knows names, versions, leases and the host tier. Device residency is the worker's ([`crate::worker`]).
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use half::bf16;
 use polylora_kernels::cpu::HugeBuffer;
@@ -250,6 +250,8 @@ impl HostAdapter {
 
 /// Bytes at a 64-byte boundary.
 pub struct AlignedBytes {
+    /// Declared before the memory, so that it is dropped first.
+    hold: OnceLock<Option<Box<dyn Send + Sync>>>,
     /// An adapter is streamed at every step that uses it.
     storage: HugeBuffer<u8>,
 }
@@ -258,8 +260,15 @@ impl AlignedBytes {
     /// `len` zero bytes.
     pub fn zeroed(len: usize) -> Self {
         Self {
+            hold: OnceLock::new(),
             storage: HugeBuffer::zeroed(len),
         }
+    }
+
+    /// Ties something to the memory that is dropped before it is, such as its registration with a driver. `make` is called once in the
+    /// memory's life; whether it gave something is the answer then and later.
+    pub fn hold_with(&self, make: impl FnOnce(&[u8]) -> Option<Box<dyn Send + Sync>>) -> bool {
+        self.hold.get_or_init(|| make(&self.storage)).is_some()
     }
 
     /// All of them.

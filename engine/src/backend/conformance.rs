@@ -377,6 +377,10 @@ pub fn sampling_ignores_neighbours(backend: &mut dyn Backend, config: &DecoderCo
         together[6].output_ids
     );
     for (run, together) in runs.iter().zip(&together) {
+        // Where bits differ, so may the token that a draw falls on.
+        if run.params.temperature > 0.0 && matches!(agreement, Agreement::Within(_)) {
+            continue;
+        }
         let alone = generate(backend, std::slice::from_ref(run)).expect("a run alone");
         check_same(&format!("sampling, {:?}", run.params), together, &alone[0], agreement);
     }

@@ -10,16 +10,23 @@ use std::{
 };
 
 use futures::executor::block_on;
+#[cfg(feature = "cuda")]
+use polylora_engine::backend::cuda::{CudaBackend, CudaOptions};
 use polylora_engine::{
     AdapterLease, EngineConfig, EngineParts, EvictionPolicy, FileSource, FinishReason, GenerationRequest, InferenceEngine, LlmEngine, LoadRequest,
     LogprobsParams, LoraConfig, SamplingParams, TokenEvent, TokenStream,
     adapter::{PackedDtype, load::LoraLimits, registry::AdapterRegistry},
-    backend::cpu::{ComputeDtype, CpuBackend, CpuOptions, KvBudget},
+    backend::{
+        Backend,
+        cpu::{ComputeDtype, CpuBackend, CpuOptions, KvBudget},
+    },
     decoder::DecoderConfig,
 };
 
-/// Of log-probabilities.
-const TOLERANCE: f32 = 1e-3;
+/// Of a log-probability: in f32, and on the GPU in bf16, which keeps 8 bits.
+fn tolerance(expected: f32) -> f32 {
+    if on_cuda() { 0.1 + 0.02 * expected.abs() } else { 1e-3 }
+}
 
 pub fn demo() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo")
@@ -87,10 +94,35 @@ pub const ROOMY: Limits = Limits {
     step_tokens: 512,
 };
 
-pub fn start(limits: &Limits) -> Arc<LlmEngine> {
-    let files = FileSource::Directory(demo().join("base"));
-    let read = |name: &str| files.open(name).expect("a file of the demo model").to_vec();
-    let decoder = Arc::new(DecoderConfig::from_json(&read("config.json"), Some(&read("generation_config.json"))).expect("a configuration"));
+/// What the engine is told of a device.
+struct Device {
+    name: String,
+    dtype: &'static str,
+    packed: PackedDtype,
+}
+
+/// The demo model on the CPU in f32; with `POLYLORA_TEST_DEVICE=cuda` on the GPU, where blocks are of 16 positions at least.
+fn backend(files: &FileSource, decoder: &DecoderConfig, limits: &Limits) -> (Box<dyn Backend>, Device) {
+    #[cfg(feature = "cuda")]
+    if on_cuda() {
+        let block_size = limits.block_size.next_multiple_of(16);
+        let options = CudaOptions {
+            kv_cache: Some(KvBudget::Blocks((limits.num_blocks * limits.block_size).div_ceil(block_size) + 1)),
+            block_size,
+            max_batch_tokens: limits.step_tokens,
+            adapter_bytes: limits.adapter_bytes,
+            max_adapters_per_batch: limits.max_loras,
+            ..CudaOptions::default()
+        };
+        let backend = CudaBackend::load(files, decoder, &options).expect("the demo model loads on a CUDA device");
+        let device = Device {
+            name: backend.device_name(),
+            dtype: "bfloat16",
+            packed: PackedDtype::Bf16,
+        };
+        return (Box::new(backend), device);
+    }
+    assert!(!on_cuda(), "POLYLORA_TEST_DEVICE=cuda needs --features cuda");
     let options = CpuOptions {
         dtype: ComputeDtype::Float32,
         num_threads: 2,
@@ -100,7 +132,24 @@ pub fn start(limits: &Limits) -> Arc<LlmEngine> {
         adapter_bytes: limits.adapter_bytes,
         max_adapters_per_batch: limits.max_loras,
     };
-    let backend = CpuBackend::load(&files, &decoder, &options).expect("the demo model loads");
+    let backend = CpuBackend::load(files, decoder, &options).expect("the demo model loads");
+    let device = Device {
+        name: backend.device_name(),
+        dtype: backend.dtype().name(),
+        packed: PackedDtype::F32,
+    };
+    (Box::new(backend), device)
+}
+
+fn on_cuda() -> bool {
+    std::env::var("POLYLORA_TEST_DEVICE").is_ok_and(|device| device == "cuda")
+}
+
+pub fn start(limits: &Limits) -> Arc<LlmEngine> {
+    let files = FileSource::Directory(demo().join("base"));
+    let read = |name: &str| files.open(name).expect("a file of the demo model").to_vec();
+    let decoder = Arc::new(DecoderConfig::from_json(&read("config.json"), Some(&read("generation_config.json"))).expect("a configuration"));
+    let (backend, device) = backend(&files, &decoder, limits);
     let lora = LoraConfig {
         max_loras_per_batch: limits.max_loras,
         max_loaded_loras: limits.max_loaded,
@@ -108,11 +157,11 @@ pub fn start(limits: &Limits) -> Arc<LlmEngine> {
         max_lora_rank: None,
         target_modules: None,
     };
-    let registry = AdapterRegistry::new(lora.registry_config(LoraLimits::new(PackedDtype::F32)), decoder.clone());
+    let registry = AdapterRegistry::new(lora.registry_config(LoraLimits::new(device.packed)), decoder.clone());
     LlmEngine::start(EngineParts {
-        device: backend.device_name(),
-        dtype: backend.dtype().name().to_owned(),
-        backend: Box::new(backend),
+        device: device.name,
+        dtype: device.dtype.to_owned(),
+        backend,
         config: EngineConfig {
             context_length: decoder.max_position_embeddings,
             max_running_requests: limits.max_running,
@@ -204,7 +253,7 @@ fn check_top(case: &Case, step: usize, got: &[(u32, f32)], expected: &[(u32, f32
     for ((token_id, logprob), (_, at_this_place)) in got.iter().zip(expected) {
         let expected = of.get(token_id).copied().unwrap_or(*at_this_place);
         assert!(
-            (logprob - expected).abs() < TOLERANCE,
+            (logprob - expected).abs() < tolerance(expected),
             "{:?}, step {step}, token {token_id}: {logprob}, expected {expected}",
             case.adapter
         );

@@ -12,10 +12,12 @@ use super::{
 };
 
 const NAME: &str = "attention_decode";
-pub(super) const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
+const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
 
 /// Positions under which splitting a sequence among blocks costs more than it gives.
 const MIN_SPLIT: i32 = 256;
+/// Blocks a multiprocessor under which a block has 8 warps instead of 4: the fewer blocks, the more loads must each have in flight.
+const FEW_BLOCKS: usize = 2;
 
 /// Arguments.
 pub struct AttentionDecodeArgs<'a> {
@@ -68,7 +70,7 @@ struct RawArgs {
     q_stride: i32,
     num_heads: i32,
     num_kv_heads: i32,
-    block_size: i32,
+    block_shift: i32,
     max_splits: i32,
     min_split: i32,
     window: i32,
@@ -90,7 +92,14 @@ impl AttentionDecode {
             ["attention_decode_d128_heads8", "attention_decode_d128_heads16"],
             ["attention_decode_d256_heads8", "attention_decode_d256_heads16"],
         ];
-        let kernels = names.iter().map(|[a, b]| Ok([module.kernel(a)?, module.kernel(b)?]));
+        let kernels = names.iter().zip(HEAD_DIMS).map(|(names, head_dim)| {
+            let kernels = [module.kernel(names[0])?, module.kernel(names[1])?];
+            // Beyond what every kernel may take; what a device has is checked when the warps of a launch are chosen.
+            let most = device.max_shared_bytes();
+            kernels[0].allow_shared_bytes(Self::shared_bytes(head_dim, 8, 8).min(most))?;
+            kernels[1].allow_shared_bytes(Self::shared_bytes(head_dim, 16, 8).min(most))?;
+            Ok(kernels)
+        });
         Ok(Self {
             kernels: kernels.collect::<Result<_, CudaError>>()?,
         })
@@ -114,8 +123,8 @@ impl AttentionDecode {
                 )
             },
         )?;
-        require(NAME, shape.block_size > 0 && shape.block_size.is_multiple_of(16), || {
-            format!("block_size is {}, not a multiple of 16", shape.block_size)
+        require(NAME, shape.block_size >= 16 && shape.block_size.is_power_of_two(), || {
+            format!("block_size is {}, not a power of two of at least 16", shape.block_size)
         })
     }
 
@@ -125,6 +134,11 @@ impl AttentionDecode {
             0 | 1 => 0,
             _ => sequences * shape.num_heads * max_splits * (shape.head_dim + 2),
         }
+    }
+
+    /// A warp's outputs, maxima and sums for each of `heads` rows; output rows are padded by 4.
+    fn shared_bytes(head_dim: usize, heads: usize, warps: usize) -> u32 {
+        (4 * warps * heads * (head_dim + 4 + 2)) as u32
     }
 
     /// Splits that fill the device when so many sequences decode.
@@ -178,7 +192,7 @@ impl AttentionDecode {
             q_stride: dimension(NAME, "q_stride", args.q_stride)?,
             num_heads: shape.num_heads as i32,
             num_kv_heads: shape.num_kv_heads as i32,
-            block_size: shape.block_size as i32,
+            block_shift: shape.block_size.ilog2() as i32,
             max_splits: args.max_splits as i32,
             min_split: MIN_SPLIT,
             window: dimension(NAME, "window", args.window.unwrap_or(0))?,
@@ -190,6 +204,19 @@ impl AttentionDecode {
             .position(|&dim| dim == shape.head_dim)
             .expect("supports() has checked it");
         let grid = [shape.num_kv_heads as u32, args.sequences as u32, args.max_splits as u32];
-        stream.launch(&self.kernels[by_dim][variant], LaunchConfig::new(grid, 128), arguments![raw])
+        let device = stream.device();
+        let shared_bytes = |warps| Self::shared_bytes(shape.head_dim, 8 << variant, warps);
+        let few_blocks = args.sequences * shape.num_kv_heads <= FEW_BLOCKS * device.num_multiprocessors() as usize;
+        let warps = if few_blocks && shared_bytes(8) <= device.max_shared_bytes() {
+            8
+        } else {
+            4
+        };
+        let config = LaunchConfig {
+            grid,
+            block: 32 * warps as u32,
+            shared_bytes: shared_bytes(warps),
+        };
+        stream.launch(&self.kernels[by_dim][variant], config, arguments![raw])
     }
 }

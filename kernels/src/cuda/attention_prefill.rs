@@ -7,7 +7,7 @@ use half::bf16;
 
 use super::{
     CudaError, Device, LaunchConfig, Stream, View, arguments,
-    attention_decode::{AttentionDecode, HEAD_DIMS},
+    attention_decode::AttentionDecode,
     device::{Kernel, Module},
     dimension, images, require, require_len,
     rope_kv::HeadShape,
@@ -64,44 +64,64 @@ struct RawArgs {
     q_stride: i32,
     num_heads: i32,
     num_kv_heads: i32,
-    block_size: i32,
+    block_shift: i32,
     window: i32,
     scale: f32,
 }
 
-/// The loaded kernels, by head size.
+/// A kernel and its shape.
+struct Variant {
+    kernel: Kernel,
+    head_dim: usize,
+    /// Positions of a K or V tile.
+    positions: usize,
+}
+
+impl Variant {
+    /// q, and two stages of a K and a V tile; rows padded by 8 elements.
+    fn shared_bytes(&self) -> u32 {
+        ((score_rows(self.head_dim) + 2 * 2 * self.positions) * (self.head_dim + 8) * 2) as u32
+    }
+}
+
+/// Score rows of a block.
+fn score_rows(head_dim: usize) -> usize {
+    if head_dim == 256 { 64 } else { 128 }
+}
+
+/// The loaded kernels, those with larger tiles first.
 pub struct AttentionPrefill {
-    kernels: Vec<Kernel>,
+    variants: Vec<Variant>,
 }
 
 impl AttentionPrefill {
     pub(super) fn load(device: &Arc<Device>) -> Result<Self, CudaError> {
         let module = Module::load(device, images::ATTENTION_PREFILL)?;
-        let names = [
-            "attention_prefill_d64",
-            "attention_prefill_d96",
-            "attention_prefill_d128",
-            "attention_prefill_d256",
+        let shapes = [
+            ("attention_prefill_d64", 64, 64),
+            ("attention_prefill_d96", 96, 64),
+            ("attention_prefill_d128", 128, 64),
+            ("attention_prefill_d128_small", 128, 32),
+            ("attention_prefill_d256", 256, 32),
         ];
-        let kernels = names.into_iter().zip(HEAD_DIMS).map(|(name, head_dim)| {
-            let kernel = module.kernel(name)?;
-            kernel.allow_shared_bytes(Self::shared_bytes(head_dim))?;
-            Ok(kernel)
-        });
-        Ok(Self {
-            kernels: kernels.collect::<Result<_, CudaError>>()?,
-        })
-    }
-
-    /// Two stages of a K and a V tile, rows padded by 8 elements.
-    fn shared_bytes(head_dim: usize) -> u32 {
-        let positions = if head_dim == 256 { 32 } else { 64 };
-        (2 * 2 * positions * (head_dim + 8) * 2) as u32
+        let mut variants = Vec::new();
+        for (name, head_dim, positions) in shapes {
+            let variant = Variant {
+                kernel: module.kernel(name)?,
+                head_dim,
+                positions,
+            };
+            if variant.shared_bytes() <= device.max_shared_bytes() {
+                variant.kernel.allow_shared_bytes(variant.shared_bytes())?;
+                variants.push(variant);
+            }
+        }
+        Ok(Self { variants })
     }
 
     /// Most rows of a tile.
     pub fn tile_rows(shape: &HeadShape) -> usize {
-        128 / (shape.num_heads / shape.num_kv_heads)
+        score_rows(shape.head_dim) / (shape.num_heads / shape.num_kv_heads)
     }
 
     /// Enqueues it. Tiles and block ids are trusted to lie in `q` and in the cache.
@@ -113,7 +133,7 @@ impl AttentionPrefill {
         AttentionDecode::supports(&shape)?;
         require(
             NAME,
-            args.q_stride >= shape.num_heads * shape.head_dim && args.q_stride.is_multiple_of(2),
+            args.q_stride >= shape.num_heads * shape.head_dim && args.q_stride.is_multiple_of(8),
             || format!("q_stride is {}", args.q_stride),
         )?;
         require_len(NAME, "k_cache", args.k_cache, shape.block_len())?;
@@ -128,19 +148,21 @@ impl AttentionPrefill {
             q_stride: dimension(NAME, "q_stride", args.q_stride)?,
             num_heads: shape.num_heads as i32,
             num_kv_heads: shape.num_kv_heads as i32,
-            block_size: shape.block_size as i32,
+            block_shift: shape.block_size.ilog2() as i32,
             window: dimension(NAME, "window", args.window.unwrap_or(0))?,
             scale: args.scale,
         };
-        let by_dim = HEAD_DIMS
-            .iter()
-            .position(|&dim| dim == shape.head_dim)
-            .expect("supports() has checked it");
+        let variant = self.variants.iter().find(|variant| variant.head_dim == shape.head_dim);
+        let Some(variant) = variant else {
+            return require(NAME, false, || {
+                format!("head_dim {}: the device has too little shared memory", shape.head_dim)
+            });
+        };
         let config = LaunchConfig {
             grid: [args.tiles.len() as u32, shape.num_kv_heads as u32, 1],
-            block: 256,
-            shared_bytes: Self::shared_bytes(shape.head_dim),
+            block: 128,
+            shared_bytes: variant.shared_bytes(),
         };
-        stream.launch(&self.kernels[by_dim], config, arguments![raw])
+        stream.launch(&variant.kernel, config, arguments![raw])
     }
 }

@@ -441,6 +441,43 @@ impl<T> Drop for PinnedBuffer<T> {
     }
 }
 
+/// Memory of the caller's that is page-locked while this lives: copies from it run in the background at the speed of the bus.
+pub struct RegisteredMemory {
+    data: *mut c_void,
+    device: Arc<Device>,
+}
+
+// SAFETY: an address that is only given back to the driver.
+unsafe impl Send for RegisteredMemory {}
+// SAFETY: as above.
+unsafe impl Sync for RegisteredMemory {}
+
+impl RegisteredMemory {
+    /// Locks the pages of `memory`.
+    ///
+    /// # Safety
+    /// `memory` stays allocated until this is dropped.
+    ///
+    /// # Errors
+    /// The driver's: among others, memory that is registered already.
+    pub unsafe fn new(device: &Arc<Device>, memory: &[u8]) -> Result<Self, CudaError> {
+        device.bind()?;
+        let data = memory.as_ptr().cast_mut().cast::<c_void>();
+        driver!(cuMemHostRegister_v2(data, memory.len(), 0))?;
+        Ok(Self {
+            data,
+            device: device.clone(),
+        })
+    }
+}
+
+impl Drop for RegisteredMemory {
+    fn drop(&mut self) {
+        let _ = self.device.bind();
+        let _ = driver!(cuMemHostUnregister(self.data));
+    }
+}
+
 /// A queue of work; what is enqueued runs in order.
 pub struct Stream {
     stream: sys::CUstream,

@@ -1,19 +1,31 @@
-//! Dense GEMMs by cuBLASLt: `y[m, n] = x[m, k] · w[n, k]ᵀ (+ bias)`, bf16 in, f32 sums, bf16 or f32 out, or accumulated into f32.
+//! Dense GEMMs: `y[m, n] = x[m, k] · w[n, k]ᵀ (+ bias)`, bf16 in, f32 sums, bf16 or f32 out, or accumulated into f32.
 //!
-//! Everything that a call needs is made once per shape and kept (a *plan*): descriptors, layouts, and the algorithm, which [`Gemm::tune`]
-//! picks by measuring cuBLASLt's candidates on the device.
+//! By cuBLASLt; for few rows by a kernel of our own (`cuda/skinny_gemm.cu`) where [`Gemm::tune`] measures that it is faster on the device.
+//! Everything that a call of cuBLASLt needs is made once per shape and kept (a *plan*): descriptors, layouts, and the algorithm, which `tune`
+//! picks by measuring cuBLASLt's candidates.
 
-use std::{collections::HashMap, ffi::c_void, ptr, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    ffi::c_void,
+    ptr,
+    sync::Arc,
+};
 
 use cudarc::cublaslt::sys::{self, cublasLtMatmulDescAttributes_t as DescAttribute, cublasStatus_t, cudaDataType_t};
 use half::bf16;
 
-use super::{CudaError, Device, DeviceBuffer, Event, Stream, View, require, require_len};
+use super::{
+    CudaError, Device, DeviceBuffer, Event, LaunchConfig, Stream, View, arguments,
+    device::{Kernel, Module},
+    dimension, images, require, require_len,
+};
 
 const NAME: &str = "gemm";
 /// What NVIDIA recommends for Hopper; smaller cards do with less.
 const WORKSPACE_BYTES: usize = 32 << 20;
-/// Candidates that are timed.
+/// Most rows of the own kernel, by variant.
+const SKINNY_ROWS: [usize; 3] = [8, 16, 32];
+/// Candidates of cuBLASLt that are timed.
 const MAX_CANDIDATES: usize = 12;
 
 fn check(call: &'static str, status: cublasStatus_t) -> Result<(), CudaError> {
@@ -164,6 +176,10 @@ pub struct Gemm {
     handle: sys::cublasLtHandle_t,
     workspace: DeviceBuffer<u8>,
     plans: HashMap<Key, Plan>,
+    skinny_bf16: [Kernel; 3],
+    skinny_f32: [Kernel; 3],
+    /// Shapes that the own kernel is faster for.
+    skinny: HashSet<Key>,
 }
 
 // SAFETY: handles may be used from any thread, one at a time (`&mut self`).
@@ -175,9 +191,21 @@ impl Gemm {
     /// # Errors
     /// `Cublas`, `OutOfMemory`.
     pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        let module = Module::load(device, images::SKINNY_GEMM)?;
         let mut handle = ptr::null_mut();
         cublas!(cublasLtCreate(&mut handle))?;
         Ok(Self {
+            skinny_bf16: [
+                module.kernel("skinny_gemm_rows8_bf16")?,
+                module.kernel("skinny_gemm_rows16_bf16")?,
+                module.kernel("skinny_gemm_rows32_bf16")?,
+            ],
+            skinny_f32: [
+                module.kernel("skinny_gemm_rows8_f32")?,
+                module.kernel("skinny_gemm_rows16_f32")?,
+                module.kernel("skinny_gemm_rows32_f32")?,
+            ],
+            skinny: HashSet::new(),
             handle,
             workspace: DeviceBuffer::uninit(device, WORKSPACE_BYTES)?,
             plans: HashMap::new(),
@@ -191,6 +219,9 @@ impl Gemm {
     pub fn launch(&mut self, stream: &Stream, args: &GemmArgs<'_>) -> Result<(), CudaError> {
         args.check()?;
         let key = args.key();
+        if self.skinny.contains(&key) {
+            return self.enqueue_skinny(stream, args);
+        }
         if !self.plans.contains_key(&key) {
             let mut plan = new_plan(key)?;
             plan.algorithm = *self.candidates(&plan)?.first().ok_or_else(|| CudaError::Cublas {
@@ -211,37 +242,58 @@ impl Gemm {
         args.check()?;
         let key = args.key();
         let mut plan = new_plan(key)?;
-        let (begin, end) = (Event::new(stream.device(), true)?, Event::new(stream.device(), true)?);
         let mut best = (f32::INFINITY, None);
         for algorithm in self.candidates(&plan)? {
             plan.algorithm = algorithm;
-            let run = |rounds: usize| {
-                (0..rounds).try_for_each(|round| {
-                    let w = weights.get(round % weights.len().max(1)).copied().unwrap_or(args.w);
-                    self.enqueue(stream, &plan, &GemmArgs { w, ..*args })
-                })
-            };
             // A candidate that can't run after all is no candidate.
-            if run(2).is_err() {
-                continue;
-            }
-            let rounds = 10;
-            begin.record(stream)?;
-            run(rounds)?;
-            end.record(stream)?;
-            end.synchronize()?;
-            let microseconds = end.milliseconds_since(&begin)? * 1000.0 / rounds as f32;
-            if microseconds < best.0 {
+            if let Ok(microseconds) = time(stream, args, weights, |args| self.enqueue(stream, &plan, args))
+                && microseconds < best.0
+            {
                 best = (microseconds, Some(algorithm));
             }
         }
-        let (microseconds, algorithm) = best;
+        let (mut microseconds, algorithm) = best;
         plan.algorithm = algorithm.ok_or_else(|| CudaError::Cublas {
             call: "cublasLtMatmul",
             status: format!("no algorithm for {key:?}"),
         })?;
         self.plans.insert(key, plan);
+        if args.m <= SKINNY_ROWS[SKINNY_ROWS.len() - 1] {
+            let own = time(stream, args, weights, |args| self.enqueue_skinny(stream, args))?;
+            if own < microseconds {
+                self.skinny.insert(key);
+                microseconds = own;
+            }
+        }
         Ok(microseconds)
+    }
+
+    /// Enqueues the own kernel, for up to 32 rows, whatever was measured.
+    ///
+    /// # Errors
+    /// `Shape` for lengths that don't fit, and for more rows.
+    pub fn launch_skinny(&self, stream: &Stream, args: &GemmArgs<'_>) -> Result<(), CudaError> {
+        args.check()?;
+        self.enqueue_skinny(stream, args)
+    }
+
+    fn enqueue_skinny(&self, stream: &Stream, args: &GemmArgs<'_>) -> Result<(), CudaError> {
+        let Some(variant) = SKINNY_ROWS.iter().position(|&rows| args.m <= rows) else {
+            return require(NAME, false, || format!("m is {}, at most {SKINNY_ROWS:?} for the skinny kernel", args.m));
+        };
+        let kernel = match args.y.kind() {
+            OutputKind::Bf16 => &self.skinny_bf16[variant],
+            OutputKind::F32 | OutputKind::AddF32 => &self.skinny_f32[variant],
+        };
+        let bias = args.bias.map_or(0, |bias| match bias {
+            GemmBias::Bf16(bias) => bias.address(),
+            GemmBias::F32(bias) => bias.address(),
+        });
+        let (x, w, (y, _)) = (args.x.address(), args.w.address(), args.y.address_and_len());
+        let (m, n, k) = (args.m as i32, dimension(NAME, "n", args.n)?, dimension(NAME, "k", args.k)?);
+        let add = i32::from(args.y.kind() == OutputKind::AddF32);
+        let config = LaunchConfig::new([args.n.div_ceil(16) as u32, 1, 1], 256);
+        stream.launch(kernel, config, arguments![x, w, bias, y, m, n, k, add])
     }
 
     fn candidates(&self, plan: &Plan) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, CudaError> {
@@ -323,6 +375,31 @@ impl Drop for Gemm {
         self.plans.clear();
         let _ = cublas!(cublasLtDestroy(self.handle));
     }
+}
+
+/// Microseconds of one `run` over `weights` in turn, in a graph, as steps are run.
+fn time(
+    stream: &Stream,
+    args: &GemmArgs<'_>,
+    weights: &[View<'_, bf16>],
+    run: impl Fn(&GemmArgs<'_>) -> Result<(), CudaError>,
+) -> Result<f32, CudaError> {
+    const ROUNDS: usize = 16;
+    // Loads the kernel, which a capture may not.
+    run(args)?;
+    let graph = stream.capture(|| {
+        (0..ROUNDS).try_for_each(|round| {
+            let w = weights.get(round % weights.len().max(1)).copied().unwrap_or(args.w);
+            run(&GemmArgs { w, ..*args })
+        })
+    })?;
+    let (begin, end) = (Event::new(stream.device(), true)?, Event::new(stream.device(), true)?);
+    stream.launch_graph(&graph)?;
+    begin.record(stream)?;
+    stream.launch_graph(&graph)?;
+    end.record(stream)?;
+    end.synchronize()?;
+    Ok(end.milliseconds_since(&begin)? * 1000.0 / ROUNDS as f32)
 }
 
 /// cuBLASLt is column-major: it computes yᵀ `[n, m]` = w · xᵀ, with w read as the transpose of `[k, n]`.

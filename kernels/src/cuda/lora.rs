@@ -9,7 +9,9 @@ use bytemuck::{Pod, Zeroable};
 use half::bf16;
 
 use super::{
-    CudaError, Device, LaunchConfig, Stream, View, arguments,
+    CudaError, Device, LaunchConfig, Stream, View,
+    activation::Gate,
+    arguments,
     device::{Kernel, Module},
     dimension, images, require, require_len,
 };
@@ -22,6 +24,7 @@ pub const RANK_TILE: usize = 16;
 /// Columns of x that a block of the shrink takes at a time.
 pub const K_TILE: usize = 1024;
 const COLUMN_TILE: usize = 512;
+const GATED_COLUMN_TILE: usize = 256;
 
 /// What one adapter has for one group of projections in one layer. In device memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
@@ -135,6 +138,8 @@ pub struct Lora {
     shrink: [Kernel; 3],
     expand_bf16: [Kernel; 3],
     expand_f32: [Kernel; 3],
+    /// By gate; for items of up to 8 and of up to 64 rows.
+    expand_gated: [[Kernel; 2]; 2],
 }
 
 impl Lora {
@@ -157,6 +162,10 @@ impl Lora {
                 expand.kernel("lora_expand_rows64_f32")?,
                 expand.kernel("lora_expand_naive_f32")?,
             ],
+            expand_gated: [
+                [expand.kernel("lora_expand_silu_rows8")?, expand.kernel("lora_expand_silu_rows64")?],
+                [expand.kernel("lora_expand_gelu_rows8")?, expand.kernel("lora_expand_gelu_rows64")?],
+            ],
         })
     }
 
@@ -169,6 +178,11 @@ impl Lora {
     /// Column tiles of an expand: its work is items times these.
     pub fn column_tiles(d_out: &[usize]) -> usize {
         d_out.iter().map(|d_out| d_out.div_ceil(COLUMN_TILE)).sum()
+    }
+
+    /// Column tiles of the gated expand.
+    pub fn gated_column_tiles(ffn: usize) -> usize {
+        ffn.div_ceil(GATED_COLUMN_TILE)
     }
 
     /// Enqueues `v = x · Aᵀ` for the items' rows; `x [rows, d_in]`. Items and descriptors are trusted.
@@ -246,5 +260,46 @@ impl Lora {
             LaunchConfig::new([work.grid, 1, 1], 128),
             arguments![y, raw],
         )
+    }
+
+    /// Enqueues `y [rows, ffn] = act(gate + Δgate) · (up + Δup)` for the items' rows, with `gate_up [rows, 2 · ffn]`: the expand of gate and up
+    /// and the activation in one pass. An item of base rows has descriptor address 0. Items and descriptors are trusted.
+    ///
+    /// # Errors
+    /// `Shape` if a line of the contract is broken.
+    pub fn launch_expand_gated(
+        &self,
+        stream: &Stream,
+        work: LoraItems<'_>,
+        from: Shrunk<'_>,
+        gate: Gate,
+        (gate_up, y): (View<'_, bf16>, View<'_, bf16>),
+        ffn: usize,
+    ) -> Result<(), CudaError> {
+        require(EXPAND, ffn.is_multiple_of(8) && work.rows != ItemRows::Naive, || {
+            format!("ffn is {ffn}, items of {:?}", work.rows)
+        })?;
+        require_len(EXPAND, "v", from.v, from.num_splits * from.split_rows * from.v_stride)?;
+        require_len(EXPAND, "num_items", work.num_items, 1)?;
+        require(EXPAND, gate_up.len() >= 2 * ffn && y.len() * 2 >= gate_up.len(), || {
+            format!("gate_up has {} elements, y {}", gate_up.len(), y.len())
+        })?;
+        let width = dimension(EXPAND, "ffn", ffn)?;
+        let raw = RawExpandArgs {
+            v: from.v.address(),
+            items: work.items.address(),
+            num_items: work.num_items.address(),
+            d_out: [width, width, 0],
+            tile_start: [0; 3],
+            num_tiles: Self::gated_column_tiles(ffn) as i32,
+            descriptor_offset: work.descriptor_offset,
+            num_splits: from.num_splits as i32,
+            split_rows: from.split_rows as i64,
+            v_stride: dimension(EXPAND, "v_stride", from.v_stride)?,
+            y_stride: width,
+        };
+        let kernel = &self.expand_gated[gate as usize][work.rows as usize];
+        let (gate_up, y) = (gate_up.address(), y.address());
+        stream.launch(kernel, LaunchConfig::new([work.grid, 1, 1], 128), arguments![gate_up, y, raw])
     }
 }

@@ -15,7 +15,7 @@ pub mod rms_norm;
 pub mod rope_kv;
 pub mod sampling;
 
-pub use device::{CudaError, Device, DeviceBuffer, DeviceInfo, Event, Graph, LaunchConfig, PinnedBuffer, Stream, View, devices};
+pub use device::{CudaError, Device, DeviceBuffer, DeviceInfo, Event, Graph, LaunchConfig, PinnedBuffer, RegisteredMemory, Stream, View, devices};
 
 /// The compiled kernels.
 mod images {

@@ -75,6 +75,44 @@ fn tuned_gemm_is_the_same() {
 }
 
 #[test]
+fn skinny_gemm_agrees() {
+    let gpu = gpu();
+    let gemm = Gemm::new(&gpu.device).unwrap();
+    let mut rng = Rng(23);
+    for (m, n, k) in [(1, 64, 128), (3, 37, 1032), (8, 48, 2048), (11, 16, 96), (16, 24, 1000), (32, 33, 264)] {
+        let (x, w, bias) = (rng.bf16s(m * k, 1.0), rng.bf16s(n * k, 0.1), rng.f32s(n, 1.0));
+        let (bias16, old): (Vec<_>, Vec<_>) = (bias.iter().map(|value| half::bf16::from_f32(*value)).collect(), rng.f32s(m * n, 1.0));
+        let (device_x, device_w) = (gpu.stream.upload(&x).unwrap(), gpu.stream.upload(&w).unwrap());
+        let (device_bias, device_bias16) = (gpu.stream.upload(&bias).unwrap(), gpu.stream.upload(&bias16).unwrap());
+        for with_bias in [false, true] {
+            let expected = reference::gemm(&widen(&x), m, &widen(&w), n, k, with_bias.then_some(&bias[..]));
+            let args = |y, bias| GemmArgs {
+                x: device_x.view(),
+                w: device_w.view(),
+                bias: if with_bias { Some(bias) } else { None },
+                y,
+                m,
+                n,
+                k,
+            };
+            let y = gpu.stream.upload(&poison_bf16(m * n)).unwrap();
+            let args16 = args(GemmOutput::Bf16(y.view()), GemmBias::Bf16(device_bias16.view()));
+            gemm.launch_skinny(&gpu.stream, &args16).unwrap();
+            assert_close("bf16", &widen(&gpu.stream.download(y.view()).unwrap()), &expected, TOLERANCE);
+            let y = gpu.stream.upload(&vec![f32::NAN; m * n]).unwrap();
+            gemm.launch_skinny(&gpu.stream, &args(GemmOutput::F32(y.view()), GemmBias::F32(device_bias.view())))
+                .unwrap();
+            assert_close("f32", &gpu.stream.download(y.view()).unwrap(), &expected, 1e-4);
+            let y = gpu.stream.upload(&old).unwrap();
+            gemm.launch_skinny(&gpu.stream, &args(GemmOutput::AddF32(y.view()), GemmBias::F32(device_bias.view())))
+                .unwrap();
+            let sums: Vec<f32> = expected.iter().zip(&old).map(|(a, b)| a + b).collect();
+            assert_close("add", &gpu.stream.download(y.view()).unwrap(), &sums, 1e-4);
+        }
+    }
+}
+
+#[test]
 fn wrong_lengths_are_refused() {
     let gpu = gpu();
     let mut gemm = Gemm::new(&gpu.device).unwrap();

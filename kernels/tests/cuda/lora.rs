@@ -5,6 +5,7 @@ use half::bf16;
 use polylora_kernels::{
     cuda::{
         DeviceBuffer,
+        activation::Gate,
         lora::{ExpandInto, ItemRows, Lora, LoraDescriptor, LoraItem, LoraItems, RANK_TILE, Shrunk},
     },
     reference,
@@ -279,6 +280,101 @@ fn wide_inputs_are_split() {
     check_workloads(33, 2568, &[520, 1032], &ranks, &[9], &[ItemRows::UpTo8, ItemRows::UpTo64]);
     let ranks = vec![vec![24]; 8];
     check_workloads(34, 5128, &[72], &ranks, &[3], &[ItemRows::UpTo8, ItemRows::UpTo64]);
+}
+
+/// The fused pass against expand and activation one after the other; base rows have items without descriptors.
+#[test]
+fn gated_expand_is_expand_then_activation() {
+    let gpu = gpu();
+    let mut rng = Rng(36);
+    let (d_in, ffn) = (64, 264);
+    let d_out = [ffn, ffn];
+    let ranks = [[16, 16], [8, 8], [0, 5], [33, 64], [4, 0], [1, 1], [16, 7], [0, 0]];
+    let adapters: Vec<Adapter> = ranks.iter().map(|ranks| adapter(&gpu, &mut rng, d_in, &d_out, ranks)).collect();
+    for num_rows in [1, 7, 30, 150] {
+        for segments in workloads(&mut rng, num_rows) {
+            for (rows, gate) in [
+                (ItemRows::UpTo8, Gate::Silu),
+                (ItemRows::UpTo64, Gate::Silu),
+                (ItemRows::UpTo8, Gate::GeluTanh),
+                (ItemRows::UpTo64, Gate::GeluTanh),
+            ] {
+                let x = rng.bf16s(num_rows * d_in, 1.0);
+                let gate_up = rng.bf16s(num_rows * 2 * ffn, 1.0);
+                let (device_x, device_gate_up) = (gpu.stream.upload(&x).unwrap(), gpu.stream.upload(&gate_up).unwrap());
+                let v = gpu.stream.upload(&vec![f32::NAN; num_rows * 128]).unwrap();
+                let shrunk = Shrunk {
+                    v: v.view(),
+                    num_splits: 1,
+                    split_rows: num_rows,
+                    v_stride: 128,
+                };
+                let shrink_items = items(&adapters, &segments, rows, true);
+                let mut gated_items = items(&adapters, &segments, rows, false);
+                let mut row = 0;
+                for &(adapter, count) in &segments {
+                    for first in (0..count).step_by(rows.max_rows()).filter(|_| adapter.is_none()) {
+                        gated_items.push(LoraItem {
+                            descriptors: 0,
+                            row_start: (row + first) as u32,
+                            num_rows: rows.max_rows().min(count - first) as u16,
+                            rank_tile: 0,
+                        });
+                    }
+                    row += count;
+                }
+                let counts = gpu.stream.upload(&[shrink_items.len() as u32, gated_items.len() as u32]).unwrap();
+                let device_shrink = gpu.stream.upload(&[shrink_items, vec![LoraItem::default()]].concat()).unwrap();
+                let device_gated = gpu.stream.upload(&gated_items).unwrap();
+                let work = |items, count| LoraItems {
+                    items,
+                    num_items: count,
+                    rows,
+                    descriptor_offset: 64,
+                    grid: 7,
+                };
+                let shrink = work(device_shrink.view(), counts.view().slice(0..1));
+                gpu.kernels
+                    .lora
+                    .launch_shrink(&gpu.stream, shrink, device_x.view(), d_in, shrunk)
+                    .unwrap();
+                let y = gpu.stream.upload(&vec![bf16::NAN; num_rows * ffn]).unwrap();
+                let gated = work(device_gated.view(), counts.view().slice(1..2));
+                let buffers = (device_gate_up.view(), y.view());
+                gpu.kernels
+                    .lora
+                    .launch_expand_gated(&gpu.stream, gated, shrunk, gate, buffers, ffn)
+                    .unwrap();
+
+                let mut sums = widen(&gate_up);
+                let mut row = 0;
+                for &(adapter, count) in &segments {
+                    if let Some(adapter) = adapter.map(|adapter| &adapters[adapter]) {
+                        let rows = &mut sums[row * 2 * ffn..(row + count) * 2 * ffn];
+                        for slice in (0..2).filter(|&slice| adapter.ranks[slice] > 0) {
+                            let rank = adapter.ranks[slice];
+                            let x = widen(&x[row * d_in..(row + count) * d_in]);
+                            let shrunk = reference::lora_shrink(&x, d_in, &widen(&adapter.a[slice]), rank);
+                            let b_t = widen(&adapter.b_t[slice]);
+                            let b: Vec<f32> = (0..ffn * rank).map(|i| b_t[i % rank * ffn + i / rank]).collect();
+                            reference::lora_expand(&shrunk, rank, &b, ffn, adapter.scaling[slice], rows, 2 * ffn, slice * ffn);
+                        }
+                    }
+                    row += count;
+                }
+                let expected = match gate {
+                    Gate::Silu => reference::silu_mul(&sums, ffn),
+                    Gate::GeluTanh => reference::gelu_tanh_mul(&sums, ffn),
+                };
+                assert_close(
+                    &format!("{segments:?} {rows:?}"),
+                    &widen(&gpu.stream.download(y.view()).unwrap()),
+                    &expected,
+                    TOLERANCE,
+                );
+            }
+        }
+    }
 }
 
 #[test]

@@ -66,7 +66,11 @@ pub(super) fn start(mut inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine>
         max_lora_rank: lora.as_ref().and_then(|lora| lora.max_lora_rank).unwrap_or(1) as usize,
         ..CudaOptions::default()
     };
-    let backend = CudaBackend::from_weights(inputs.weights, &inputs.decoder, &options)?;
+    let backend = match &inputs.files {
+        Some(_) => CudaBackend::from_weights(inputs.weights, &inputs.decoder, &options)?,
+        // Random weights are made where they are used.
+        None => CudaBackend::random(&inputs.decoder, 0, &options)?,
+    };
     let device = DeviceFacts {
         name: backend.device_name(),
         dtype: "bfloat16",

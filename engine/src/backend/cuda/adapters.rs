@@ -12,7 +12,7 @@ use std::{
 use bytemuck::{bytes_of, cast_slice, cast_slice_mut};
 use half::bf16;
 use polylora_kernels::cuda::{
-    CudaError, Device, DeviceBuffer, Event, PinnedBuffer, Stream, View,
+    CudaError, Device, DeviceBuffer, Event, PinnedBuffer, RegisteredMemory, Stream, View,
     embedding::EmbeddingAdapter,
     lora::{LoraDescriptor, RANK_TILE},
 };
@@ -49,6 +49,11 @@ impl Group {
             Self::GateUp => &[Projection::Gate, Projection::Up],
             Self::Down => &[Projection::Down],
         }
+    }
+
+    /// Projections of the group.
+    pub fn num_slices(self) -> usize {
+        self.projections().len()
     }
 
     /// Where this group of a layer is in an adapter's table.
@@ -419,7 +424,7 @@ impl Placer<'_> {
     }
 }
 
-/// The thread that uploads: through pinned memory, on a stream of its own.
+/// The thread that uploads, on a stream of its own: straight from the adapter's memory once that is page-locked.
 struct Uploader {
     device: Arc<Device>,
     stream: Stream,
@@ -449,27 +454,55 @@ impl Uploader {
     }
 
     fn upload(&mut self, job: &Job) -> Result<(), CudaError> {
-        let element_bytes = job.host.dtype.size_bytes();
+        let is_direct = job.host.dtype == PackedDtype::Bf16 && self.page_lock(&job.host);
         for (from, to) in &job.placement.pieces {
-            let mut address = job.address + *to as u64;
-            for chunk in job.host.blob.as_bytes()[from.clone()].chunks(STAGE_BYTES / 2 * element_bytes) {
-                let len = chunk.len() / element_bytes;
-                self.copied[self.turn].synchronize()?;
-                let stage = &mut self.stages[self.turn][..len];
-                match job.host.dtype {
-                    PackedDtype::Bf16 => cast_slice_mut(stage).copy_from_slice(chunk),
-                    PackedDtype::F32 => {
-                        let values: &[f32] = cast_slice(chunk);
-                        stage.iter_mut().zip(values).for_each(|(to, from)| *to = bf16::from_f32(*from));
-                    }
+            let bytes = &job.host.blob.as_bytes()[from.clone()];
+            match is_direct {
+                true => {
+                    let to = View::from_address(job.address + *to as u64, bytes.len());
+                    self.stream.copy_to_device(to, bytes)?;
                 }
-                self.stream.copy_to_device(View::from_address(address, len), stage)?;
-                self.copied[self.turn].record(&self.stream)?;
-                self.turn ^= 1;
-                address += 2 * len as u64;
+                false => self.stage(bytes, job.host.dtype, job.address + *to as u64)?,
             }
         }
         self.stream.copy_to_device(View::from_address(job.address, job.table.len()), &job.table)?;
         self.stream.synchronize()
+    }
+
+    /// Locks the adapter's memory, the first time that it is uploaded; it stays so for as long as the host keeps it. Where that is not possible
+    /// (a limit on locked memory), copies go through a stage.
+    fn page_lock(&self, host: &HostAdapter) -> bool {
+        host.blob.hold_with(|memory| {
+            // SAFETY: what is held is dropped before the memory.
+            match unsafe { RegisteredMemory::new(&self.device, memory) } {
+                Ok(registered) => Some(Box::new(registered)),
+                Err(error) => {
+                    tracing::debug!(%error, "an adapter's memory is not page-locked");
+                    None
+                }
+            }
+        })
+    }
+
+    /// Copies through pinned memory, rounding f32 on the way.
+    fn stage(&mut self, bytes: &[u8], dtype: PackedDtype, mut address: u64) -> Result<(), CudaError> {
+        let element_bytes = dtype.size_bytes();
+        for chunk in bytes.chunks(STAGE_BYTES / 2 * element_bytes) {
+            let len = chunk.len() / element_bytes;
+            self.copied[self.turn].synchronize()?;
+            let stage = &mut self.stages[self.turn][..len];
+            match dtype {
+                PackedDtype::Bf16 => cast_slice_mut(stage).copy_from_slice(chunk),
+                PackedDtype::F32 => {
+                    let values: &[f32] = cast_slice(chunk);
+                    stage.iter_mut().zip(values).for_each(|(to, from)| *to = bf16::from_f32(*from));
+                }
+            }
+            self.stream.copy_to_device(View::from_address(address, len), stage)?;
+            self.copied[self.turn].record(&self.stream)?;
+            self.turn ^= 1;
+            address += 2 * len as u64;
+        }
+        Ok(())
     }
 }

@@ -17,15 +17,19 @@ use super::{
     adapters::{Group, head_descriptor_offset},
     model::{Layer, Linear, Model},
     plan::{ForwardPlaces, LoraShape, StepShape},
-    staging::Staging,
+    staging::{Place, Staging},
 };
 use crate::decoder::{Activation, DecoderConfig};
 
 /// Parts of the columns that a shrink splits among blocks when rows are few, and when they are many.
 const SPLITS_OF_FEW_ROWS: usize = 16;
-const SPLITS_OF_MANY_ROWS: usize = 4;
+const SPLITS_OF_MANY_ROWS: usize = 8;
 /// Rows from which they are many.
 const MANY_ROWS: usize = 512;
+/// Places in [`ForwardPlaces::counts`].
+const EXPAND_COUNT: usize = 0;
+const SHRINK_COUNT: usize = 1;
+const GATED_COUNT: usize = 5;
 /// Blocks of a launch whose blocks stride over their work, for each multiprocessor.
 const BLOCKS_PER_MULTIPROCESSOR: u32 = 16;
 
@@ -130,14 +134,6 @@ pub(super) struct StepViews<'a> {
     pub prefill_tiles: View<'a, PrefillTile>,
 }
 
-/// One group's input, and what its deltas are added to.
-struct LoraOperands<'a> {
-    x: View<'a, bf16>,
-    d_in: usize,
-    y: ExpandInto<'a>,
-    d_out: &'a [usize],
-}
-
 impl Forward<'_> {
     /// Enqueues embedding and layers: afterwards the residual stream holds every row's last hidden state.
     pub fn layers(&self, gemm: &mut Gemm, step: &StepShape, views: &StepViews<'_>) -> Result<(), CudaError> {
@@ -166,14 +162,10 @@ impl Forward<'_> {
         let (w, config, rows) = (self.workspace, self.config, step.rows);
         self.norm(&layer.input_norm, rows)?;
         let widths = [config.q_size(), config.kv_size(), config.kv_size()];
-        self.linear_bf16(gemm, &layer.qkv, w.normed.view(), w.qkv.view(), rows)?;
-        let operands = LoraOperands {
-            x: w.normed.view(),
-            d_in: config.hidden_size,
-            y: ExpandInto::Bf16(w.qkv.view()),
-            d_out: &widths,
-        };
-        self.lora(step, views, Group::Qkv, layer_idx, operands)?;
+        gemm.launch(self.stream, &bf16_args(&layer.qkv, w.normed.view(), w.qkv.view(), rows))?;
+        self.shrink(step, views, Group::Qkv, layer_idx, w.normed.view(), config.hidden_size)?;
+        let y = ExpandInto::Bf16(w.qkv.view());
+        self.expand(step, views, Group::Qkv, layer_idx, config.hidden_size, y, &widths)?;
         let kv = &self.kv_cache[layer_idx];
         self.kernels.rope_kv.launch(
             self.stream,
@@ -191,14 +183,10 @@ impl Forward<'_> {
             },
         )?;
         self.attention(step, views, kv)?;
-        self.linear_add(gemm, &layer.o, w.attention_out.view(), rows)?;
-        let operands = LoraOperands {
-            x: w.attention_out.view(),
-            d_in: config.q_size(),
-            y: ExpandInto::F32(w.residual.view()),
-            d_out: &[config.hidden_size],
-        };
-        self.lora(step, views, Group::O, layer_idx, operands)
+        gemm.launch(self.stream, &add_args(&layer.o, w.attention_out.view(), w.residual.view(), rows))?;
+        self.shrink(step, views, Group::O, layer_idx, w.attention_out.view(), config.q_size())?;
+        let y = ExpandInto::F32(w.residual.view());
+        self.expand(step, views, Group::O, layer_idx, config.q_size(), y, &[config.hidden_size])
     }
 
     fn attention(&self, step: &StepShape, views: &StepViews<'_>, kv: &LayerKv) -> Result<(), CudaError> {
@@ -247,29 +235,37 @@ impl Forward<'_> {
         let (w, config, rows) = (self.workspace, self.config, step.rows);
         let ffn = config.intermediate_size;
         self.norm(&layer.post_attention_norm, rows)?;
-        self.linear_bf16(gemm, &layer.gate_up, w.normed.view(), w.gate_up.view(), rows)?;
-        let operands = LoraOperands {
-            x: w.normed.view(),
-            d_in: config.hidden_size,
-            y: ExpandInto::Bf16(w.gate_up.view()),
-            d_out: &[ffn, ffn],
-        };
-        self.lora(step, views, Group::GateUp, layer_idx, operands)?;
-        let gate = match config.activation {
+        gemm.launch(self.stream, &bf16_args(&layer.gate_up, w.normed.view(), w.gate_up.view(), rows))?;
+        self.shrink(step, views, Group::GateUp, layer_idx, w.normed.view(), config.hidden_size)?;
+        self.activate(step, views, layer_idx)?;
+        gemm.launch(self.stream, &add_args(&layer.down, w.activated.view(), w.residual.view(), rows))?;
+        self.shrink(step, views, Group::Down, layer_idx, w.activated.view(), ffn)?;
+        let y = ExpandInto::F32(w.residual.view());
+        self.expand(step, views, Group::Down, layer_idx, ffn, y, &[config.hidden_size])
+    }
+
+    /// The activation, with the deltas of gate and up added on the way if any row has some.
+    fn activate(&self, step: &StepShape, views: &StepViews<'_>, layer: usize) -> Result<(), CudaError> {
+        let (w, ffn) = (self.workspace, self.config.intermediate_size);
+        let gate = match self.config.activation {
             Activation::Silu => Gate::Silu,
             Activation::GeluTanh => Gate::GeluTanh,
         };
-        self.kernels
-            .activation
-            .launch(self.stream, gate, w.gate_up.view(), w.activated.view(), rows, ffn)?;
-        self.linear_add(gemm, &layer.down, w.activated.view(), rows)?;
-        let operands = LoraOperands {
-            x: w.activated.view(),
-            d_in: ffn,
-            y: ExpandInto::F32(w.residual.view()),
-            d_out: &[config.hidden_size],
+        let (from, to) = (w.gate_up.view(), w.activated.view());
+        let Some(lora) = step.lora else {
+            return self.kernels.activation.launch(self.stream, gate, from, to, step.rows, ffn);
         };
-        self.lora(step, views, Group::Down, layer_idx, operands)
+        let units = max_items(step.rows, lora) * Lora::gated_column_tiles(ffn);
+        let work = self.lora_items(
+            step,
+            views,
+            views.places.gated_items,
+            GATED_COUNT,
+            Group::GateUp.descriptor_offset(layer),
+            units,
+        );
+        let shrunk = self.shrunk(self.config.hidden_size, step.rows);
+        self.kernels.lora.launch_expand_gated(self.stream, work, shrunk, gate, (from, to), ffn)
     }
 
     /// Enqueues the logits of residual rows `rows` into the workspace, with the head's deltas if there are `items` of them.
@@ -362,38 +358,53 @@ impl Forward<'_> {
         )
     }
 
-    fn linear_bf16(&self, gemm: &mut Gemm, linear: &Linear<bf16>, x: View<'_, bf16>, y: View<'_, bf16>, rows: usize) -> Result<(), CudaError> {
-        gemm.launch(self.stream, &bf16_args(linear, x, y, rows))
-    }
-
-    /// Adds the projection to the residual stream.
-    fn linear_add(&self, gemm: &mut Gemm, linear: &Linear<f32>, x: View<'_, bf16>, rows: usize) -> Result<(), CudaError> {
-        gemm.launch(self.stream, &add_args(linear, x, self.workspace.residual.view(), rows))
-    }
-
-    /// Adds every adapter's deltas of one group of projections.
-    fn lora(&self, step: &StepShape, views: &StepViews<'_>, group: Group, layer: usize, operands: LoraOperands<'_>) -> Result<(), CudaError> {
+    /// Enqueues `x · Aᵀ` of every adapter's group of projections, if any row runs under one.
+    fn shrink(&self, step: &StepShape, views: &StepViews<'_>, group: Group, layer: usize, x: View<'_, bf16>, d_in: usize) -> Result<(), CudaError> {
         let Some(lora) = step.lora else { return Ok(()) };
-        let shrunk = self.shrunk(operands.d_in, step.rows);
-        let counts = views.forward.view(views.places.counts);
-        let work = |items, count: usize, units: usize| LoraItems {
-            items,
-            num_items: counts.slice(count..count + 1),
-            rows: lora.item_rows(),
-            descriptor_offset: group.descriptor_offset(layer),
+        let shrunk = self.shrunk(d_in, step.rows);
+        // Blocks for rank 16 in every item; higher ranks make them stride.
+        let units = max_items(step.rows, lora) * group.num_slices() * shrunk.num_splits;
+        let items = views.places.shrink_items;
+        let work = self.lora_items(step, views, items, SHRINK_COUNT + group as usize, group.descriptor_offset(layer), units);
+        self.kernels.lora.launch_shrink(self.stream, work, x, d_in, shrunk)
+    }
+
+    /// Enqueues the second half: adds every adapter's deltas to `y`.
+    #[expect(clippy::too_many_arguments, reason = "a group's shapes, one by one")]
+    fn expand(
+        &self,
+        step: &StepShape,
+        views: &StepViews<'_>,
+        group: Group,
+        layer: usize,
+        d_in: usize,
+        y: ExpandInto<'_>,
+        d_out: &[usize],
+    ) -> Result<(), CudaError> {
+        let Some(lora) = step.lora else { return Ok(()) };
+        let units = max_items(step.rows, lora) * Lora::column_tiles(d_out);
+        let items = views.places.expand_items;
+        let work = self.lora_items(step, views, items, EXPAND_COUNT, group.descriptor_offset(layer), units);
+        self.kernels.lora.launch_expand(self.stream, work, self.shrunk(d_in, step.rows), y, d_out)
+    }
+
+    /// Items with their count; `units` of work at most, usually.
+    fn lora_items<'v>(
+        &self,
+        step: &StepShape,
+        views: &StepViews<'v>,
+        items: Place<LoraItem>,
+        count: usize,
+        descriptor_offset: u32,
+        units: usize,
+    ) -> LoraItems<'v> {
+        LoraItems {
+            items: views.forward.view(items),
+            num_items: views.forward.view(views.places.counts).slice(count..count + 1),
+            rows: step.lora.map_or(ItemRows::UpTo8, LoraShape::item_rows),
+            descriptor_offset,
             grid: (units as u32).min(self.most_blocks()),
-        };
-        // Blocks for rank 16 in every row or chunk; higher ranks make them stride.
-        let items = max_items(step.rows, lora);
-        let shrink_units = items * operands.d_out.len() * shrunk.num_splits;
-        let shrink = work(views.forward.view(views.places.shrink_items), 1 + group as usize, shrink_units);
-        self.kernels.lora.launch_shrink(self.stream, shrink, operands.x, operands.d_in, shrunk)?;
-        let expand = work(
-            views.forward.view(views.places.expand_items),
-            0,
-            items * Lora::column_tiles(operands.d_out),
-        );
-        self.kernels.lora.launch_expand(self.stream, expand, shrunk, operands.y, operands.d_out)
+        }
     }
 
     fn shrunk(&self, d_in: usize, rows: usize) -> Shrunk<'_> {

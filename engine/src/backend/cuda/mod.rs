@@ -63,7 +63,7 @@ pub struct CudaOptions {
     pub mem_fraction: f64,
     /// How large the KV cache is; `None`: all that the rest leaves of `mem_fraction`.
     pub kv_cache: Option<KvBudget>,
-    /// Positions per block, a multiple of 16.
+    /// Positions per block, a power of two from 16 to 1024.
     pub block_size: usize,
     /// Most rows of one step.
     pub max_batch_tokens: usize,
@@ -249,7 +249,6 @@ impl CudaBackend {
         let device = Device::open(options.device)?;
         let stream = Stream::new(&device)?;
         let kernels = Kernels::load(&device)?;
-        let free_at_start = device.free_bytes()?;
         let model = load_model(&stream, &kernels)?;
         let gemm = Gemm::new(&device)?;
         let size = WorkspaceSize {
@@ -272,7 +271,7 @@ impl CudaBackend {
         let cos_sin = stream.upload(&cos_sin)?;
 
         let total_bytes = device.info().total_bytes;
-        let used_bytes = total_bytes.saturating_sub(free_at_start) + (free_at_start - device.free_bytes()?);
+        let used_bytes = total_bytes.saturating_sub(device.free_bytes()?);
         let budget = ((total_bytes as f64 * options.mem_fraction) as usize).saturating_sub(used_bytes);
         let block_bytes = kv_block_bytes(config, options.block_size);
         // Slots are u32.
@@ -597,8 +596,8 @@ impl CudaOptions {
             "between 0 and 1",
             self.mem_fraction.to_string(),
         )?;
-        let multiple_of_16 = self.block_size > 0 && self.block_size.is_multiple_of(16) && self.block_size <= 1024;
-        check("block_size", multiple_of_16, "a multiple of 16 up to 1024", self.block_size.to_string())?;
+        let good_block = (16..=1024).contains(&self.block_size) && self.block_size.is_power_of_two();
+        check("block_size", good_block, "a power of two from 16 to 1024", self.block_size.to_string())?;
         let rows = self.max_batch_tokens;
         check("max_batch_tokens", (1..=32768).contains(&rows), "from 1 to 32768", rows.to_string())?;
         check(

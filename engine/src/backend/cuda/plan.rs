@@ -71,7 +71,7 @@ impl StepShape {
 /// Places of the arrays that the forward pass reads. A function of the padded rows alone, so that a graph finds them again.
 #[derive(Clone, Copy)]
 pub(super) struct ForwardPlaces {
-    /// Items of the expand, then rank tiles for each group's shrink.
+    /// Items of the expand, of the shrink by group, and of the gated expand.
     pub counts: Place<u32>,
     pub token_sources: Place<u32>,
     pub positions: Place<u32>,
@@ -81,6 +81,7 @@ pub(super) struct ForwardPlaces {
     pub context_lens: Place<u32>,
     pub block_table_starts: Place<u32>,
     pub expand_items: Place<LoraItem>,
+    pub gated_items: Place<LoraItem>,
     /// Last, since its length is the adapters'.
     pub shrink_items: Place<LoraItem>,
 }
@@ -99,6 +100,7 @@ impl ForwardPlaces {
             context_lens: layout.place(rows),
             block_table_starts: layout.place(rows),
             expand_items: layout.place(rows),
+            gated_items: layout.place(rows),
             shrink_items: layout.place(max_shrink_items),
         };
         (places, layout)
@@ -118,10 +120,12 @@ pub(super) struct StepPlan {
     pub lora: LoraWork,
 }
 
-/// Items of every segment, and of the shrink one for each 16 ranks: tile by tile, so that each group's are a prefix.
+/// Items of every segment; those and items of the base rows between them for the gated expand; and of the shrink one for each 16 ranks, tile
+/// by tile, so that each group's are a prefix.
 #[derive(Default)]
 pub(super) struct LoraWork {
     pub expand_items: Vec<LoraItem>,
+    pub gated_items: Vec<LoraItem>,
     pub shrink_items: Vec<LoraItem>,
     /// Of `shrink_items`, by group.
     pub num_shrink_items: [u32; 4],
@@ -154,9 +158,9 @@ impl StepPlan {
         if !batch.lora_segments.is_empty() {
             let shape = LoraShape { has_chunks };
             plan.shape.lora = Some(shape);
-            plan.lora = LoraWork::new(&batch.lora_segments, adapters, shape.item_rows().max_rows(), |resident| {
-                resident.rank_tiles
-            });
+            let max_rows = shape.item_rows().max_rows();
+            plan.lora = LoraWork::new(&batch.lora_segments, adapters, max_rows, |resident| resident.rank_tiles);
+            plan.lora.cover(rows as u32, max_rows as u32);
             for segment in &batch.lora_segments {
                 let resident = adapters.get(segment.adapter).expect("the batch was checked");
                 let rows = segment.row_start as usize..(segment.row_start + segment.num_rows) as usize;
@@ -198,6 +202,7 @@ impl StepPlan {
             self.lora.num_shrink_items[1],
             self.lora.num_shrink_items[2],
             self.lora.num_shrink_items[3],
+            self.lora.gated_items.len() as u32,
         ];
         to.write(places.counts, &counts, 0);
         to.write(places.token_sources, &self.token_sources, 0);
@@ -208,6 +213,7 @@ impl StepPlan {
         to.write(places.context_lens, &self.context_lens, 0);
         to.write(places.block_table_starts, &self.block_table_starts, 0);
         to.write(places.expand_items, &self.lora.expand_items, LoraItem::default());
+        to.write(places.gated_items, &self.lora.gated_items, LoraItem::default());
         to.write(places.shrink_items, &self.lora.shrink_items, LoraItem::default());
     }
 }
@@ -246,6 +252,25 @@ impl LoraWork {
             }
         }
         work
+    }
+
+    /// Makes `gated_items` of the expand's, with items of base rows wherever there are none of adapters.
+    fn cover(&mut self, num_rows: u32, max_rows: u32) {
+        let base = |from: u32, to: u32| {
+            (from..to).step_by(max_rows as usize).map(move |row_start| LoraItem {
+                descriptors: 0,
+                row_start,
+                num_rows: max_rows.min(to - row_start) as u16,
+                rank_tile: 0,
+            })
+        };
+        let mut covered = 0;
+        for item in &self.expand_items {
+            self.gated_items.extend(base(covered, item.row_start));
+            self.gated_items.push(*item);
+            covered = item.row_start + u32::from(item.num_rows);
+        }
+        self.gated_items.extend(base(covered, num_rows));
     }
 }
 
