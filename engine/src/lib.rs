@@ -12,6 +12,7 @@ pub mod decoder;
 pub mod fairness;
 pub mod files;
 pub mod llm;
+mod masks;
 pub mod mock;
 pub mod request;
 pub mod residency;

@@ -140,7 +140,7 @@ pub struct LlmEngine {
     kv_capacity_tokens: usize,
     adapters: Option<Arc<AdapterRegistry>>,
     shared: Arc<Shared>,
-    commands: Sender<Command>,
+    commands: Arc<Sender<Command>>,
     next_request_id: AtomicU64,
 }
 
@@ -183,11 +183,12 @@ impl LlmEngine {
         let residency = DeviceResidency::new(capacity.adapter_bytes, eviction, residents);
         let shared = Arc::new(Shared::new());
         let (commands, inbox) = channel();
+        let commands = Arc::new(commands);
         let worker = Worker::new(
             backend,
             scheduler,
             residency,
-            inbox,
+            (Arc::downgrade(&commands), inbox),
             shared.clone(),
             adapters.clone(),
             description.vocab_size,
@@ -903,6 +904,51 @@ mod tests {
         );
         assert_eq!(without_cached_tokens(collect(neighbour)), expected);
         assert_empty(engine);
+    }
+
+    /// Allows everything, once its gate is opened for each mask.
+    struct Gated(std::sync::mpsc::Receiver<()>);
+
+    impl Constraint for Gated {
+        fn fill_mask(&mut self, _: &mut [u32]) -> Result<bool, String> {
+            self.0.recv().map_err(|_| "the gate is gone".to_owned())?;
+            Ok(true)
+        }
+
+        fn commit(&mut self, _: u32) -> Result<(), String> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_slow_constraint_holds_up_its_own_request_alone() {
+        for is_pipelined in [false, true] {
+            let engine = start_with(|backend| backend.is_pipelined = is_pipelined);
+            let slow = |prompt_request: GenerationRequest| {
+                let (open, gate) = sync_channel::<()>(64);
+                let request = GenerationRequest {
+                    constraint: Some(Box::new(Gated(gate))),
+                    ..prompt_request
+                };
+                (open, engine.submit(request).expect("it starts"))
+            };
+            let expected = expected_events(&ask(20));
+            let (open, stream) = slow(ask(20));
+            // Whole answers while the mask is not there.
+            for _ in 0..2 {
+                let events = collect(engine.submit(ask(20)).expect("it starts"));
+                assert_eq!(without_cached_tokens(events), expected);
+            }
+            assert_eq!((engine.stats().finished_total, engine.stats().running + engine.stats().waiting), (2, 1));
+            (0..20).for_each(|_| open.send(()).expect("a mask is waited for"));
+            assert_eq!(tokens(&collect(stream)), tokens(&expected));
+            // One that is given up while its mask is worked out leaves nothing behind.
+            let (open, stream) = slow(ask(20));
+            drop(stream);
+            assert_eq!(without_cached_tokens(collect(engine.submit(ask(20)).expect("it starts"))), expected);
+            drop(open);
+            assert_empty(&engine);
+        }
     }
 
     #[test]

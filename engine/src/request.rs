@@ -312,7 +312,8 @@ impl SamplingParams {
 
 /// A grammar as the engine sees it: it masks tokens. Implemented by the gateway.
 ///
-/// Called on the engine thread, in this order: `prepare` for the next position, then `commit` with the token chosen there.
+/// Called beside the engine thread, in this order: `fill_mask` for the next position, then `commit` with the token chosen there. One that
+/// takes long holds up its own request alone.
 pub trait Constraint: Send {
     /// Clears the bits of `mask` (bit `t % 32` of word `t / 32`) for tokens that may not come next. `mask` arrives all ones.
     /// `Ok(false)`: the grammar is complete and nothing may follow.

@@ -25,8 +25,9 @@ pub struct Sequence {
     pub epoch: u32,
     /// Whether the residency of its adapter was already counted as a hit or a miss.
     pub counted_residency: bool,
-    /// The engine thread's to call; here it only matters that there is one.
+    /// The engine thread's; away while a mask is worked out.
     pub constraint: Option<Box<dyn Constraint>>,
+    is_constrained: bool,
     adapter: Option<AdapterLease>,
     resident: Option<Arc<ResidentAdapter>>,
     tokens: Vec<u32>,
@@ -64,6 +65,7 @@ impl Sequence {
             prompt_len,
             sampling: Arc::new(request.sampling),
             logprobs: request.logprobs,
+            is_constrained: request.constraint.is_some(),
             constraint: request.constraint,
             mask: None,
             blocks: Vec::new(),
@@ -135,7 +137,7 @@ impl Sequence {
 
     /// Whether its next row depends on the token in flight in a way that only the host knows.
     pub fn must_see_token(&self) -> bool {
-        self.awaited.is_some() && (self.constraint.is_some() || self.penalties.is_some())
+        self.awaited.is_some() && (self.is_constrained || self.penalties.is_some())
     }
 
     /// Takes what the constraint allows as the next output token.
@@ -322,7 +324,7 @@ impl Sequence {
 
     /// Whether a constraint must give a mask before the next output token.
     pub fn needs_mask(&self) -> bool {
-        self.constraint.is_some() && self.mask.is_none()
+        self.is_constrained && self.mask.is_none()
     }
 
     /// Most tokens that may come from the cache: one is always computed, for its logits; and those from which a prompt token's

@@ -7,13 +7,12 @@
 //! device fails, or the thread panics, every request ends with one `Failed(Engine)` and the engine is unhealthy for good.
 
 use std::{
-    any::Any,
     collections::HashMap,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, OnceLock,
+        Arc, OnceLock, Weak,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst},
-        mpsc::{Receiver, RecvTimeoutError, TryRecvError},
+        mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError},
     },
     time::{Duration, Instant},
 };
@@ -26,7 +25,8 @@ use crate::{
     adapter::registry::AdapterRegistry,
     backend::{Backend, BackendError, Launched},
     batch::StepOutput,
-    request::{Constraint, FinishReason, GenerationRequest, RequestError, RequestId, TokenEvent},
+    masks::{MaskAnswer, MaskJob, MaskPool, panic_message},
+    request::{FinishReason, GenerationRequest, RequestError, RequestId, TokenEvent},
     residency::{BackendResidency, DeviceResidency},
     scheduler::{Schedule, ScheduledStep, Scheduler},
     sequence::Sequence,
@@ -36,6 +36,10 @@ use crate::{
 /// How often an upload is looked at while nothing else can run.
 const UPLOAD_POLL_INTERVAL: Duration = Duration::from_micros(100);
 
+/// How long a step waits for masks that were asked for since the last one. Most grammars take a tenth of it, so that a constrained
+/// sequence is in every step; one that takes longer sits steps out, and nobody waits for it again.
+const MASK_PATIENCE: Duration = Duration::from_micros(500);
+
 const STEP_SECONDS_BOUNDS: &[f64] = &[0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
 const QUEUE_SECONDS_BOUNDS: &[f64] = &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 
@@ -44,6 +48,8 @@ pub(crate) enum Command {
     Submit(Box<NewRequest>),
     /// Something outside changed: pins.
     Wake,
+    /// A constraint's mask is there.
+    Mask(MaskAnswer),
     FlushCache(oneshot::Sender<bool>),
     AbortAll,
     Shutdown {
@@ -194,7 +200,10 @@ pub(crate) struct Worker {
     inbox: Receiver<Command>,
     requests: HashMap<RequestId, ActiveRequest>,
     shared: Arc<Shared>,
-    mask_words: usize,
+    masks: MaskPool,
+    /// Masks asked for in this round that are not there yet.
+    awaited_masks: usize,
+    mask_round: u64,
     stats: EngineStats,
     drain: Option<Drain>,
     drained: Option<oneshot::Sender<()>>,
@@ -213,7 +222,7 @@ impl Worker {
         backend: Box<dyn Backend>,
         scheduler: Scheduler,
         residency: DeviceResidency,
-        inbox: Receiver<Command>,
+        (commands, inbox): (Weak<Sender<Command>>, Receiver<Command>),
         shared: Arc<Shared>,
         adapters: Option<Arc<AdapterRegistry>>,
         vocab_size: usize,
@@ -231,7 +240,14 @@ impl Worker {
             inbox,
             requests: HashMap::new(),
             shared,
-            mask_words: vocab_size.div_ceil(32),
+            masks: MaskPool::new(vocab_size.div_ceil(32), move |answer| {
+                // Nobody is left to be told when the engine is gone.
+                if let Some(commands) = commands.upgrade() {
+                    commands.send(Command::Mask(answer)).ok();
+                }
+            }),
+            awaited_masks: 0,
+            mask_round: 0,
             stats,
             drain: None,
             drained: None,
@@ -312,6 +328,7 @@ impl Worker {
         match command {
             Command::Submit(new) => self.add(*new),
             Command::Wake => {}
+            Command::Mask(answer) => self.take_mask(answer),
             Command::FlushCache(answer) => self.flushes.push(answer),
             Command::AbortAll => self.end_all(|| TokenEvent::Finished {
                 reason: FinishReason::Aborted,
@@ -333,7 +350,7 @@ impl Worker {
         };
         self.requests.insert(request_id, active);
         self.scheduler.add(Sequence::new(request_id, new.request));
-        self.advance_constraint(request_id, None);
+        self.ask_for_mask(request_id, None);
     }
 
     fn refresh_pins(&mut self) {
@@ -392,6 +409,7 @@ impl Worker {
         if self.scheduler.must_see_tokens() {
             self.commit_in_flight()?;
         }
+        self.await_masks();
         let mut residency = BackendResidency {
             residency: &mut self.residency,
             backend: &mut *self.backend,
@@ -481,7 +499,7 @@ impl Worker {
             };
             self.push_event(request_id, event);
             if token_id.is_some() {
-                self.advance_constraint(request_id, token_id);
+                self.ask_for_mask(request_id, token_id);
             }
         }
         self.stats.steps_total += 1;
@@ -495,23 +513,56 @@ impl Worker {
         Ok(())
     }
 
-    /// Tells a request's constraint of the token that was chosen, if one was, and the sequence of the mask for the next one.
-    /// A sequence that ended with this token is gone and needs none.
-    fn advance_constraint(&mut self, request_id: RequestId, chosen: Option<u32>) {
-        let Some(sequence) = self.scheduler.sequence_mut(request_id) else {
+    // Masks.
+
+    /// Has a request's constraint told of the token that was chosen, if one was, and its mask for the next one worked out. A sequence that
+    /// ended with this token is gone and needs none.
+    fn ask_for_mask(&mut self, request_id: RequestId, chosen: Option<u32>) {
+        let constraint = self.scheduler.sequence_mut(request_id).and_then(|sequence| sequence.constraint.take());
+        if let Some(constraint) = constraint {
+            self.awaited_masks += 1;
+            self.masks.ask(MaskJob {
+                request_id,
+                constraint,
+                chosen,
+                round: self.mask_round,
+            });
+        }
+    }
+
+    /// Takes commands until the masks of this round are there, for `MASK_PATIENCE` at most; then a new round begins.
+    fn await_masks(&mut self) {
+        let begin = Instant::now();
+        while self.awaited_masks > 0 {
+            let Some(left) = MASK_PATIENCE.checked_sub(begin.elapsed()) else { break };
+            match self.inbox.recv_timeout(left) {
+                Ok(command) => self.handle(command),
+                Err(_) => break,
+            }
+        }
+        self.awaited_masks = 0;
+        self.mask_round += 1;
+    }
+
+    fn take_mask(&mut self, answer: MaskAnswer) {
+        if answer.round == self.mask_round {
+            self.awaited_masks -= 1;
+        }
+        // Whoever was aborted meanwhile needs no mask.
+        let Some(sequence) = self.scheduler.sequence_mut(answer.request_id) else {
             return;
         };
-        let Some(constraint) = &mut sequence.constraint else {
-            return;
-        };
-        let event = match next_mask(&mut **constraint, chosen, self.mask_words) {
-            Ok(Some(mask)) => return sequence.set_mask(mask),
+        let event = match answer.mask {
+            Ok(Some(mask)) => {
+                sequence.constraint = Some(answer.constraint);
+                return sequence.set_mask(mask);
+            }
             Ok(None) => TokenEvent::Finished {
                 reason: FinishReason::ConstraintDone,
             },
             Err(reason) => TokenEvent::Failed(RequestError::Constraint(reason)),
         };
-        self.remove(request_id, event);
+        self.remove(answer.request_id, event);
     }
 
     // Ends.
@@ -627,27 +678,8 @@ impl Worker {
                 }
                 Command::FlushCache(answer) => drop(answer.send(false)),
                 Command::Shutdown { done, .. } => drop(done.send(())),
-                Command::Wake | Command::AbortAll => {}
+                Command::Wake | Command::Mask(_) | Command::AbortAll => {}
             }
         }
     }
-}
-
-/// Commits the chosen token, if there is one, and gives the mask for the next position; `None` when nothing may follow.
-/// A panic in a constraint is an error of its request.
-fn next_mask(constraint: &mut dyn Constraint, chosen: Option<u32>, mask_words: usize) -> Result<Option<Arc<[u32]>>, String> {
-    let call = AssertUnwindSafe(|| {
-        if let Some(token_id) = chosen {
-            constraint.commit(token_id)?;
-        }
-        let mut mask = vec![u32::MAX; mask_words];
-        let goes_on = constraint.fill_mask(&mut mask)?;
-        Ok(goes_on.then(|| mask.into()))
-    });
-    catch_unwind(call).unwrap_or_else(|panic| Err(format!("it panicked: {}", panic_message(&*panic))))
-}
-
-fn panic_message(panic: &(dyn Any + Send)) -> &str {
-    let owned = panic.downcast_ref::<String>().map(String::as_str);
-    owned.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a message")
 }
