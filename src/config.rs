@@ -88,6 +88,10 @@ struct ServeArgs {
     /// The name that clients use for the base model. Unset: the last part of --model-path (`demo` for the demo model).
     #[arg(long, value_name = "NAME", help_heading = "Model")]
     served_model_name: Option<String>,
+    /// What the weights are read from. `dummy` needs no more of --model-path than its config.json: random weights, made on the device, to
+    /// measure a size without its files. Without a tokenizer there, the demo model's serves.
+    #[arg(long, value_enum, default_value_t = LoadFormat::Auto, value_name = "FORMAT", help_heading = "Model")]
+    load_format: LoadFormat,
     /// What is computed and stored in. `auto`: the model's own type, where the device is fast in it.
     #[arg(long, value_enum, default_value_t = Dtype::Auto, value_name = "DTYPE", help_heading = "Model")]
     dtype: Dtype,
@@ -243,6 +247,8 @@ pub struct Config {
     pub model: ModelSource,
     /// The base model's name for clients.
     pub served_model_name: String,
+    /// Where its weights come from.
+    pub load_format: LoadFormat,
     /// What is computed in.
     pub dtype: Dtype,
     /// Bound on prompt and output together, if not the model's own.
@@ -353,6 +359,16 @@ pub enum LogFormat {
     Text,
     /// One object a line.
     Json,
+}
+
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LoadFormat {
+    /// The model's safetensors files.
+    #[value(alias = "safetensors")]
+    Auto,
+    /// Random numbers.
+    Dummy,
 }
 
 /// What is computed in.
@@ -677,6 +693,9 @@ impl Config {
         let lora = LoraSettings::from_args(&args, &model, &served_model_name)?;
         let engine = EngineSettings::from_args(&args)?;
         require(args.context_length != Some(0), || "--context-length must be at least 1".to_owned())?;
+        require(args.load_format == LoadFormat::Auto || model != ModelSource::Demo, || {
+            "--load-format dummy needs --model-path, a folder with a config.json".to_owned()
+        })?;
         if let Some(file) = args.chat_template.as_deref().filter(|file| !file.is_file()) {
             return Err(format!("--chat-template {}: no such file", file.display()));
         }
@@ -685,6 +704,7 @@ impl Config {
             log_format: args.log_format,
             model,
             served_model_name,
+            load_format: args.load_format,
             dtype: args.dtype,
             context_length: args.context_length,
             chat_template: args.chat_template.clone(),
@@ -1158,6 +1178,8 @@ mod tests {
             (&["--mem-fraction-static", "0"], "--mem-fraction-static"),
             (&["--mem-fraction-static", "8GiBs"], "--mem-fraction-static"),
             (&["--dtype", "int4"], "--dtype"),
+            (&["--load-format", "gguf"], "--load-format"),
+            (&["--load-format", "dummy"], "--load-format"),
             (&["--context-length", "0"], "--context-length"),
             (&["--max-running-requests", "0"], "--max-running-requests"),
             (&["--chunked-prefill-size", "0"], "--chunked-prefill-size"),

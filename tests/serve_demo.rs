@@ -281,6 +281,32 @@ fn what_stops_the_start_is_said_in_a_sentence() {
 }
 
 #[test]
+fn a_size_is_served_without_its_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(format!("{}/config.json", base_path()), folder.path().join("config.json")).unwrap();
+    let path = folder.path().display().to_string();
+    let adapter = format!("sql={}", adapter_path("sql"));
+    let server = Server::start(&[
+        "--model-path",
+        &path,
+        "--served-model-name",
+        "size",
+        "--load-format",
+        "dummy",
+        "--lora-paths",
+        &adapter,
+    ]);
+    let body = json!({"input_ids": [[5, 6, 7], [5, 6, 7]], "lora_path": [null, "sql"],
+        "sampling_params": {"max_new_tokens": 6, "temperature": 0, "ignore_eos": true}, "return_logprob": true});
+    let (status, answer) = server.post("/generate", &body);
+    assert_eq!(status, 200, "{answer}");
+    let logprob = |row: usize| answer[row]["meta_info"]["output_token_logprobs"][0][0].as_f64().unwrap();
+    assert!((0..2).all(|row| answer[row]["output_ids"].as_array().unwrap().len() == 6), "{answer}");
+    assert!(logprob(0) < 0.0 && logprob(0) != logprob(1), "{answer}");
+    server.stop();
+}
+
+#[test]
 fn keys_from_a_file_decide_who_may_do_what() {
     let folder = tempfile::tempdir().unwrap();
     let hash = |key: &str| polylora::auth::sha256_hex(key);

@@ -8,7 +8,10 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
-use polylora_engine::{FileSource, InferenceEngine, LoadRequest, weights::ModelWeights};
+use polylora_engine::{
+    FileSource, InferenceEngine, LoadRequest,
+    weights::{Dtype as StoredDtype, ModelWeights},
+};
 use tokio::net::TcpListener;
 use tracing_subscriber::EnvFilter;
 
@@ -19,7 +22,7 @@ use super::{
 use crate::{
     app::{Gateway, app},
     auth::{AdapterSources, Auth},
-    config::{Config, LogFormat, LoraPath, ModelSource},
+    config::{Config, Dtype, LoadFormat, LogFormat, LoraPath, ModelSource},
     demo,
     hub::{Hub, HubId},
     metrics::{Metrics, MetricsConfig},
@@ -95,7 +98,8 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
     let files = blocking(move || model_files(&model, &hub)).await?;
     let chat_template = config.chat_template.as_ref().map(std::fs::read_to_string).transpose();
     let chat_template = chat_template.context("--chat-template")?;
-    let prompt_files = files.clone();
+    let is_dummy = config.load_format == LoadFormat::Dummy;
+    let prompt_files = if is_dummy { tokenizer_files(&files) } else { files.clone() };
     let prompt = blocking(move || Ok(PromptProcessor::from_files(&prompt_files, chat_template.as_deref())?)).await?;
 
     let lora_paths = config.lora.as_ref().map(|lora| lora.paths.clone()).unwrap_or_default();
@@ -204,14 +208,27 @@ fn model_files(model: &ModelSource, hub: &Hub) -> anyhow::Result<FileSource> {
     Ok(FileSource::Directory(folder))
 }
 
+/// The demo model's tokenizer for a folder that has none: what a model of random weights says means nothing anyway.
+fn tokenizer_files(files: &FileSource) -> FileSource {
+    if files.contains("tokenizer.json") || demo::BASE.is_empty() {
+        return files.clone();
+    }
+    tracing::info!("--load-format dummy: no tokenizer.json in --model-path, so the demo model's tokenizer is used");
+    FileSource::Embedded(demo::BASE)
+}
+
 fn start_engine(config: Config, files: &FileSource) -> anyhow::Result<(Auth, BuiltEngine)> {
     let what = |what: &'static str| move || what;
     let decoder = super::adapters::read_decoder_config(files).with_context(what("--model-path"))?;
-    let weights = ModelWeights::open(files).with_context(what("--model-path"))?;
+    let weights = match config.load_format {
+        LoadFormat::Auto => ModelWeights::open(files).with_context(what("--model-path"))?,
+        LoadFormat::Dummy if config.dtype == Dtype::Float32 => ModelWeights::random(0, StoredDtype::F32),
+        LoadFormat::Dummy => ModelWeights::random(0, StoredDtype::Bf16),
+    };
     weights.check(&decoder).with_context(what("--model-path"))?;
     let built = build(EngineInputs {
         weights: &weights,
-        files: Some(files.clone()),
+        files: (config.load_format == LoadFormat::Auto).then(|| files.clone()),
         decoder,
         dtype: config.dtype,
         context_length: config.context_length,
