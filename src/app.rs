@@ -8,7 +8,10 @@ use std::{
 use axum::{
     Router,
     extract::{DefaultBodyLimit, MatchedPath, Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header::AUTHORIZATION},
+    http::{
+        HeaderMap, HeaderName, HeaderValue, Method, Uri,
+        header::{AUTHORIZATION, CONTENT_LENGTH},
+    },
     middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse, Response},
 };
@@ -25,7 +28,7 @@ use tower_http::{
 use crate::{
     auth::{AdapterSources, Auth, Identity, RequestPermit},
     constraint::GrammarCompiler,
-    error::ApiError,
+    error::{ApiError, NativeError},
     metrics::{Metrics, MetricsConfig},
     prompt::PromptProcessor,
     requests::RunningRequests,
@@ -187,6 +190,7 @@ pub fn app(state: AppState) -> Router {
         .layer(DefaultBodyLimit::max(limits.max_body_bytes))
         .layer(RequestBodyTimeoutLayer::new(limits.body_timeout))
         .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn(native_errors))
         .layer(from_fn_with_state(Arc::clone(&state), count));
     let routes = match cors(&state.cors_origins) {
         Some(cors) => routes.layer(cors),
@@ -255,6 +259,33 @@ async fn authenticate(State(state): State<AppState>, mut request: Request, next:
     };
     request.extensions_mut().insert(caller);
     next.run(request).await
+}
+
+/// Routes whose errors have SGLang's form.
+fn speaks_native(path: &str) -> bool {
+    matches!(
+        path,
+        "/generate" | "/load_lora_adapter" | "/unload_lora_adapter" | "/pin_lora_adapter" | "/flush_cache" | "/abort_request"
+    ) || matches!(path, "/health" | "/health_generate" | "/ping" | "/metrics")
+}
+
+/// Gives SGLang's form to what the layers around a native route refuse: they don't know what they stand around.
+async fn native_errors(request: Request, next: Next) -> Response {
+    let is_native = speaks_native(request.uri().path());
+    let mut response = next.run(request).await;
+    match response.extensions_mut().remove::<ApiError>() {
+        Some(error) if is_native => {
+            let mut native = NativeError(error).into_response();
+            for (name, value) in response.headers() {
+                // Not the length of the other body.
+                if !native.headers().contains_key(name) && name != CONTENT_LENGTH {
+                    native.headers_mut().insert(name.clone(), value.clone());
+                }
+            }
+            native
+        }
+        _ => response,
+    }
 }
 
 /// Counts a request against its key's limits, and tells how they stand. Around the routes that generate.

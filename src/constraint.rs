@@ -18,9 +18,15 @@ use llguidance::{
 };
 use parking_lot::Mutex;
 use polylora_engine::Constraint;
+use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::{error::ApiError, generation::Grammar, protocol::chat::ResponseFormat, tokenizer::TextTokenizer};
+use crate::{
+    error::ApiError,
+    generation::Grammar,
+    protocol::{JsonSchemaSource, chat::ResponseFormat},
+    tokenizer::TextTokenizer,
+};
 
 /// Whitespace between JSON's tokens: bounded, or a weak model might write nothing else for ever.
 const JSON_WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,40}";
@@ -42,8 +48,8 @@ pub enum GrammarSpec {
 
 impl GrammarSpec {
     /// JSON of a schema.
-    pub fn json_schema(schema: &Value) -> Self {
-        Self::JsonSchema(schema.to_string())
+    pub fn json_schema(schema: &impl Serialize) -> Self {
+        Self::JsonSchema(serde_json::to_string(schema).expect("a JSON value has string keys"))
     }
 
     /// Any JSON object.
@@ -76,7 +82,7 @@ impl GrammarSpec {
 /// 400 when there are several, or when a schema is missing.
 pub fn form_of_answer(
     response_format: Option<&ResponseFormat>,
-    json_schema: Option<&Value>,
+    json_schema: Option<&JsonSchemaSource>,
     regex: Option<&String>,
     ebnf: Option<&String>,
 ) -> Result<Option<(GrammarSpec, &'static str)>, ApiError> {
@@ -95,11 +101,11 @@ pub fn form_of_answer(
     match json_schema {
         None => {}
         // SGLang takes the schema as a string.
-        Some(Value::String(text)) => match serde_json::from_str::<Value>(text) {
+        Some(JsonSchemaSource::Text(text)) => match serde_json::from_str::<Value>(text) {
             Ok(schema) => forms.push((GrammarSpec::json_schema(&schema), "json_schema")),
             Err(error) => return Err(ApiError::invalid_grammar("json_schema", &error.to_string())),
         },
-        Some(schema) => forms.push((GrammarSpec::json_schema(schema), "json_schema")),
+        Some(JsonSchemaSource::Object(schema)) => forms.push((GrammarSpec::json_schema(schema), "json_schema")),
     }
     forms.extend(regex.map(|pattern| (GrammarSpec::Regex(pattern.clone()), "regex")));
     forms.extend(ebnf.map(|text| (GrammarSpec::Ebnf(text.clone()), "ebnf")));

@@ -267,7 +267,10 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        self.respond(self.body())
+        let mut response = self.respond(self.body());
+        // For the layer that knows which form the route speaks.
+        response.extensions_mut().insert(self);
+        response
     }
 }
 

@@ -24,6 +24,7 @@ use crate::{
     auth::{RequestPermit, TokenReservation},
     error::ApiError,
     metrics::{Outcome, RequestMetrics},
+    protocol::MatchedStop,
     requests::RunningRequest,
     tokenizer::{Detokenizer, TextTokenizer},
 };
@@ -86,10 +87,10 @@ impl Finish {
     }
 
     /// The stop token's id or the stop text.
-    pub fn matched(&self) -> Option<serde_json::Value> {
+    pub fn matched(&self) -> Option<MatchedStop> {
         match self {
-            Self::StopToken(id) => Some((*id).into()),
-            Self::StopText(text) => Some(text.as_str().into()),
+            Self::StopToken(id) => Some(MatchedStop::Token(*id)),
+            Self::StopText(text) => Some(MatchedStop::Text(text.clone())),
             Self::GrammarDone | Self::Length | Self::Aborted => None,
         }
     }

@@ -75,7 +75,7 @@ impl ToolFormat {
         for (index, tool) in tools.iter().enumerate() {
             let head = quoted(&format!("{{\"name\": {}, \"{key}\": ", quoted(&tool.function.name)));
             rules.push_str(&format!("call_{index}: {head} arguments_{index} \"}}\"\n"));
-            let schema = tool.function.parameters.clone();
+            let schema = tool.function.parameters.clone().map(Value::Object);
             let schema = schema.unwrap_or_else(|| json!({"type": "object", "properties": {}, "additionalProperties": false}));
             rules.push_str(&format!("arguments_{index}: %json {}\n", guided_schema(schema)?));
         }

@@ -18,7 +18,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::{
     AdapterError, AdapterInfo, AdapterLease, BoxFuture, EngineDescription, EngineStats, FinishReason, GenerationRequest, InferenceEngine,
     LoadRequest, LogprobsParams, RequestError, RequestId, SamplingParams, SubmitError, TokenEvent, TokenLogprobs, TokenStream, UnloadReport,
-    adapter::{AdapterState, AlignedBytes, HostAdapter, PackedDtype, VersionId},
+    adapter::{AdapterState, AlignedBytes, HostAdapter, PackedDtype, VersionId, registry::check_adapter_name},
     request::Constraint,
 };
 
@@ -340,6 +340,7 @@ impl MockEngine {
     }
 
     fn register(&self, request: &LoadRequest) -> Result<AdapterInfo, AdapterError> {
+        check_adapter_name(&request.name, &[])?;
         let mut adapters = self.adapters.lock();
         let taken = adapters.iter().position(|adapter| *adapter.info.name == *request.name);
         if taken.is_some() && !request.replace {

@@ -107,7 +107,7 @@ pub struct DynamoLoadRequest {
 
 /// Where an adapter is.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct DynamoSource {
     /// A path, a `file://` URI, or `org/name` on the Hub.
     #[schema(example = "file:///adapters/sql")]

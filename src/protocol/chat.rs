@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use super::{OneOrMany, StreamOptions, Usage};
+use super::{MatchedStop, OneOrMany, StreamOptions, Usage};
 
 /// A request for `/v1/chat/completions`: OpenAI's fields, then the usual extensions.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -144,7 +144,7 @@ pub struct ChatRequest {
 
 /// Who speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
+#[serde(remote = "Self", rename_all = "lowercase")]
 pub enum Role {
     /// Instructions.
     System,
@@ -160,7 +160,7 @@ pub enum Role {
 
 /// One message of a conversation.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct ChatMessage {
     /// Who speaks.
     pub role: Role,
@@ -234,6 +234,7 @@ impl<'de> Deserialize<'de> for MessageContent {
 
 /// A part of a message. `type` says which of the other fields counts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub struct ContentPart {
     /// `text` or `refusal`; `image_url`, `input_audio`, `file` and others are refused.
     #[serde(rename = "type")]
@@ -249,7 +250,7 @@ pub struct ContentPart {
 
 /// A function that the model may call.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct Tool {
     /// `function`.
     #[serde(rename = "type")]
@@ -261,10 +262,10 @@ pub struct Tool {
 
 /// A function's name, purpose and parameters.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct FunctionDefinition {
     /// Its name: letters, digits, `_`, `-`.
-    #[schema(example = "get_weather", max_length = 64)]
+    #[schema(example = "get_weather", pattern = "^[a-zA-Z0-9_-]{1,64}$")]
     pub name: String,
     /// What it does.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -272,7 +273,7 @@ pub struct FunctionDefinition {
     /// A JSON schema of its arguments, an object.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
-    pub parameters: Option<Value>,
+    pub parameters: Option<Map<String, Value>>,
     /// Arguments always follow the schema.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub strict: Option<bool>,
@@ -292,7 +293,7 @@ pub enum ToolChoice {
 
 /// Whether the model may, must, or must not call functions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
+#[serde(remote = "Self", rename_all = "lowercase")]
 pub enum ToolChoiceMode {
     /// It must not.
     None,
@@ -304,7 +305,7 @@ pub enum ToolChoiceMode {
 
 /// The one function that the model must call.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct NamedToolChoice {
     /// `function`.
     #[serde(rename = "type")]
@@ -316,7 +317,7 @@ pub struct NamedToolChoice {
 
 /// A function's name.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct FunctionName {
     /// The name.
     pub name: String,
@@ -324,7 +325,7 @@ pub struct FunctionName {
 
 /// What form the answer has.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(remote = "Self", tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ResponseFormat {
     /// Text.
     #[schema(title = "Text")]
@@ -342,7 +343,7 @@ pub enum ResponseFormat {
 
 /// A named JSON schema.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct JsonSchemaFormat {
     /// Its name.
     pub name: Option<String>,
@@ -350,13 +351,14 @@ pub struct JsonSchemaFormat {
     pub description: Option<String>,
     /// The schema.
     #[schema(value_type = Option<Object>)]
-    pub schema: Option<Value>,
+    pub schema: Option<Map<String, Value>>,
     /// Always followed here, whatever this says.
     pub strict: Option<bool>,
 }
 
 /// A call of a function.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub struct ToolCall {
     /// Identity of the call.
     #[schema(example = "call_0a1b2c3d4e5f60718293a4b5")]
@@ -375,6 +377,7 @@ fn function() -> String {
 
 /// A function's name and arguments.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub struct FunctionCall {
     /// Its name.
     #[schema(example = "get_weather")]
@@ -424,8 +427,7 @@ pub struct ChatChoice {
     pub finish_reason: Cow<'static, str>,
     /// Extension. The stop token's id or the stop text, if one ended it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    #[schema(value_type = Option<Object>)]
-    pub matched_stop: Option<Value>,
+    pub matched_stop: Option<MatchedStop>,
 }
 
 /// A generated message.
@@ -519,8 +521,7 @@ pub struct ChatChunkChoice {
     pub finish_reason: Option<Cow<'static, str>>,
     /// Extension. The stop token's id or the stop text, if one ended it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    #[schema(value_type = Option<Object>)]
-    pub matched_stop: Option<Value>,
+    pub matched_stop: Option<MatchedStop>,
 }
 
 /// What is new in a message.

@@ -3,10 +3,9 @@
 use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::{OneOrMany, Prompts, StreamOptions, Usage, chat::ResponseFormat};
+use super::{JsonSchemaSource, MatchedStop, OneOrMany, Prompts, StreamOptions, Usage, chat::ResponseFormat};
 
 /// A request for `/v1/completions`: OpenAI's fields, then the usual extensions.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -88,8 +87,7 @@ pub struct CompletionRequest {
     /// Extension. Text, any JSON object, or JSON of a schema.
     pub response_format: Option<ResponseFormat>,
     /// Extension. The output is JSON of this schema: an object, or a string with one.
-    #[schema(value_type = Option<Object>)]
-    pub json_schema: Option<Value>,
+    pub json_schema: Option<JsonSchemaSource>,
     /// Extension. The output matches this regular expression.
     pub regex: Option<String>,
     /// Extension. The output is derived from this grammar.
@@ -138,8 +136,7 @@ pub struct CompletionChoice {
     pub finish_reason: Option<Cow<'static, str>>,
     /// Extension. The stop token's id or the stop text, if one ended it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    #[schema(value_type = Option<Object>)]
-    pub matched_stop: Option<Value>,
+    pub matched_stop: Option<MatchedStop>,
 }
 
 /// Log-probabilities, one entry a token.

@@ -3,10 +3,9 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::OneOrMany;
+use super::{JsonSchemaSource, MatchedStop, OneOrMany};
 
 /// A request for `/generate`: one prompt or a batch, as `text` or as `input_ids`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
@@ -71,7 +70,7 @@ impl<'de> Deserialize<'de> for InputIds {
 
 /// SGLang's sampling settings.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct NativeSamplingParams {
     /// Most output tokens; null for as many as the context allows.
     #[serde(default, deserialize_with = "null_is_some")]
@@ -109,8 +108,7 @@ pub struct NativeSamplingParams {
     #[schema(minimum = 1, default = 1)]
     pub n: Option<u32>,
     /// The output is JSON of this schema (a string with JSON, or an object).
-    #[schema(value_type = Option<Object>)]
-    pub json_schema: Option<Value>,
+    pub json_schema: Option<JsonSchemaSource>,
     /// The output matches this regular expression.
     pub regex: Option<String>,
     /// The output is derived from this grammar.
@@ -184,19 +182,19 @@ pub struct MetaInfo {
     pub weight_version: String,
     /// `[logprob or null, token id, text or null]` of prompt tokens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    #[schema(value_type = Option<Vec<Vec<Object>>>)]
+    #[schema(value_type = Option<Vec<(Option<f32>, u32, Option<String>)>>)]
     pub input_token_logprobs: Option<Vec<LogprobTriple>>,
     /// The same of output tokens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    #[schema(value_type = Option<Vec<Vec<Object>>>)]
+    #[schema(value_type = Option<Vec<(Option<f32>, u32, Option<String>)>>)]
     pub output_token_logprobs: Option<Vec<LogprobTriple>>,
     /// For each prompt position the likeliest tokens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    #[schema(value_type = Option<Vec<Option<Vec<Vec<Object>>>>>)]
+    #[schema(value_type = Option<Vec<Option<Vec<(Option<f32>, u32, Option<String>)>>>>)]
     pub input_top_logprobs: Option<Vec<Option<Vec<LogprobTriple>>>>,
     /// For each output position the likeliest tokens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    #[schema(value_type = Option<Vec<Option<Vec<Vec<Object>>>>>)]
+    #[schema(value_type = Option<Vec<Option<Vec<(Option<f32>, u32, Option<String>)>>>>)]
     pub output_top_logprobs: Option<Vec<Option<Vec<LogprobTriple>>>>,
 }
 
@@ -211,8 +209,7 @@ pub enum NativeFinishReason {
     #[schema(title = "Stop")]
     Stop {
         /// The token's id, the text, or null.
-        #[schema(value_type = Option<Object>)]
-        matched: Option<Value>,
+        matched: Option<MatchedStop>,
     },
     /// As many tokens as were asked for, or as fit.
     #[schema(title = "Length")]

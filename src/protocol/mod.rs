@@ -5,6 +5,7 @@ use serde::{
     Deserialize, Deserializer, Serialize,
     de::{self, SeqAccess, Visitor},
 };
+use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 pub mod adapters;
@@ -14,6 +15,7 @@ pub mod generate;
 pub mod models;
 pub mod responses;
 pub mod server;
+mod shape;
 pub mod tokenize;
 
 /// One value, or a list of them.
@@ -86,6 +88,43 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Present<D> {
         bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct newtype_struct seq tuple
         tuple_struct map struct enum identifier ignored_any
     }
+}
+
+/// A JSON schema: an object, or a string with one.
+#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum JsonSchemaSource {
+    /// The schema.
+    #[schema(title = "Object", value_type = Object)]
+    Object(Map<String, Value>),
+    /// The schema, as JSON in a string.
+    #[schema(title = "Text")]
+    Text(String),
+}
+
+// By hand, as serde's untagged enums say "did not match any variant".
+impl<'de> Deserialize<'de> for JsonSchemaSource {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match Value::deserialize(deserializer)? {
+            Value::Object(schema) => Ok(Self::Object(schema)),
+            Value::String(text) => Ok(Self::Text(text)),
+            other => Err(de::Error::custom(format!(
+                "{other}, expected a JSON schema: an object, or a string with one"
+            ))),
+        }
+    }
+}
+
+/// What ended a text before its bound.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum MatchedStop {
+    /// The id of an end-of-sequence or stop token.
+    #[schema(title = "Token")]
+    Token(u32),
+    /// A stop text.
+    #[schema(title = "Text")]
+    Text(String),
 }
 
 /// A prompt, or several: text or token ids.
@@ -171,7 +210,7 @@ impl<'de> Deserialize<'de> for Element {
 
 /// Options of a stream.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct StreamOptions {
     /// A last chunk carries the usage of the whole request.
     #[serde(default)]

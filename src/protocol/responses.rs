@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::chat::{MessageContent, Role, ToolChoiceMode};
@@ -42,7 +42,7 @@ pub struct ResponsesRequest {
     pub stream: Option<bool>,
     /// Not interpreted.
     #[schema(value_type = Option<Object>)]
-    pub stream_options: Option<Value>,
+    pub stream_options: Option<Map<String, Value>>,
     /// Nothing is stored; `true` is refused.
     pub store: Option<bool>,
     /// Refused: nothing is stored.
@@ -86,6 +86,7 @@ pub enum Input {
 
 /// An item of a conversation. `type` says which of the other fields count; without it, it is a message.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(remote = "Self")]
 pub struct InputItem {
     /// `message`, `function_call`, `function_call_output` or `reasoning`; others are refused.
     #[serde(rename = "type")]
@@ -106,19 +107,20 @@ pub struct InputItem {
 
 /// A function that the model may call.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct FunctionTool {
     /// `function`; other tools are refused.
     #[serde(rename = "type")]
     #[schema(example = "function")]
     pub kind: String,
-    /// Its name.
+    /// Its name: letters, digits, `_`, `-`.
+    #[schema(example = "get_weather", pattern = "^[a-zA-Z0-9_-]{1,64}$")]
     pub name: String,
     /// What it does.
     pub description: Option<String>,
     /// A JSON schema of its arguments, an object.
     #[schema(value_type = Option<Object>)]
-    pub parameters: Option<Value>,
+    pub parameters: Option<Map<String, Value>>,
     /// Arguments follow the schema where a call is required.
     pub strict: Option<bool>,
 }
@@ -137,7 +139,7 @@ pub enum ResponsesToolChoice {
 
 /// The one function that the model must call.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct NamedFunction {
     /// `function`.
     #[serde(rename = "type")]
@@ -149,7 +151,7 @@ pub struct NamedFunction {
 
 /// The form of the text.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct TextSettings {
     /// Text, any JSON object, or JSON of a schema.
     pub format: Option<TextFormat>,
@@ -160,7 +162,7 @@ pub struct TextSettings {
 
 /// What form the text has.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(remote = "Self", tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum TextFormat {
     /// Text.
     #[schema(title = "Text")]
@@ -177,7 +179,7 @@ pub enum TextFormat {
         description: Option<String>,
         /// The schema.
         #[schema(value_type = Object)]
-        schema: Value,
+        schema: Map<String, Value>,
         /// Always followed here, whatever this says.
         strict: Option<bool>,
     },
@@ -185,7 +187,7 @@ pub enum TextFormat {
 
 /// Settings of the reasoning.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct ReasoningSettings {
     /// Handed to the chat template.
     pub effort: Option<String>,
@@ -371,5 +373,5 @@ pub struct ResponseEvent {
     /// What the event tells.
     #[serde(flatten)]
     #[schema(value_type = Object)]
-    pub fields: serde_json::Map<String, Value>,
+    pub fields: Map<String, Value>,
 }

@@ -79,7 +79,7 @@ pub struct ModelInfo {
     /// Always true.
     pub is_generation: bool,
     /// What the model's generation_config.json recommends, as far as it is used.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Option<Object>)]
     pub preferred_sampling_params: Option<serde_json::Value>,
     /// Identifies the weights.
     pub weight_version: String,

@@ -51,6 +51,9 @@ async fn a_key_is_needed_except_by_probes() {
         assert_eq!(answer.error(401).await["code"], "invalid_api_key");
     }
     get(&server, "eve", "/v1/models").await.error(401).await;
+    // A native route's refusals have its own form, whoever refuses.
+    let refused = server.post("/generate", json!({"text": "a"})).await.json(401).await;
+    assert_eq!((&refused["error"]["code"], &refused["error"]["retryable"]), (&json!(401), &json!(false)));
     get(&server, "ann", "/v1/models").await.json(200).await;
     for path in ["/health", "/metrics", "/ping", "/version"] {
         assert_eq!(server.get(path).await.status, 200, "{path}");
