@@ -171,11 +171,13 @@ struct ServeArgs {
     /// Which adapter leaves device memory first: the one used longest ago, or the one that came first.
     #[arg(long, value_enum, default_value_t = LoraEviction::Lru, value_name = "POLICY", help_heading = "LoRA")]
     lora_eviction_policy: LoraEviction,
-    /// Largest adapter rank accepted. Unset: any, since memory is taken by an adapter's own rank.
+    /// Largest adapter rank accepted. Unset: the largest of the adapters of --lora-paths; without these, or with --lora-dir, any that
+    /// the device takes (CUDA: 256), since memory is taken by an adapter's own rank.
     #[arg(long, value_name = "RANK", help_heading = "LoRA")]
     max_lora_rank: Option<u32>,
     /// Modules that adapters may change: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj embed_tokens lm_head
-    /// (qkv_proj and gate_up_proj stand for their parts), or `all`. Unset: all.
+    /// (qkv_proj and gate_up_proj stand for their parts), or `all`. Unset: those of the adapters of --lora-paths; without these, or with
+    /// --lora-dir, all.
     #[arg(long, num_args = 1.., value_name = "MODULE", help_heading = "LoRA")]
     lora_target_modules: Vec<String>,
 
@@ -323,10 +325,21 @@ pub struct LoraSettings {
     pub max_loaded_loras: Option<usize>,
     /// Which leaves first.
     pub eviction: EvictionPolicy,
-    /// Largest rank; `None` is any.
+    /// Largest rank; `None` is to be inferred from the adapters of the start.
     pub max_lora_rank: Option<u32>,
-    /// Modules; `None` is all.
-    pub target_modules: Option<BTreeSet<String>>,
+    /// Modules.
+    pub target_modules: TargetModules,
+}
+
+/// Modules that adapters may change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TargetModules {
+    /// Those that the adapters of the start change.
+    Inferred,
+    /// All.
+    All,
+    /// These.
+    Only(BTreeSet<String>),
 }
 
 /// Settings of the engine; what is unset depends on the device and the model.
@@ -418,6 +431,13 @@ pub struct LoraPath {
     pub path: String,
     /// Whether it is pinned.
     pub pinned: bool,
+}
+
+impl LoraPath {
+    /// The setting that it came from, for errors.
+    pub fn flag(&self) -> String {
+        format!("--lora-paths {}={}", self.name, self.path)
+    }
 }
 
 impl FromStr for LoraPath {
@@ -853,13 +873,13 @@ fn check_names(paths: &[LoraPath], served_model_name: &str) -> Result<(), String
     Ok(())
 }
 
-fn target_modules(given: &[String]) -> Result<Option<BTreeSet<String>>, String> {
+fn target_modules(given: &[String]) -> Result<TargetModules, String> {
     if given.is_empty() {
-        return Ok(None);
+        return Ok(TargetModules::Inferred);
     }
     if given.iter().any(|module| module == "all") {
         require(given.len() == 1, || "--lora-target-modules: `all` must stand alone".to_owned())?;
-        return Ok(None);
+        return Ok(TargetModules::All);
     }
     let mut modules = BTreeSet::new();
     for module in given {
@@ -879,7 +899,7 @@ fn target_modules(given: &[String]) -> Result<Option<BTreeSet<String>>, String> 
         };
         modules.extend(parts.iter().map(|part| (*part).to_owned()));
     }
-    Ok(Some(modules))
+    Ok(TargetModules::Only(modules))
 }
 
 impl EngineSettings {
@@ -1107,7 +1127,7 @@ mod tests {
         let names: Vec<_> = lora.paths.iter().map(|path| (path.name.as_str(), path.pinned)).collect();
         assert_eq!(names, [("a", false), ("b", true)]);
         let modules = ["down_proj", "k_proj", "q_proj", "v_proj"].map(String::from);
-        assert_eq!(lora.target_modules, Some(modules.into()));
+        assert_eq!(lora.target_modules, TargetModules::Only(modules.into()));
         assert_eq!(config.engine.memory, Some(MemoryBudget::Fraction(0.5)));
         // What the command line gives takes the place of the file's list.
         let lora = serve(&["--config", &path, "--lora-paths", "c=/c"]).unwrap().lora.unwrap();

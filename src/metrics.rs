@@ -133,7 +133,7 @@ definitions! {
     ADAPTER_WAITED = "polylora_adapter_waiting_seconds_total", Kind::Counter, &["adapter"], "Time that admitted requests had waited, by adapter.";
     LOADS = "polylora_adapter_loads_total", Kind::Counter, &["outcome"], "Times that an adapter was read, checked and packed into host memory, by outcome (ok, error).";
     UNLOADS = "polylora_adapter_unloads_total", Kind::Counter, &[], "Adapters unloaded by an operator.";
-    LOAD_SECONDS = "polylora_adapter_load_seconds", Kind::Histogram(LOAD_BUCKETS), &[], "Time of the loads that clients asked for, downloads included.";
+    LOAD_SECONDS = "polylora_adapter_load_seconds", Kind::Histogram(LOAD_BUCKETS), &[], "Time of the loads at start and of those that clients asked for, downloads included.";
     HOST_EVICTIONS = "polylora_host_adapter_evictions_total", Kind::Counter, &[], "Adapters that left host memory for others.";
     DEVICE_HITS = "polylora_device_adapter_hits_total", Kind::Counter, &[], "Requests that found their adapter on the device when they were first scheduled.";
     DEVICE_UPLOADS = "polylora_device_adapter_uploads_total", Kind::Counter, &[], "Times that an adapter had to be copied to the device.";
@@ -362,7 +362,7 @@ impl Metrics {
         }
     }
 
-    /// Records an adapter load that a client asked for: how long it took and whether it worked.
+    /// Records an adapter load, of the start or that a client asked for: how long it took and whether it worked.
     pub fn adapter_loaded(&self, took: std::time::Duration, ok: bool) {
         if ok {
             self.load_seconds.observe(took.as_secs_f64());
@@ -833,6 +833,8 @@ mod tests {
             lora_enabled: true,
             max_loras_per_batch: 8,
             max_loaded_loras: None,
+            max_lora_rank: None,
+            lora_target_modules: None,
             max_running_requests: 32,
             max_queued_requests: 64,
         }

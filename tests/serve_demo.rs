@@ -132,6 +132,8 @@ fn pinned_at_start_and_at_run_time_in_both_spellings() {
         &plain,
         "--max-loras-per-batch",
         "3",
+        "--lora-target-modules",
+        "all",
     ]);
     assert_loaded(server.load("lora2", &adapter_path("pirate"), true), &["lora0", "lora1", "lora2"]);
     assert_refused(server.load("lora3", &adapter_path("table"), true), "starvation");
@@ -145,6 +147,107 @@ fn pinned_at_start_and_at_run_time_in_both_spellings() {
         ["lora0", "lora1", "lora2", "lora3"].map(pins),
         [true, false, true, false].map(Value::Bool)
     );
+    server.stop();
+}
+
+/// What `/server_info` says of the limits on adapters.
+fn limits(server: &Server) -> (Value, Value) {
+    let (status, info) = server.get("/server_info");
+    assert_eq!(status, 200, "{info}");
+    (info["max_lora_rank"].clone(), info["lora_target_modules"].clone())
+}
+
+#[test]
+fn limits_on_adapters_are_inferred_from_those_of_the_start() {
+    let lines = format!("lines={}", adapter_path("lines"));
+    let pirate = format!("pirate={}", adapter_path("pirate"));
+    let flags = ["--model-path", &base_path(), "--lora-paths", &lines, &pirate];
+    let server = Server::start(&flags);
+    let modules = json!(["down_proj", "k_proj", "o_proj", "q_proj", "v_proj"]);
+    assert_eq!(limits(&server), (json!(32), modules.clone()));
+    // Rank 64 on modules that are allowed; rank 16 on modules of which one is not.
+    assert_refused(server.load("a", &adapter_path("json"), false), "incompatible");
+    assert_refused(server.load("a", &adapter_path("json"), false), "expected at most 32, got 64");
+    assert_refused(server.load("a", &adapter_path("table"), false), "got `gate_proj`");
+    let replace = json!({"lora_name": "pirate", "lora_path": adapter_path("json"), "replace": true});
+    assert_refused(server.post("/load_lora_adapter", &replace), "incompatible");
+    check(
+        &server,
+        &[LIST_3, LIST_3],
+        &[Some("lines"), Some("pirate")],
+        &[Some("lines"), Some("pirate")],
+    );
+    server.stop();
+
+    // One limit by flag, the other inferred.
+    let server = Server::start(&[&flags[..], &["--max-lora-rank", "64"]].concat());
+    assert_eq!(limits(&server), (json!(64), modules));
+    assert_loaded(server.load("a", &adapter_path("json"), false), &["a", "lines", "pirate"]);
+    assert_refused(server.load("b", &adapter_path("table"), false), "--lora-target-modules");
+    server.stop();
+}
+
+#[test]
+fn without_adapters_at_start_or_with_a_folder_of_them_nothing_is_inferred() {
+    let folder = tempfile::tempdir().unwrap();
+    let lines = format!("lines={}", adapter_path("lines"));
+    for flags in [
+        &["--enable-lora"][..],
+        &["--lora-dir", folder.path().to_str().unwrap(), "--lora-paths", &lines],
+    ] {
+        let server = Server::start(&[&["--model-path", &base_path()], flags].concat());
+        assert_eq!(limits(&server), (Value::Null, Value::Null), "{flags:?}");
+        assert_eq!(server.load("flags", &adapter_path("flags"), false).0, 200);
+        server.stop();
+    }
+}
+
+#[test]
+fn adapters_outside_the_limits_are_refused_at_start_and_at_first_use() {
+    let json_adapter = format!("json={}", adapter_path("json"));
+    let output = polylora(&[
+        "serve",
+        "--port",
+        "0",
+        "--model-path",
+        &base_path(),
+        "--max-lora-rank",
+        "32",
+        "--lora-paths",
+        &json_adapter,
+    ]);
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains(&format!("--lora-paths {json_adapter}")) && said.contains("incompatible"),
+        "{said}"
+    );
+
+    let folder = std::path::Path::new(&adapter_path("json")).parent().unwrap().display().to_string();
+    let server = Server::start(&[
+        "--model-path",
+        &base_path(),
+        "--lora-dir",
+        &folder,
+        "--lora-target-modules",
+        "q_proj",
+        "v_proj",
+    ]);
+    let (status, answer) = server.post("/generate", &json!({"text": LIST_3, "lora_path": "json", "sampling_params": greedy()}));
+    assert_eq!(status, 400, "{answer}");
+    assert!(answer.to_string().contains("incompatible"), "{answer}");
+    check(&server, &[LIST_3], &[Some("lines")], &[Some("lines")]);
+    server.stop();
+}
+
+#[test]
+fn an_adapter_that_the_device_has_no_room_for_is_refused() {
+    // A quarter is for adapters: less than json's.
+    let server = Server::start(&["--model-path", &base_path(), "--enable-lora", "--mem-fraction-static", "1MiB"]);
+    assert_loaded(server.load("lines", &adapter_path("lines"), false), &["lines"]);
+    let refused = server.load("json", &adapter_path("json"), false);
+    assert_refused(refused.clone(), "incompatible");
+    assert_refused(refused, "--mem-fraction-static");
     server.stop();
 }
 
@@ -265,6 +368,11 @@ fn what_stops_the_start_is_said_in_a_sentence() {
             1,
             "--context-length 1000000: the model was made for".to_owned(),
         ),
+        (
+            vec!["--chunked-prefill-size", "2000000"],
+            1,
+            "--chunked-prefill-size: expected from 1".to_owned(),
+        ),
         (vec!["--device", "cuda"], 1, "without the `cuda` feature".to_owned()),
         (vec!["--log-level", "a=b=c"], 1, "--log-level".to_owned()),
         (
@@ -374,6 +482,7 @@ fn metrics_show_the_adapters_of_the_traffic() {
     for line in [
         "polylora_requests_total{adapter=\"json\",outcome=\"stop\"} 2",
         "polylora_requests_total{adapter=\"(base)\",outcome=\"stop\"} 1",
+        "polylora_adapter_load_seconds_count 8",
         "vllm:num_requests_running{model_name=\"demo\",engine=\"0\"} 0",
         "polylora_http_requests_total{route=\"/generate\",status=\"200\"} 1",
     ] {

@@ -5,6 +5,7 @@ use std::{
     io,
     ops::Deref,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
 /// A file carried in the binary.
@@ -29,18 +30,50 @@ pub enum FileSource {
 #[derive(Debug)]
 pub enum FileBytes {
     /// Mapped from disk.
-    Mapped(memmap2::Mmap),
+    Mapped(MappedFile),
     /// In the binary.
     Static(&'static [u8]),
     /// An empty file (which cannot be mapped).
     Empty,
 }
 
+/// How much of a mapped file is read before its pages are given back.
+const RELEASE_BYTES: usize = 32 << 20;
+
+/// A file in the address space.
+#[derive(Debug)]
+pub struct MappedFile {
+    map: memmap2::Mmap,
+    /// Bytes read since its pages were last given back.
+    read_bytes: AtomicUsize,
+}
+
+impl FileBytes {
+    /// Says that so many bytes have been read and will not be needed again soon.
+    ///
+    /// Pages of a mapped file count as this process's memory once they are read. A model is read once, into the form that a device
+    /// computes with: without this, its file and its weights would be in memory both by the end.
+    pub fn was_read(&self, bytes: usize) {
+        let Self::Mapped(file) = self else { return };
+        if file.read_bytes.fetch_add(bytes, Relaxed) + bytes < RELEASE_BYTES {
+            return;
+        }
+        file.read_bytes.store(0, Relaxed);
+        // SAFETY: the map is of a file and is never written to: pages that are given back are the same when they are read again, also
+        // by a thread that reads them just now.
+        #[cfg(unix)]
+        let released = unsafe { file.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        // A system that keeps them costs memory and changes no result.
+        #[cfg(unix)]
+        drop(released);
+    }
+}
+
 impl Deref for FileBytes {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
         match self {
-            Self::Mapped(map) => map,
+            Self::Mapped(file) => &file.map,
             Self::Static(bytes) => bytes,
             Self::Empty => &[],
         }
@@ -69,7 +102,11 @@ impl FileSource {
                 }
                 // SAFETY: the map is read-only. Should another process truncate the file while it is mapped, reads past the new end
                 // raise SIGBUS, as for every program that maps its model; adapters are therefore read through `read` instead.
-                Ok(FileBytes::Mapped(unsafe { memmap2::Mmap::map(&file)? }))
+                let map = unsafe { memmap2::Mmap::map(&file)? };
+                Ok(FileBytes::Mapped(MappedFile {
+                    map,
+                    read_bytes: AtomicUsize::new(0),
+                }))
             }
             Self::Embedded(files) => files
                 .iter()

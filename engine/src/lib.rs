@@ -106,6 +106,10 @@ pub struct EngineDescription {
     pub max_loras_per_batch: usize,
     /// Adapters in host memory, if bounded.
     pub max_loaded_loras: Option<usize>,
+    /// Largest rank that an adapter may have, if bounded.
+    pub max_lora_rank: Option<u32>,
+    /// Modules that adapters may change, sorted, if not all.
+    pub lora_target_modules: Option<Vec<String>>,
     /// Sequences running at once.
     pub max_running_requests: usize,
     /// Requests waiting at once.

@@ -446,6 +446,11 @@ fn describe(config: &EngineConfig, decoder: &DecoderConfig, capacity: &Capacity,
         lora_enabled: config.lora.is_some(),
         max_loras_per_batch: config.lora.as_ref().map_or(0, |lora| lora.max_loras_per_batch),
         max_loaded_loras: config.lora.as_ref().and_then(|lora| lora.max_loaded_loras),
+        max_lora_rank: config.lora.as_ref().and_then(|lora| lora.max_lora_rank),
+        lora_target_modules: config
+            .lora
+            .as_ref()
+            .and_then(|lora| Some(lora.target_modules.as_ref()?.iter().cloned().collect())),
         max_running_requests: config.max_running_requests,
         max_queued_requests: config.max_queued_requests,
     }
@@ -489,6 +494,7 @@ mod tests {
         Capacity {
             num_blocks: 40,
             block_size: 4,
+            kv_block_bytes: 0,
             max_batch_tokens: 16,
             adapter_bytes: 1000,
             max_adapters_per_batch: 2,

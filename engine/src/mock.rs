@@ -243,6 +243,8 @@ impl MockEngine {
                 lora_enabled: true,
                 max_loras_per_batch: 8,
                 max_loaded_loras: None,
+                max_lora_rank: None,
+                lora_target_modules: None,
                 max_running_requests: 64,
                 max_queued_requests: 64,
             },

@@ -702,6 +702,7 @@ mod tests {
             let capacity = Capacity {
                 num_blocks: limits.num_blocks,
                 block_size: limits.block_size,
+                kv_block_bytes: 0,
                 max_batch_tokens: limits.token_budget,
                 adapter_bytes: limits.adapter_bytes,
                 max_adapters_per_batch: limits.max_loras,

@@ -220,7 +220,11 @@ impl ModelWeights {
                     }
                 };
                 // `read_metadata` has checked that the range is as long as dtype and shape say.
-                (dtype, Data::Bytes(&bytes[found.range.clone()]))
+                let data = Data::File {
+                    bytes: &bytes[found.range.clone()],
+                    file: bytes,
+                };
+                (dtype, data)
             }
         };
         Ok(Tensor { name, dtype, shape, data })
@@ -289,7 +293,7 @@ pub struct Tensor<'a> {
 }
 
 enum Data<'a> {
-    Bytes(&'a [u8]),
+    File { bytes: &'a [u8], file: &'a FileBytes },
     Random(RandomTensor),
 }
 
@@ -317,7 +321,10 @@ impl Tensor<'_> {
     /// Its elements, little-endian, as they are stored.
     pub fn bytes(&self) -> Cow<'_, [u8]> {
         match &self.data {
-            Data::Bytes(bytes) => Cow::Borrowed(bytes),
+            Data::File { bytes, file } => {
+                file.was_read(bytes.len());
+                Cow::Borrowed(bytes)
+            }
             Data::Random(random) => {
                 let mut values = vec![0.0; self.shape.iter().product()];
                 random.fill(0, &mut values);
@@ -335,9 +342,10 @@ impl Tensor<'_> {
         let len = self.row_len();
         assert_eq!(out.len(), len, "length of a row of {}", self.name);
         match &self.data {
-            Data::Bytes(bytes) => {
+            Data::File { bytes, file } => {
                 let row_bytes = len * self.dtype.size_bytes();
                 widen(self.dtype, &bytes[row * row_bytes..(row + 1) * row_bytes], out);
+                file.was_read(row_bytes);
             }
             Data::Random(random) => {
                 random.fill((row * len) as u64, out);

@@ -2,17 +2,17 @@
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use polylora_engine::{
     EngineConfig, EngineParts, FileSource, LlmEngine, LoraConfig, StartError,
     adapter::{
         LoraLimits, PackedDtype,
-        load::checkpoint_opener,
+        load::{checkpoint_opener, inspect_config},
         registry::{AdapterRegistry, RegistryConfig},
     },
     backend::{
         Backend,
-        cpu::{ComputeDtype, CpuBackend, CpuOptions, KvBudget, kv_block_bytes},
+        cpu::{ComputeDtype, CpuBackend, CpuOptions, KvBudget, LoadError, kv_block_bytes},
     },
     decoder::DecoderConfig,
     weights::{Dtype as StoredDtype, ModelWeights},
@@ -22,7 +22,7 @@ use polylora_engine::{
 mod cuda;
 
 use super::bench::BenchArgs;
-use crate::config::{Device, Dtype, EngineSettings, LoraSettings, MemoryBudget};
+use crate::config::{Device, Dtype, EngineSettings, LoraPath, LoraSettings, MemoryBudget, TargetModules};
 
 /// An engine and what is worth saying about it.
 pub(super) struct BuiltEngine {
@@ -120,6 +120,7 @@ pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result
         max_loras_per_batch: num_adapters,
         max_loaded_loras: None,
         eviction: polylora_engine::EvictionPolicy::Lru,
+        // What the device's buffers are made for.
         max_lora_rank: args.lora_rank.iter().copied().max(),
         target_modules: None,
     });
@@ -144,15 +145,32 @@ pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result
 }
 
 impl LoraSettings {
-    /// The engine's view of them.
-    pub(super) fn engine_config(&self) -> LoraConfig {
-        LoraConfig {
+    /// The engine's view of them. `given` are the adapters of `--lora-paths` and their files.
+    ///
+    /// A limit that is not set is inferred from them, as in SGLang: what was given at start fits, what is larger is refused. Where there
+    /// is nothing to infer from, or where `--lora-dir` says that others will come, there is no limit but the device's.
+    pub(super) fn engine_config(&self, given: &[(LoraPath, FileSource)], decoder: &DecoderConfig) -> anyhow::Result<LoraConfig> {
+        let mut inferred = None;
+        if self.directories.is_empty() && (self.max_lora_rank.is_none() || self.target_modules == TargetModules::Inferred) {
+            for (path, files) in given {
+                let resolution = inspect_config(files, decoder).with_context(|| path.flag())?;
+                let (max_lora_rank, modules) = inferred.get_or_insert_with(|| (0, BTreeSet::new()));
+                *max_lora_rank = resolution.max_lora_rank().max(*max_lora_rank);
+                modules.extend(resolution.module_names().into_iter().map(str::to_owned));
+            }
+        }
+        let (inferred_rank, inferred_modules) = inferred.unzip();
+        Ok(LoraConfig {
             max_loras_per_batch: self.max_loras_per_batch,
             max_loaded_loras: self.max_loaded_loras,
             eviction: self.eviction,
-            max_lora_rank: self.max_lora_rank,
-            target_modules: self.target_modules.clone().map(BTreeSet::from_iter),
-        }
+            max_lora_rank: self.max_lora_rank.or(inferred_rank),
+            target_modules: match &self.target_modules {
+                TargetModules::Inferred => inferred_modules,
+                TargetModules::All => None,
+                TargetModules::Only(modules) => Some(modules.clone()),
+            },
+        })
     }
 }
 
@@ -196,7 +214,7 @@ fn start_on_cpu(inputs: EngineInputs<'_>, compute: ComputeDtype, memory: MemoryP
         adapter_bytes: memory.adapter_bytes,
         max_adapters_per_batch: lora.as_ref().map_or(1, |lora| lora.max_loras_per_batch),
     };
-    let backend = CpuBackend::from_weights(inputs.weights, &inputs.decoder, &options)?;
+    let backend = CpuBackend::from_weights(inputs.weights, &inputs.decoder, &options).map_err(option_by_flag)?;
     let device = DeviceFacts {
         name: backend.device_name(),
         dtype: compute.name(),
@@ -254,7 +272,7 @@ fn start(inputs: EngineInputs<'_>, backend: Box<dyn Backend>, device: DeviceFact
     let capacity = backend.capacity();
     let kv_tokens = capacity.num_blocks * capacity.block_size;
     let memory = MemoryPlan {
-        kv_bytes: capacity.num_blocks * kv_block_bytes(&decoder, capacity.block_size),
+        kv_bytes: capacity.num_blocks * capacity.kv_block_bytes,
         adapter_bytes: capacity.adapter_bytes,
     };
     let context_length = fit_context(context_length, &decoder, kv_tokens)?;
@@ -262,6 +280,7 @@ fn start(inputs: EngineInputs<'_>, backend: Box<dyn Backend>, device: DeviceFact
     let adapters = lora.as_ref().map(|lora| {
         let limits = LoraLimits {
             base: files.map(|files| checkpoint_opener(files, Arc::clone(&decoder))),
+            max_packed_bytes: Some(memory.adapter_bytes),
             ..device.lora_limits
         };
         let config = RegistryConfig {
@@ -318,6 +337,23 @@ fn fit_context(asked: Option<usize>, decoder: &DecoderConfig, kv_tokens: usize) 
     }
 }
 
+/// A CPU backend's refusal in the words of the command line.
+fn option_by_flag(error: LoadError) -> anyhow::Error {
+    match error {
+        LoadError::Option { option, expected, got } => {
+            let flag = match option {
+                "num_threads" => "--num-threads",
+                "block_size" => "--block-size",
+                "max_batch_tokens" => "--chunked-prefill-size",
+                "kv_cache blocks" | "kv_cache bytes" => "--mem-fraction-static",
+                other => other,
+            };
+            anyhow!("{flag}: expected {expected}, got {got}")
+        }
+        other => other.into(),
+    }
+}
+
 /// An engine's refusal in the words of the command line.
 fn by_flag(error: StartError) -> anyhow::Error {
     match error {
@@ -330,7 +366,7 @@ fn by_flag(error: StartError) -> anyhow::Error {
                 "max_loaded_loras" => "--max-loaded-loras",
                 other => other,
             };
-            anyhow::anyhow!("{flag} must be {expected}, got {got}")
+            anyhow!("{flag} must be {expected}, got {got}")
         }
         other => other.into(),
     }

@@ -107,10 +107,16 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
     let (paths, by) = (lora_paths.clone(), Arc::clone(&sources));
     // Before the model is loaded, which may take minutes.
     let adapters = blocking(move || {
-        paths
-            .into_iter()
-            .map(|path| AdapterAtStart::find(path, &by))
-            .collect::<anyhow::Result<Vec<_>>>()
+        let find = |path: LoraPath| {
+            let began = Instant::now();
+            let files = by.resolve_trusted(&path.path).with_context(|| path.flag())?;
+            Ok(AdapterAtStart {
+                path,
+                files,
+                finding: began.elapsed(),
+            })
+        };
+        paths.into_iter().map(find).collect::<anyhow::Result<Vec<_>>>()
     })
     .await?;
     let Config {
@@ -129,7 +135,11 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
     let (is_demo, http) = (*model == ModelSource::Demo, http.clone());
     let cors_origins = http.cors_origins.clone();
     let max_adapter_labels = config.metrics_max_adapters;
-    let (auth, built) = blocking(move || start_engine(config, &files)).await?;
+    let given = adapters
+        .iter()
+        .map(|adapter| (adapter.path.clone(), adapter.files.clone()))
+        .collect::<Vec<_>>();
+    let (auth, built) = blocking(move || start_engine(config, &files, &given)).await?;
     let description = built.engine.describe();
     tracing::info!(
         architecture = description.architecture,
@@ -142,7 +152,7 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
         context_length = description.context_length,
         "the model is loaded"
     );
-    load_adapters(built.engine.as_ref(), adapters).await?;
+    let loads = load_adapters(built.engine.as_ref(), adapters).await?;
     let mut names: Vec<String> = lora_paths.into_iter().map(|path| path.name).collect();
     let lora_dirs = match built.engine.adapters() {
         Some(registry) => {
@@ -160,6 +170,7 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
 
     let engine: Arc<dyn InferenceEngine> = built.engine;
     let metrics = Metrics::new(served.name(), engine.describe(), MetricsConfig { max_adapter_labels });
+    loads.into_iter().for_each(|took| metrics.adapter_loaded(took, true));
     let model = if is_demo {
         format!("{} (the embedded demo model)", served.name())
     } else {
@@ -217,7 +228,7 @@ fn tokenizer_files(files: &FileSource) -> FileSource {
     FileSource::Embedded(demo::BASE)
 }
 
-fn start_engine(config: Config, files: &FileSource) -> anyhow::Result<(Auth, BuiltEngine)> {
+fn start_engine(config: Config, files: &FileSource, given: &[(LoraPath, FileSource)]) -> anyhow::Result<(Auth, BuiltEngine)> {
     let what = |what: &'static str| move || what;
     let decoder = super::adapters::read_decoder_config(files).with_context(what("--model-path"))?;
     let weights = match config.load_format {
@@ -226,6 +237,7 @@ fn start_engine(config: Config, files: &FileSource) -> anyhow::Result<(Auth, Bui
         LoadFormat::Dummy => ModelWeights::random(0, StoredDtype::Bf16),
     };
     weights.check(&decoder).with_context(what("--model-path"))?;
+    let lora = config.lora.as_ref().map(|lora| lora.engine_config(given, &decoder)).transpose()?;
     let built = build(EngineInputs {
         weights: &weights,
         files: (config.load_format == LoadFormat::Auto).then(|| files.clone()),
@@ -233,7 +245,7 @@ fn start_engine(config: Config, files: &FileSource) -> anyhow::Result<(Auth, Bui
         dtype: config.dtype,
         context_length: config.context_length,
         settings: &config.engine,
-        lora: config.lora.as_ref().map(|lora| lora.engine_config()),
+        lora,
         base_names: vec![config.served_model_name.clone()],
     })?;
     Ok((config.auth, built))
@@ -243,22 +255,14 @@ fn start_engine(config: Config, files: &FileSource) -> anyhow::Result<(Auth, Bui
 struct AdapterAtStart {
     path: LoraPath,
     files: FileSource,
+    /// How long it took to find them, which may have been a download.
+    finding: Duration,
 }
 
-impl AdapterAtStart {
-    fn find(path: LoraPath, sources: &AdapterSources) -> anyhow::Result<Self> {
-        let files = sources.resolve_trusted(&path.path).with_context(|| flag_of(&path))?;
-        Ok(Self { path, files })
-    }
-}
-
-fn flag_of(LoraPath { name, path, .. }: &LoraPath) -> String {
-    format!("--lora-paths {name}={path}")
-}
-
-/// Loads the adapters in their order. The first that can't be loaded stops the start.
-async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStart>) -> anyhow::Result<()> {
-    for AdapterAtStart { path, files } in adapters {
+/// Loads the adapters in their order, and says how long each took. The first that can't be loaded stops the start.
+async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStart>) -> anyhow::Result<Vec<Duration>> {
+    let mut loads = Vec::with_capacity(adapters.len());
+    for AdapterAtStart { path, files, finding } in adapters {
         let began = Instant::now();
         let request = LoadRequest {
             name: path.name.clone(),
@@ -267,18 +271,20 @@ async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStar
             pinned: path.pinned,
             replace: false,
         };
-        let info = engine.load_adapter(request).await.with_context(|| flag_of(&path))?;
+        let info = engine.load_adapter(request).await.with_context(|| path.flag())?;
+        let took = finding + began.elapsed();
+        loads.push(took);
         tracing::info!(
             name = path.name,
             from = path.path,
             lora_rank = info.max_lora_rank,
             bytes = info.bytes,
             pinned = path.pinned,
-            seconds = began.elapsed().as_secs_f64(),
+            seconds = took.as_secs_f64(),
             "loaded an adapter"
         );
     }
-    Ok(())
+    Ok(loads)
 }
 
 /// Serves; after the first signal drains, after the second gives up at once.

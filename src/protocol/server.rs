@@ -132,6 +132,10 @@ pub struct ServerInfo {
     pub max_loras_per_batch: usize,
     /// Adapters in host memory, if bounded.
     pub max_loaded_loras: Option<usize>,
+    /// Largest rank that an adapter may have, if bounded.
+    pub max_lora_rank: Option<u32>,
+    /// Modules that adapters may change, if not all.
+    pub lora_target_modules: Option<Vec<String>>,
     /// Adapters registered.
     pub num_loaded_loras: usize,
     /// `cpu`, `cuda:0 (…)`, …

@@ -126,6 +126,8 @@ pub async fn server_info(State(state): State<AppState>) -> Json<ServerInfo> {
         enable_lora: description.lora_enabled,
         max_loras_per_batch: description.max_loras_per_batch,
         max_loaded_loras: description.max_loaded_loras,
+        max_lora_rank: description.max_lora_rank,
+        lora_target_modules: description.lora_target_modules.clone(),
         num_loaded_loras: state.engine.list_adapters().len(),
         device: description.device.clone(),
         dtype: description.dtype.clone(),

@@ -162,6 +162,24 @@ impl Server {
         assert!(status.unwrap().success());
     }
 
+    /// A size that Linux tells of the process in `/proc/PID/status`: `VmRSS`, `VmHWM` (the largest so far).
+    pub fn memory_bytes(&self, field: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).unwrap();
+        line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
+    }
+
+    /// A field of the line that it logged when the model was loaded.
+    pub fn loaded(&self, field: &str) -> u64 {
+        let log = self.log();
+        let line = log
+            .lines()
+            .find(|line| line.contains("the model is loaded"))
+            .unwrap_or_else(|| panic!("{log}"));
+        let value = line.split(&format!(" {field}=")).nth(1).unwrap_or_else(|| panic!("{field}: {line}"));
+        value.split_whitespace().next().unwrap().parse().unwrap()
+    }
+
     /// What it logged so far.
     pub fn log(&self) -> String {
         self.log.lock().unwrap().clone()

@@ -164,6 +164,19 @@ pub struct Resolution {
     pub without_effect: Vec<String>,
 }
 
+impl Resolution {
+    /// Names of the modules that the adapter changes, those that it brings whole included.
+    pub fn module_names(&self) -> std::collections::BTreeSet<&'static str> {
+        let ids = self.modules.iter().map(|module| module.id).chain(self.saved.iter().copied());
+        ids.map(ModuleId::module_name).collect()
+    }
+
+    /// Largest rank of a pair.
+    pub fn max_lora_rank(&self) -> u32 {
+        self.modules.iter().map(|module| module.lora_rank).max().unwrap_or(0)
+    }
+}
+
 impl PeftConfig {
     /// Reads `adapter_config.json`.
     ///

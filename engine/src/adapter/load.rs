@@ -133,6 +133,8 @@ pub struct LoraLimits {
     /// Opens the base model's weights, for the adapters that need them. Without it DoRA and trained biases are refused, and saved
     /// copies of base weights are taken on trust.
     pub base: Option<BaseOpener>,
+    /// Most bytes that it may take once packed: what a device keeps for adapters. `None` is no bound.
+    pub max_packed_bytes: Option<usize>,
     /// Most bytes of weight files, whatever the configuration says.
     pub max_file_bytes: u64,
     /// Threads that pack one adapter.
@@ -159,6 +161,7 @@ impl LoraLimits {
             dtype,
             features: LoraFeatures::default(),
             base: None,
+            max_packed_bytes: None,
             max_file_bytes: 32 << 30,
             pack_threads: 2,
         }
@@ -166,28 +169,20 @@ impl LoraLimits {
 
     fn check(&self, resolution: &Resolution) -> Result<(), AdapterError> {
         let incompatible = |reason| Err(AdapterError::Incompatible { reason });
-        let name_of = |id| match id {
-            ModuleId::Layer { projection, .. } => projection.module_name(),
-            ModuleId::EmbedTokens => "embed_tokens",
-            ModuleId::LmHead => "lm_head",
-        };
-        for id in resolution.modules.iter().map(|module| module.id).chain(resolution.saved.iter().copied()) {
-            if let Some(allowed) = &self.target_modules
-                && !allowed.contains(name_of(id))
-            {
-                return incompatible(format!(
-                    "it changes `{}`, this server takes adapters on {} (--lora-target-modules)",
-                    name_of(id),
-                    allowed.iter().map(String::as_str).collect::<Vec<_>>().join(", ")
-                ));
-            }
+        if let Some(allowed) = &self.target_modules
+            && let Some(module) = resolution.module_names().into_iter().find(|module| !allowed.contains(*module))
+        {
+            let allowed = allowed.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+            return incompatible(format!(
+                "target modules: expected none but {allowed}, got `{module}` (--lora-target-modules allows more)"
+            ));
         }
         for module in &resolution.modules {
             if let Some(max) = self.max_lora_rank
                 && module.lora_rank > max
             {
                 return incompatible(format!(
-                    "`{}` has lora_rank {}, at most {max} here (--max-lora-rank)",
+                    "lora_rank of `{}`: expected at most {max}, got {} (--max-lora-rank allows more)",
                     module_path(module.id),
                     module.lora_rank
                 ));
@@ -231,6 +226,7 @@ pub fn load_adapter(files: &FileSource, decoder: &DecoderConfig, limits: &LoraLi
     let replaced = loader.plan_replaced(&resolution)?;
     let modules = loader.plan_modules(&resolution)?;
     loader.check_leftovers()?;
+    loader.check_packed_bytes()?;
     loader.finish(&resolution, modules, replaced)
 }
 
@@ -754,13 +750,29 @@ impl<'a> Loader<'a> {
         Err(bad(WEIGHTS_FILE, format!("tensor {} would not be used: {why}{others}", tensor.name)))
     }
 
+    fn packed_bytes(&self) -> usize {
+        self.blob_bytes.next_multiple_of(64)
+    }
+
+    fn check_packed_bytes(&self) -> Result<(), AdapterError> {
+        match self.limits.max_packed_bytes {
+            Some(max) if self.packed_bytes() > max => Err(AdapterError::Incompatible {
+                reason: format!(
+                    "bytes of its weights: expected at most {max}, which is what the device has for adapters, got {} (--mem-fraction-static)",
+                    self.packed_bytes()
+                ),
+            }),
+            _ => Ok(()),
+        }
+    }
+
     fn finish(
         mut self,
         resolution: &Resolution,
         modules: Vec<PackedModule>,
         replaced: Vec<ReplacedWeight>,
     ) -> Result<(HostAdapter, CoverageReport), AdapterError> {
-        let mut blob = AlignedBytes::zeroed(self.blob_bytes.next_multiple_of(64));
+        let mut blob = AlignedBytes::zeroed(self.packed_bytes());
         let digests = fill(&self.pieces, &mut blob, self.limits.dtype, self.limits.pack_threads)?;
         let version = version(&modules, &replaced, self.limits.dtype, &self.pieces, &digests);
         let mut layers: Vec<u16> = modules
@@ -1311,13 +1323,27 @@ mod tests {
             &files,
             &decoder,
             &with(4, &all),
-            &["incompatible", "down_proj` has lora_rank 5, at most 4"],
+            &["incompatible", "down_proj`: expected at most 4, got 5"],
         );
         check_refused(
             &files,
             &decoder,
             &with(5, &["q_proj"]),
-            &["incompatible", "`down_proj`", "adapters on q_proj"],
+            &["incompatible", "expected none but q_proj, got `down_proj`"],
+        );
+        // Its size is that of its own ranks.
+        let bytes = load_adapter(&source(&files.write()), &decoder, &limits()).unwrap().0.bytes();
+        let at_most = |max: usize| LoraLimits {
+            max_packed_bytes: Some(max),
+            ..limits()
+        };
+        load_adapter(&source(&files.write()), &decoder, &at_most(bytes)).unwrap();
+        let expected = format!("expected at most {}", bytes - 1);
+        check_refused(
+            &files,
+            &decoder,
+            &at_most(bytes - 1),
+            &["incompatible", &expected, &format!("got {bytes}")],
         );
     }
 

@@ -97,6 +97,17 @@ pub enum ModuleId {
     LmHead,
 }
 
+impl ModuleId {
+    /// The last component of its module path: what `target_modules` lists call it.
+    pub fn module_name(self) -> &'static str {
+        match self {
+            Self::Layer { projection, .. } => projection.module_name(),
+            Self::EmbedTokens => "embed_tokens",
+            Self::LmHead => "lm_head",
+        }
+    }
+}
+
 /// dtype of packed adapter weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PackedDtype {

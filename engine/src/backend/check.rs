@@ -186,6 +186,7 @@ mod tests {
         let capacity = Capacity {
             num_blocks: 8,
             block_size: 4,
+            kv_block_bytes: 0,
             max_batch_tokens: 4,
             adapter_bytes: 0,
             max_adapters_per_batch: 1,

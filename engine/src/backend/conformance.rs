@@ -195,6 +195,7 @@ pub fn capacity() -> Capacity {
     Capacity {
         num_blocks: 128,
         block_size: 16,
+        kv_block_bytes: 0,
         max_batch_tokens: 256,
         adapter_bytes: 16 << 20,
         max_adapters_per_batch: 6,

@@ -301,6 +301,7 @@ fn capacity(config: &DecoderConfig, options: &CpuOptions) -> Result<Capacity, Lo
     Ok(Capacity {
         num_blocks: num_blocks.min(max_blocks),
         block_size,
+        kv_block_bytes: block_bytes,
         max_batch_tokens: in_range("max_batch_tokens", options.max_batch_tokens, 1, 1 << 20)?,
         adapter_bytes: options.adapter_bytes,
         max_adapters_per_batch: options.max_adapters_per_batch,

@@ -21,6 +21,8 @@ pub struct Capacity {
     pub num_blocks: usize,
     /// Positions per block.
     pub block_size: usize,
+    /// Bytes of one block's keys and values over all layers, in the dtype that this backend keeps them in.
+    pub kv_block_bytes: usize,
     /// Most rows of one step.
     pub max_batch_tokens: usize,
     /// Most bytes of adapters resident at once.

@@ -19,8 +19,10 @@ const CHUNKED_PREFILL: usize = 2048;
 const MEMORY_FRACTION: f64 = 0.85;
 /// Of that, for adapters.
 const ADAPTER_FRACTION: f64 = 0.25;
-/// Largest rank, unless set.
-const MAX_LORA_RANK: u32 = 64;
+/// The device's buffers are made for this rank at least.
+const MIN_BUFFER_RANK: u32 = 64;
+/// Largest rank, unless it is set or inferred from the adapters of the start. Buffers for it take some megabytes.
+const MAX_LORA_RANK: u32 = 256;
 
 /// Whether the model goes to a CUDA device: `auto` takes one if there is one, and says why not if there is none.
 pub(super) fn is_chosen(device: Device) -> anyhow::Result<bool> {
@@ -63,7 +65,10 @@ pub(super) fn start(mut inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine>
         max_context: inputs.context_length.unwrap_or(usize::MAX),
         adapter_bytes: (bytes * adapter_fraction) as usize,
         max_adapters_per_batch: lora.as_ref().map_or(1, |lora| lora.max_loras_per_batch),
-        max_lora_rank: lora.as_ref().and_then(|lora| lora.max_lora_rank).unwrap_or(1) as usize,
+        max_lora_rank: lora
+            .as_ref()
+            .and_then(|lora| lora.max_lora_rank)
+            .map_or(1, |rank| rank.max(MIN_BUFFER_RANK)) as usize,
         ..CudaOptions::default()
     };
     let backend = match &inputs.files {

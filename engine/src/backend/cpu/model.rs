@@ -160,10 +160,26 @@ impl Packer<'_> {
 
     fn embedding(&self) -> Result<Embedding, WeightsError> {
         let tensor = self.tensor(DecoderTensor::EmbedTokens)?;
-        let values = tensor.to_f32();
+        let (num_rows, row_len) = (tensor.shape()[0], tensor.row_len());
+        // Row by row: the whole table in f32 beside the one that is kept may be gigabytes.
         Ok(match self.dtype {
-            WeightDtype::F32 => Embedding::F32(values),
-            WeightDtype::Bf16 => Embedding::Bf16(values.into_iter().map(bf16::from_f32).collect()),
+            WeightDtype::F32 => {
+                let mut values = vec![0.0; num_rows * row_len];
+                values
+                    .chunks_exact_mut(row_len)
+                    .enumerate()
+                    .for_each(|(row, out)| tensor.read_row(row, out));
+                Embedding::F32(values)
+            }
+            WeightDtype::Bf16 => {
+                let mut values = Vec::with_capacity(num_rows * row_len);
+                let mut wide = vec![0.0; row_len];
+                for row in 0..num_rows {
+                    tensor.read_row(row, &mut wide);
+                    values.extend(wide.iter().copied().map(bf16::from_f32));
+                }
+                Embedding::Bf16(values)
+            }
         })
     }
 }

@@ -317,6 +317,7 @@ impl CudaBackend {
             capacity: Capacity {
                 num_blocks,
                 block_size: options.block_size,
+                kv_block_bytes: block_bytes,
                 max_batch_tokens: options.max_batch_tokens,
                 adapter_bytes: options.adapter_bytes,
                 max_adapters_per_batch: options.max_adapters_per_batch,
