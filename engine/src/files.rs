@@ -8,6 +8,11 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
+use polylora_kernels::cpu::HugeBuffer;
+
+/// A thread reads at least so much of a file.
+const BYTES_WORTH_A_THREAD: usize = 4 << 20;
+
 /// A file carried in the binary.
 #[derive(Clone, Copy, Debug)]
 pub struct EmbeddedFile {
@@ -122,12 +127,7 @@ impl FileSource {
     /// `NotFound`; `FileTooLarge` when it is longer than `max_bytes`; or what the system says.
     pub fn read(&self, name: &str, max_bytes: u64) -> io::Result<Vec<u8>> {
         use io::Read;
-        let too_large = |len: u64| {
-            io::Error::new(
-                io::ErrorKind::FileTooLarge,
-                format!("{name} has {len} bytes, at most {max_bytes} are read"),
-            )
-        };
+        let too_large = |len: u64| too_large(name, len, max_bytes);
         match self {
             Self::Directory(directory) => {
                 let file = File::open(directory.join(name))?;
@@ -153,11 +153,95 @@ impl FileSource {
         }
     }
 
+    /// The same for a large file: into huge pages, by several threads.
+    ///
+    /// # Errors
+    /// As `read`; `UnexpectedEof` when the file becomes shorter meanwhile.
+    pub fn read_large(&self, name: &str, max_bytes: u64, threads: usize) -> io::Result<HugeBuffer<u8>> {
+        let Self::Directory(directory) = self else {
+            let bytes = self.read(name, max_bytes)?;
+            let mut buffer = HugeBuffer::zeroed(bytes.len());
+            buffer.copy_from_slice(&bytes);
+            return Ok(buffer);
+        };
+        let file = File::open(directory.join(name))?;
+        let len = file.metadata()?.len();
+        if len > max_bytes {
+            return Err(too_large(name, len, max_bytes));
+        }
+        let mut buffer = HugeBuffer::zeroed(usize::try_from(len).map_err(io::Error::other)?);
+        let part = buffer.len().div_ceil(threads.max(1)).max(BYTES_WORTH_A_THREAD);
+        if buffer.len() <= part {
+            read_exact_at(&file, &mut buffer, 0)?;
+            return Ok(buffer);
+        }
+        std::thread::scope(|scope| {
+            let parts = buffer.chunks_mut(part).enumerate();
+            let readers: Vec<_> = parts
+                .map(|(index, bytes)| {
+                    let (file, offset) = (&file, (index * part) as u64);
+                    scope.spawn(move || read_exact_at(file, bytes, offset))
+                })
+                .collect();
+            readers
+                .into_iter()
+                .try_for_each(|reader| reader.join().unwrap_or_else(|_| Err(io::Error::other("a reader panicked"))))
+        })?;
+        Ok(buffer)
+    }
+
     /// The folder on disk, if it is one.
     pub fn directory(&self) -> Option<&Path> {
         match self {
             Self::Directory(directory) => Some(directory),
             Self::Embedded(_) => None,
         }
+    }
+}
+
+fn too_large(name: &str, len: u64, max_bytes: u64) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::FileTooLarge,
+        format!("{name} has {len} bytes, at most {max_bytes} are read"),
+    )
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let count = std::os::windows::fs::FileExt::seek_read(file, bytes, offset)?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        bytes = &mut bytes[count..];
+        offset += count as u64;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_large_file_is_read_as_it_is_by_any_number_of_threads() {
+        let folder = tempfile::tempdir().unwrap();
+        let bytes: Vec<u8> = (0..3 * BYTES_WORTH_A_THREAD + 5).map(|at| (at * 31 / 7) as u8).collect();
+        std::fs::write(folder.path().join("large"), &bytes).unwrap();
+        std::fs::write(folder.path().join("empty"), []).unwrap();
+        let source = FileSource::Directory(folder.path().to_owned());
+        for threads in [0, 1, 3, 64] {
+            let read = source.read_large("large", bytes.len() as u64, threads).unwrap();
+            assert!(*read == *bytes, "{threads} threads");
+            assert!(source.read_large("empty", 0, threads).unwrap().is_empty());
+        }
+        let kind = |name, max_bytes| source.read_large(name, max_bytes, 2).err().unwrap().kind();
+        assert_eq!(kind("large", bytes.len() as u64 - 1), io::ErrorKind::FileTooLarge);
+        assert_eq!(kind("none", 1), io::ErrorKind::NotFound);
     }
 }

@@ -137,7 +137,7 @@ pub struct LoraLimits {
     pub max_packed_bytes: Option<usize>,
     /// Most bytes of weight files, whatever the configuration says.
     pub max_file_bytes: u64,
-    /// Threads that pack one adapter.
+    /// Threads that read and pack one adapter.
     pub pack_threads: usize,
 }
 
@@ -153,7 +153,7 @@ impl std::fmt::Debug for LoraLimits {
 }
 
 impl LoraLimits {
-    /// No limit on rank and modules, no features beyond A and B.
+    /// No limit on rank and modules, no features beyond A and B; half of the cores pack an adapter, eight at most.
     pub fn new(dtype: PackedDtype) -> Self {
         Self {
             max_lora_rank: None,
@@ -163,7 +163,7 @@ impl LoraLimits {
             base: None,
             max_packed_bytes: None,
             max_file_bytes: 32 << 30,
-            pack_threads: 2,
+            pack_threads: std::thread::available_parallelism().map_or(2, |cores| (cores.get() / 2).clamp(2, 8)),
         }
     }
 
@@ -209,7 +209,8 @@ pub fn load_adapter(files: &FileSource, decoder: &DecoderConfig, limits: &LoraLi
     let resolution = config.resolve(decoder)?;
     limits.check(&resolution)?;
     refuse_added_tokens(files, decoder)?;
-    let weights = WeightFiles::read(files, max_weight_bytes(&resolution, decoder).min(limits.max_file_bytes))?;
+    let max_bytes = max_weight_bytes(&resolution, decoder).min(limits.max_file_bytes);
+    let weights = WeightFiles::read(files, max_bytes, limits.pack_threads)?;
     let mut loader = Loader {
         decoder,
         limits,
@@ -939,12 +940,15 @@ fn transpose_shape(source: &Source<'_>) -> Option<(usize, usize)> {
 }
 
 /// An element of the blob.
-trait Packed: Copy {
+trait Packed: bytemuck::Pod {
+    /// The same in a file.
+    const STORED: Dtype;
     fn pack(value: f32) -> Self;
     fn is_usable(self) -> bool;
 }
 
 impl Packed for f32 {
+    const STORED: Dtype = Dtype::F32;
     fn pack(value: f32) -> Self {
         value
     }
@@ -954,6 +958,7 @@ impl Packed for f32 {
 }
 
 impl Packed for bf16 {
+    const STORED: Dtype = Dtype::BF16;
     fn pack(value: f32) -> Self {
         Self::from_f32(value)
     }
@@ -974,6 +979,7 @@ fn write_elements<E: Element, P: Packed>(tensor: &Tensor<'_>, transpose: Option<
     let from = tensor.view.data();
     let mut usable = true;
     match transpose {
+        None if tensor.view.dtype() == P::STORED && cfg!(target_endian = "little") => usable = copy_elements(from, to),
         None => {
             for (to, from) in to.iter_mut().zip(from.chunks_exact(E::BYTES)) {
                 *to = P::pack(E::decode(from));
@@ -1004,6 +1010,16 @@ fn write_elements<E: Element, P: Packed>(tensor: &Tensor<'_>, transpose: Option<
         Some((index, value)) => Err(tensor.not_finite(index, value)),
         None => Ok(()),
     }
+}
+
+/// The file's own bytes, looked at while they are in the cache: whether all are usable.
+fn copy_elements<P: Packed>(from: &[u8], to: &mut [P]) -> bool {
+    const ELEMENTS: usize = 4096;
+    let parts = to.chunks_mut(ELEMENTS).zip(from.chunks(ELEMENTS * size_of::<P>()));
+    parts.fold(true, |usable, (to, from)| {
+        bytemuck::cast_slice_mut(to).copy_from_slice(from);
+        to.iter().fold(usable, |usable, element| usable & element.is_usable())
+    })
 }
 
 /// SHA-256 over what the adapter does: shapes and scalings of its modules, and a digest of each run of packed weights. File names,

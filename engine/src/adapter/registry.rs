@@ -165,7 +165,7 @@ pub struct RegistryConfig {
 }
 
 impl RegistryConfig {
-    /// Two loader threads, LRU, no bound on host memory, seven pins.
+    /// A loader thread for each four cores, two to eight of them; LRU, no bound on host memory, seven pins.
     pub fn new(limits: LoraLimits) -> Self {
         Self {
             limits,
@@ -173,7 +173,7 @@ impl RegistryConfig {
             max_loaded_loras: None,
             max_pinned: 7,
             eviction: EvictionPolicy::Lru,
-            loader_threads: 2,
+            loader_threads: std::thread::available_parallelism().map_or(2, |cores| (cores.get() / 4).clamp(2, 8)),
             max_queued_loads: 1024,
             adapter_dirs: Vec::new(),
         }

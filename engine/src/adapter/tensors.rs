@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, io};
 
 use half::{bf16, f16};
+use polylora_kernels::cpu::HugeBuffer;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::Value;
 
@@ -48,26 +49,26 @@ pub struct Tensor<'a> {
 
 /// The content of an adapter's weight files.
 pub struct WeightFiles {
-    files: Vec<(String, Vec<u8>)>,
+    files: Vec<(String, HugeBuffer<u8>)>,
     /// Which file the index says a tensor is in; `None` without an index.
     index: Option<BTreeMap<String, String>>,
 }
 
 impl WeightFiles {
-    /// Reads the safetensors file, or those that the index names, `max_bytes` together at most.
+    /// Reads the safetensors file, or those that the index names, `max_bytes` together at most, by `threads` threads.
     ///
     /// # Errors
     /// `BadFile`: missing, too long, or a pickle file.
-    pub fn read(source: &FileSource, max_bytes: u64) -> Result<Self, AdapterError> {
+    pub fn read(source: &FileSource, max_bytes: u64, threads: usize) -> Result<Self, AdapterError> {
         if source.contains(WEIGHTS_FILE) {
-            let bytes = read_file(source, WEIGHTS_FILE, max_bytes)?;
+            let bytes = read_weights(source, WEIGHTS_FILE, max_bytes, threads)?;
             return Ok(Self {
                 files: vec![(WEIGHTS_FILE.into(), bytes)],
                 index: None,
             });
         }
         if source.contains(INDEX_FILE) {
-            return Self::read_shards(source, max_bytes);
+            return Self::read_shards(source, max_bytes, threads);
         }
         if let Some(file) = PICKLE_FILES.into_iter().find(|file| source.contains(file)) {
             return Err(bad(
@@ -78,7 +79,7 @@ impl WeightFiles {
         Err(bad(WEIGHTS_FILE, "no such file"))
     }
 
-    fn read_shards(source: &FileSource, max_bytes: u64) -> Result<Self, AdapterError> {
+    fn read_shards(source: &FileSource, max_bytes: u64, threads: usize) -> Result<Self, AdapterError> {
         let bytes = read_file(source, INDEX_FILE, MAX_HEADER_BYTES)?;
         let value: Value = serde_json::from_slice(&bytes).map_err(|error| bad(INDEX_FILE, format!("not valid JSON: {error}")))?;
         let map = value
@@ -104,7 +105,7 @@ impl WeightFiles {
         let mut files = Vec::new();
         let mut left = max_bytes;
         for name in names {
-            let bytes = read_file(source, &name, left)?;
+            let bytes = read_weights(source, &name, left, threads)?;
             left -= bytes.len() as u64;
             files.push((name, bytes));
         }
@@ -230,10 +231,18 @@ fn parse_module(components: &[&str], num_layers: usize) -> Result<ModuleId, Stri
 /// # Errors
 /// `BadFile` with what the system says, in words.
 pub fn read_file(source: &FileSource, name: &str, max_bytes: u64) -> Result<Vec<u8>, AdapterError> {
-    source.read(name, max_bytes).map_err(|error| match error.kind() {
+    source.read(name, max_bytes).map_err(|error| unreadable(name, &error))
+}
+
+fn read_weights(source: &FileSource, name: &str, max_bytes: u64, threads: usize) -> Result<HugeBuffer<u8>, AdapterError> {
+    source.read_large(name, max_bytes, threads).map_err(|error| unreadable(name, &error))
+}
+
+fn unreadable(name: &str, error: &io::Error) -> AdapterError {
+    match error.kind() {
         io::ErrorKind::NotFound => bad(name, "no such file"),
         _ => bad(name, error.to_string()),
-    })
+    }
 }
 
 pub(super) fn bad(file: &str, reason: impl Into<String>) -> AdapterError {
