@@ -168,6 +168,10 @@ struct ServeArgs {
     /// --max-loras-per-batch.
     #[arg(long, value_name = "N", help_heading = "LoRA")]
     max_loaded_loras: Option<usize>,
+    /// Bytes of adapters kept in host memory (combinations of adapters included), beside --max-loaded-loras: the least recently used
+    /// unpinned ones leave. Unset: no bound.
+    #[arg(long, value_name = "BYTES", help_heading = "LoRA")]
+    max_loaded_lora_bytes: Option<usize>,
     /// Which adapter leaves device memory first: the one used longest ago, or the one that came first.
     #[arg(long, value_enum, default_value_t = LoraEviction::Lru, value_name = "POLICY", help_heading = "LoRA")]
     lora_eviction_policy: LoraEviction,
@@ -323,6 +327,8 @@ pub struct LoraSettings {
     pub max_loras_per_batch: usize,
     /// Adapters in host memory.
     pub max_loaded_loras: Option<usize>,
+    /// Bytes of adapters in host memory.
+    pub max_loaded_bytes: Option<usize>,
     /// Which leaves first.
     pub eviction: EvictionPolicy,
     /// Largest rank; `None` is to be inferred from the adapters of the start.
@@ -817,8 +823,11 @@ impl LoraSettings {
                 format!("--lora-paths gives {given} adapters, --max-loaded-loras allows {max_loaded}")
             })?;
         }
+        require(args.max_loaded_lora_bytes != Some(0), || {
+            "--max-loaded-lora-bytes must be at least 1".to_owned()
+        })?;
         require(args.max_lora_rank != Some(0), || "--max-lora-rank must be at least 1".to_owned())?;
-        let paths = if args.lora_paths.is_empty() && is_demo {
+        let paths = if args.lora_paths.is_empty() && args.lora_dir.is_empty() && is_demo {
             demo_paths()
         } else {
             args.lora_paths.clone()
@@ -836,6 +845,7 @@ impl LoraSettings {
             directories: args.lora_dir.clone(),
             max_loras_per_batch: args.max_loras_per_batch,
             max_loaded_loras: args.max_loaded_loras,
+            max_loaded_bytes: args.max_loaded_lora_bytes,
             eviction: match args.lora_eviction_policy {
                 LoraEviction::Lru => EvictionPolicy::Lru,
                 LoraEviction::Fifo => EvictionPolicy::Fifo,

@@ -356,7 +356,10 @@ impl From<AdapterError> for ApiError {
                 tracing::error!(reason, "an adapter could not be loaded");
                 Self::internal()
             }
-            AdapterError::NothingToEvict { .. } | AdapterError::TooManyLoads { .. } => {
+            AdapterError::NothingToEvict { .. }
+            | AdapterError::HostMemoryFull { .. }
+            | AdapterError::TooManyCombinations { .. }
+            | AdapterError::TooManyLoads { .. } => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER_ERROR, Some("adapter_capacity"), message).retry_after(1)
             }
         }

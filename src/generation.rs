@@ -138,9 +138,31 @@ impl Gateway {
         };
         let lease = self.router(&caller.identity).lease(target).await?;
         if let (Some(lease), Some(state)) = (&lease, state) {
-            self.metrics.adapter_acquired(lease.name(), state);
+            self.metrics.adapter_acquired(lease.label(), state);
         }
         Ok(lease)
+    }
+
+    /// Leases on several targets, in their order: all of them, or none.
+    ///
+    /// # Errors
+    /// As `lease`; 503 for more adapters than there may be in host memory.
+    pub async fn leases(&self, caller: &Caller, targets: &[Target]) -> Result<Vec<Option<AdapterLease>>, ApiError> {
+        if let [target] = targets {
+            return Ok(vec![self.lease(caller, target).await?]);
+        }
+        let state_of = |target: &Target| match target {
+            Target::Adapter(name) => self.engine.adapter_info(name).map(|info| info.state),
+            Target::Base => None,
+        };
+        let states: Vec<_> = targets.iter().map(state_of).collect();
+        let leases = self.router(&caller.identity).leases(targets).await?;
+        for (lease, state) in leases.iter().zip(states) {
+            if let (Some(lease), Some(state)) = (lease, state) {
+                self.metrics.adapter_acquired(lease.label(), state);
+            }
+        }
+        Ok(leases)
     }
 
     /// Submits every output of every prompt: prompt by prompt, `n` for each. All, or none.
@@ -248,7 +270,7 @@ impl Gateway {
             } else {
                 mix(sampling.seed ^ u64::from(output))
             };
-            let adapter = job.lease.as_ref().map(|lease| lease.name());
+            let adapter = job.lease.as_ref().map(|lease| lease.label());
             let held = Held {
                 metrics: self.metrics.begin_request(adapter.map(|name| &**name), job.prompt_tokens.len()),
                 reservation: Arc::clone(reservation),

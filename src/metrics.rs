@@ -881,7 +881,10 @@ mod tests {
             pinned,
             leases: 2,
             requests_total: 0,
+            hits_total: 0,
+            last_used: None,
             report: None,
+            parts: Vec::new(),
         }
     }
 

@@ -102,6 +102,31 @@ impl Router<'_> {
         }
     }
 
+    /// Leases on several targets, in their order: all of them, or none. A series of `lease` could wait for room that it has itself.
+    ///
+    /// # Errors
+    /// As `lease`.
+    pub async fn leases(&self, targets: &[Target]) -> Result<Vec<Option<AdapterLease>>, ApiError> {
+        let mut names = Vec::with_capacity(targets.len());
+        for target in targets {
+            match target {
+                Target::Base => self.identity.require_base_model()?,
+                Target::Adapter(name) => names.push(name.as_str()),
+            }
+        }
+        let leases = match self.engine.acquire_adapters(&names).await {
+            Ok(leases) => leases,
+            Err(AdapterError::Unknown { name, .. }) => return Err(ApiError::model_not_found(&name, "model", &self.available())),
+            Err(error) => return Err(error.into()),
+        };
+        let mut leases = leases.into_iter();
+        let lease = |target: &Target| match target {
+            Target::Base => None,
+            Target::Adapter(_) => leases.next(),
+        };
+        Ok(targets.iter().map(lease).collect())
+    }
+
     /// Names that a request may use, base model first.
     pub fn available(&self) -> Vec<String> {
         let base = self.served.name();
@@ -115,8 +140,14 @@ impl Router<'_> {
             .collect()
     }
 
+    /// Whether a name, or every name of a combination, exists for this caller.
     fn sees(&self, name: &str) -> bool {
-        self.identity.sees_adapter(name) && self.engine.adapter_info(name).is_some()
+        let Some(info) = self.engine.adapter_info(name) else { return false };
+        if info.parts.is_empty() {
+            self.identity.sees_adapter(name)
+        } else {
+            info.parts.iter().all(|part| self.identity.sees_adapter(part))
+        }
     }
 }
 

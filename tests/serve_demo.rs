@@ -615,3 +615,67 @@ fn a_key_is_hashed_for_the_keys_file() {
     let hash = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad\n";
     assert_eq!(String::from_utf8(output.stdout).unwrap(), hash);
 }
+
+/// Puts a copy of a demo adapter into a folder of adapters.
+fn copy_adapter(name: &str, folder: &std::path::Path) {
+    let own = folder.join(name);
+    std::fs::create_dir(&own).unwrap();
+    for file in std::fs::read_dir(adapter_path(name)).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), own.join(file.file_name())).unwrap();
+    }
+}
+
+#[test]
+fn adapters_of_a_folder_combine_and_are_replaced_by_version() {
+    let folder = tempfile::TempDir::new().unwrap();
+    for name in ["table", "json", "sql"] {
+        copy_adapter(name, folder.path());
+    }
+    let server = Server::start(&["--lora-dir", folder.path().to_str().unwrap(), "--max-loaded-loras", "8"]);
+    check(&server, &[LIST_3, AI], &[Some("table"), None], &[Some("table"), None]);
+    check(&server, &[LIST_3, LIST_3], &[Some("sql"), Some("json")], &[Some("sql"), Some("json")]);
+    // A sum in which one adapter counts and the other doesn't is that one, to the last bit that the golden file can show.
+    let sums = [Some("table+json*0"), Some("table*0+json"), Some("json*1")];
+    let answers = server.generate(&[LIST_3, LIST_3, LIST_3], &sums);
+    for (answer, (expected, sum)) in answers
+        .iter()
+        .zip([("table", "table+json*0"), ("json", "table*0+json"), ("json", "json")])
+    {
+        assert_eq!(answer["output_ids"], golden(Some(expected), LIST_3)["output_ids"], "{sum}");
+        assert_eq!(answer["meta_info"]["lora"], sum);
+    }
+    let chat = |model: &str| {
+        let body = json!({"model": model, "temperature": 0, "messages": [{"role": "user", "content": LIST_3}]});
+        server.post("/v1/chat/completions", &body)
+    };
+    let (status, answer) = chat("demo:json+table*0");
+    assert_eq!(status, 200, "{answer}");
+    let expected = &golden_chat(Some("json"), LIST_3)["output_text"];
+    assert_eq!(answer["choices"][0]["message"]["content"], *expected);
+    for unknown in ["demo:json+nobody", "demo:json*x", "demo:json+", "demo:../table"] {
+        assert_eq!(chat(unknown).0, 404, "{unknown}");
+    }
+    // A swap that expects another version is a conflict, and changes nothing.
+    let path = adapter_path("table");
+    let load = |expected: &Value| {
+        let body = json!({"lora_name": "json", "lora_path": path, "replace": true, "expected_version": expected});
+        server.post("/load_lora_adapter", &body)
+    };
+    let (status, answer) = load(&json!("0".repeat(64)));
+    assert_eq!(status, 409, "{answer}");
+    assert!(answer["error_message"].as_str().unwrap().contains("has version"), "{answer}");
+    check(&server, &[LIST_3], &[Some("json")], &[Some("json")]);
+    let (_, models) = server.get("/v1/models");
+    let card = models["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|card| card["id"] == "json")
+        .unwrap()
+        .clone();
+    let (status, answer) = load(&card["adapter"]["version"]);
+    assert_eq!(status, 200, "{answer}");
+    check(&server, &[LIST_3], &[Some("table")], &[Some("json")]);
+    server.stop();
+}

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use demo::{Case, Limits, ROOMY, Zipf, adapter_names, check, goldens, lease, load_request, request, start};
+use demo::{Case, Limits, ROOMY, Zipf, adapter_names, check, goldens, lease, load_request, request, start, unload};
 use futures::executor::block_on;
 use polylora_engine::{InferenceEngine, LlmEngine, TokenEvent};
 
@@ -136,7 +136,7 @@ fn first_token() {
         time_to_first_token(&engine, other_case, other);
         times[1].push(time_to_first_token(&engine, case, &fresh));
         time_to_first_token(&engine, other_case, other);
-        block_on(engine.unload_adapter(&fresh)).expect("it was loaded");
+        unload(&engine, &fresh);
     }
     for (place, mut times) in ["on the device", "in host memory", "on disk"].into_iter().zip(times) {
         times.sort_unstable();
@@ -168,7 +168,7 @@ fn between_tokens() {
                     let name = format!("loaded-{loads}");
                     let adapter = &names[loads as usize % names.len()];
                     block_on(engine.load_adapter(load_request(&name, adapter))).expect("a good adapter");
-                    block_on(engine.unload_adapter(&name)).expect("it was loaded");
+                    unload(&engine, &name);
                     loads += 1;
                 }
                 f64::from(loads) / started.elapsed().as_secs_f64()

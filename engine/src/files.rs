@@ -1,11 +1,14 @@
-//! Where the files of a model or an adapter come from: a directory, or the binary itself.
+//! Where the files of a model or an adapter come from: a directory, memory, or the binary itself.
 
 use std::{
     fs::File,
     io,
     ops::Deref,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 use polylora_kernels::cpu::HugeBuffer;
@@ -22,6 +25,21 @@ pub struct EmbeddedFile {
     pub bytes: &'static [u8],
 }
 
+/// A file that somebody sent.
+#[derive(Clone, PartialEq, Eq)]
+pub struct MemoryFile {
+    /// Its name, without a folder.
+    pub name: String,
+    /// Its content.
+    pub bytes: Vec<u8>,
+}
+
+impl std::fmt::Debug for MemoryFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "MemoryFile({:?}, {} bytes)", self.name, self.bytes.len())
+    }
+}
+
 /// A folder of files.
 #[derive(Clone, Debug)]
 pub enum FileSource {
@@ -29,6 +47,8 @@ pub enum FileSource {
     Directory(PathBuf),
     /// In the binary.
     Embedded(&'static [EmbeddedFile]),
+    /// In memory, for as long as anyone has this value.
+    Memory(Arc<[MemoryFile]>),
 }
 
 /// The content of one file.
@@ -38,6 +58,8 @@ pub enum FileBytes {
     Mapped(MappedFile),
     /// In the binary.
     Static(&'static [u8]),
+    /// In memory.
+    Owned(Vec<u8>),
     /// An empty file (which cannot be mapped).
     Empty,
 }
@@ -80,6 +102,7 @@ impl Deref for FileBytes {
         match self {
             Self::Mapped(file) => &file.map,
             Self::Static(bytes) => bytes,
+            Self::Owned(bytes) => bytes,
             Self::Empty => &[],
         }
     }
@@ -91,6 +114,7 @@ impl FileSource {
         match self {
             Self::Directory(directory) => directory.join(name).is_file(),
             Self::Embedded(files) => files.iter().any(|file| file.name == name),
+            Self::Memory(files) => files.iter().any(|file| file.name == name),
         }
     }
 
@@ -117,7 +141,8 @@ impl FileSource {
                 .iter()
                 .find(|file| file.name == name)
                 .map(|file| FileBytes::Static(file.bytes))
-                .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no file {name}"))),
+                .ok_or_else(|| not_found(name)),
+            Self::Memory(_) => Ok(FileBytes::Owned(self.read(name, u64::MAX)?)),
         }
     }
 
@@ -149,6 +174,13 @@ impl FileSource {
                     return Err(too_large(bytes.len() as u64));
                 }
                 Ok(bytes.to_vec())
+            }
+            Self::Memory(files) => {
+                let file = files.iter().find(|file| file.name == name).ok_or_else(|| not_found(name))?;
+                if file.bytes.len() as u64 > max_bytes {
+                    return Err(too_large(file.bytes.len() as u64));
+                }
+                Ok(file.bytes.clone())
             }
         }
     }
@@ -190,13 +222,25 @@ impl FileSource {
         Ok(buffer)
     }
 
+    /// Bytes that this value keeps in memory; 0 for files on disk and in the binary.
+    pub fn memory_bytes(&self) -> usize {
+        match self {
+            Self::Directory(_) | Self::Embedded(_) => 0,
+            Self::Memory(files) => files.iter().map(|file| file.bytes.len()).sum(),
+        }
+    }
+
     /// The folder on disk, if it is one.
     pub fn directory(&self) -> Option<&Path> {
         match self {
             Self::Directory(directory) => Some(directory),
-            Self::Embedded(_) => None,
+            Self::Embedded(_) | Self::Memory(_) => None,
         }
     }
+}
+
+fn not_found(name: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, format!("no file {name}"))
 }
 
 fn too_large(name: &str, len: u64, max_bytes: u64) -> io::Error {

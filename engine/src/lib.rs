@@ -25,8 +25,8 @@ mod testing;
 pub mod weights;
 pub mod worker;
 
-pub use adapter::{AdapterError, AdapterInfo, AdapterLease, LoadRequest, UnloadReport};
-pub use files::{EmbeddedFile, FileSource};
+pub use adapter::{AdapterError, AdapterInfo, AdapterLease, LoadRequest, UnloadMode, UnloadReport, Unloading};
+pub use files::{EmbeddedFile, FileSource, MemoryFile};
 pub use llm::{EngineConfig, EngineParts, EvictionPolicy, LlmEngine, LoraConfig, StartError};
 pub use mock::MockEngine;
 pub use request::{
@@ -55,8 +55,14 @@ pub trait InferenceEngine: Send + Sync + 'static {
     fn acquire_adapter<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<AdapterLease, AdapterError>>;
     /// Reads, checks, packs and registers an adapter; nothing is registered on an error.
     fn load_adapter(&self, request: LoadRequest) -> BoxFuture<'_, Result<AdapterInfo, AdapterError>>;
-    /// Forgets a name at once; requests that hold a lease finish on it. Resolves when the last has ended.
-    fn unload_adapter<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<UnloadReport, AdapterError>>;
+    /// Leases on several adapters, all of them or none: a series of `acquire_adapter` could wait for room that it has itself.
+    fn acquire_adapters<'a>(&'a self, names: &'a [&'a str]) -> BoxFuture<'a, Result<Vec<AdapterLease>, AdapterError>>;
+    /// Forgets a name at once: it is unknown from here on. What is given says how many requests still run on it, and when they have
+    /// ended: of themselves, or with [`UnloadMode::Abort`] at the next step, each with `FinishReason::Aborted`.
+    ///
+    /// # Errors
+    /// `Unknown`, `NotEnabled`.
+    fn unload_adapter(&self, name: &str, mode: UnloadMode) -> Result<Unloading, AdapterError>;
     /// Pins or unpins.
     ///
     /// # Errors

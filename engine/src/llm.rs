@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use crate::{
     AdapterStats, BoxFuture, EngineDescription, EngineStats, InferenceEngine, TokenStream,
     adapter::{
-        AdapterError, AdapterInfo, AdapterLease, LoadRequest, UnloadReport,
+        AdapterError, AdapterInfo, AdapterLease, LoadRequest, UnloadMode, Unloading,
         load::LoraLimits,
         registry::{AdapterRegistry, RegistryConfig},
     },
@@ -51,6 +51,8 @@ pub struct LoraConfig {
     pub max_loras_per_batch: usize,
     /// Adapters in host memory; `None` is unbounded.
     pub max_loaded_loras: Option<usize>,
+    /// Bytes of adapters in host memory; `None` is unbounded.
+    pub max_loaded_bytes: Option<usize>,
     /// Which adapter leaves first.
     pub eviction: EvictionPolicy,
     /// Largest rank accepted; `None` accepts every rank.
@@ -74,6 +76,7 @@ impl LoraConfig {
     pub fn registry_config(&self, limits: LoraLimits) -> RegistryConfig {
         RegistryConfig {
             max_loaded_loras: self.max_loaded_loras,
+            max_loaded_bytes: self.max_loaded_bytes,
             max_pinned: self.max_loras_per_batch.saturating_sub(1),
             eviction: self.eviction,
             ..RegistryConfig::new(LoraLimits {
@@ -308,12 +311,18 @@ impl InferenceEngine for LlmEngine {
         })
     }
 
-    fn unload_adapter<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<UnloadReport, AdapterError>> {
-        Box::pin(async move {
-            let report = self.registry()?.unload(name).await?;
-            self.wake();
-            Ok(report)
-        })
+    fn acquire_adapters<'a>(&'a self, names: &'a [&'a str]) -> BoxFuture<'a, Result<Vec<AdapterLease>, AdapterError>> {
+        Box::pin(async move { self.registry()?.acquire_all(names).await })
+    }
+
+    fn unload_adapter(&self, name: &str, mode: UnloadMode) -> Result<Unloading, AdapterError> {
+        let unloading = self.registry()?.unload(name, mode)?;
+        // The engine thread looks at pins, and at which leases were revoked.
+        match mode {
+            UnloadMode::Drain => self.wake(),
+            UnloadMode::Abort => drop(self.commands.send(Command::EndRevoked)),
+        }
+        Ok(unloading)
     }
 
     fn pin_adapter(&self, name: &str, pinned: bool) -> Result<(), AdapterError> {
@@ -464,7 +473,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        adapter::{HostAdapter, PackedDtype},
+        FileSource,
+        adapter::{HostAdapter, PackedDtype, testing::AdapterFiles},
         backend::conformance,
         request::{Constraint, FinishReason, PromptLogprobsParams, RequestError, TokenEvent},
         testing::{
@@ -483,6 +493,7 @@ mod tests {
             lora: Some(LoraConfig {
                 max_loras_per_batch: 2,
                 max_loaded_loras: None,
+                max_loaded_bytes: None,
                 eviction: EvictionPolicy::Lru,
                 max_lora_rank: None,
                 target_modules: None,
@@ -754,6 +765,54 @@ mod tests {
         }
         assert_empty(&engine);
         assert_eq!(tokens(&collect(engine.submit(ask(2)).expect("it goes on"))).len(), 2);
+    }
+
+    #[test]
+    fn an_adapter_unloaded_by_force_ends_its_requests_and_no_others() {
+        let folder = AdapterFiles::simple(&decoder(), 1).write();
+        for is_pipelined in [false, true] {
+            let (open, gate) = sync_channel(0);
+            let mut backend = FakeBackend::new(Capacity {
+                adapter_bytes: 1 << 20,
+                ..capacity()
+            });
+            backend.gate = Some(gate);
+            backend.is_pipelined = is_pipelined;
+            let engine = try_start(Box::new(backend), config(), decoder()).expect("limits that fit");
+            for name in ["a", "b"] {
+                let request = LoadRequest {
+                    name: name.into(),
+                    files: FileSource::Directory(folder.path().to_owned()),
+                    source: "a test's".into(),
+                    pinned: false,
+                    replace: false,
+                    expected_version: None,
+                };
+                block_on(engine.load_adapter(request)).expect("a good adapter");
+            }
+            let lease = |name: &str| block_on(engine.acquire_adapter(name)).expect("it is loaded");
+            let submit = |lease| engine.submit(request(vec![1; 6], 30, Some(lease))).expect("4 may run, 2 may wait");
+            let late = lease("a");
+            let of_a: Vec<TokenStream> = ["a", "a*0.5", "a"].map(|name| submit(lease(name))).into();
+            let others = [submit(lease("b")), engine.submit(ask(30)).expect("there is room")];
+            (0..3).for_each(|_| open.send(()).expect("a step runs"));
+            let unloading = engine.unload_adapter("a", UnloadMode::Abort).expect("it is loaded");
+            assert_eq!(unloading.report().waited_for, 4);
+            assert!(matches!(block_on(engine.acquire_adapter("a")), Err(AdapterError::Unknown { .. })));
+            let late = submit(late);
+            drop(open);
+            for stream in of_a.into_iter().chain([late]) {
+                let reason = FinishReason::Aborted;
+                assert_eq!(collect(stream).pop(), Some(TokenEvent::Finished { reason }));
+            }
+            let report = block_on(unloading.drained());
+            assert_eq!((report.waited_for, report.still_running, report.aborted), (4, 0, true));
+            for stream in others {
+                assert_eq!(tokens(&collect(stream)).len(), 30);
+            }
+            assert_empty(&engine);
+            assert_eq!(engine.stats().registry.leases, 0);
+        }
     }
 
     #[test]

@@ -7,9 +7,9 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use parking_lot::Mutex;
@@ -17,8 +17,12 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::{
     AdapterError, AdapterInfo, AdapterLease, BoxFuture, EngineDescription, EngineStats, FinishReason, GenerationRequest, InferenceEngine,
-    LoadRequest, LogprobsParams, RequestError, RequestId, SamplingParams, SubmitError, TokenEvent, TokenLogprobs, TokenStream, UnloadReport,
-    adapter::{AdapterState, AlignedBytes, HostAdapter, PackedDtype, VersionId, registry::check_adapter_name},
+    LoadRequest, LogprobsParams, RequestError, RequestId, SamplingParams, SubmitError, TokenEvent, TokenLogprobs, TokenStream, UnloadMode, Unloading,
+    adapter::{
+        AdapterState, AlignedBytes, HostAdapter, PackedDtype, VersionId,
+        lease::{Hold, LeaseGuard},
+        registry::check_adapter_name,
+    },
     request::Constraint,
 };
 
@@ -209,16 +213,7 @@ struct Live {
 struct MockAdapter {
     info: AdapterInfo,
     weights: Arc<HostAdapter>,
-    leases: Arc<AtomicUsize>,
-    requests_total: u64,
-}
-
-struct LeaseCount(Arc<AtomicUsize>);
-
-impl Drop for LeaseCount {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
-    }
+    hold: Arc<Hold>,
 }
 
 impl Default for MockEngine {
@@ -293,6 +288,7 @@ impl MockEngine {
             source: format!("mock:{name}"),
             pinned: false,
             replace: false,
+            expected_version: None,
         })
         .expect("the name is free");
     }
@@ -320,7 +316,7 @@ impl MockEngine {
         adapters
             .iter()
             .find(|adapter| &*adapter.info.name == name)
-            .map_or(0, |adapter| adapter.leases.load(Ordering::SeqCst))
+            .map_or(0, |adapter| adapter.hold.count())
     }
 
     /// Resolves when the stream of request `index` (in order of submission) was dropped or has ended.
@@ -364,7 +360,10 @@ impl MockEngine {
                 pinned: request.pinned,
                 leases: 0,
                 requests_total: 0,
+                hits_total: 0,
+                last_used: None,
                 report: None,
+                parts: Vec::new(),
             },
             weights: Arc::new(HostAdapter {
                 version,
@@ -374,8 +373,7 @@ impl MockEngine {
                 blob: AlignedBytes::zeroed(0),
                 max_lora_rank: 8,
             }),
-            leases: Arc::default(),
-            requests_total: 0,
+            hold: Arc::default(),
         };
         let info = adapter.info.clone();
         match taken {
@@ -626,10 +624,11 @@ impl InferenceEngine for MockEngine {
             };
             // The list is in order of use.
             let mut adapter = adapters.remove(index);
-            adapter.requests_total += 1;
-            adapter.leases.fetch_add(1, Ordering::SeqCst);
-            let hold = Arc::new(LeaseCount(Arc::clone(&adapter.leases)));
-            let lease = AdapterLease::detached(Arc::clone(&adapter.info.name), Arc::clone(&adapter.weights), Some(hold));
+            adapter.info.requests_total += 1;
+            adapter.info.hits_total += 1;
+            adapter.info.last_used = Some(SystemTime::now());
+            let guard = LeaseGuard::new(&adapter.hold, None);
+            let lease = AdapterLease::counted(Arc::clone(&adapter.info.name), Arc::clone(&adapter.weights), guard);
             adapters.push(adapter);
             Ok(lease)
         })
@@ -655,20 +654,34 @@ impl InferenceEngine for MockEngine {
         })
     }
 
-    fn unload_adapter<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<UnloadReport, AdapterError>> {
+    fn acquire_adapters<'a>(&'a self, names: &'a [&'a str]) -> BoxFuture<'a, Result<Vec<AdapterLease>, AdapterError>> {
         Box::pin(async move {
-            self.prune();
+            let mut leases = Vec::with_capacity(names.len());
+            for name in names {
+                leases.push(self.acquire_adapter(name).await?);
+            }
+            Ok(leases)
+        })
+    }
+
+    fn unload_adapter(&self, name: &str, mode: UnloadMode) -> Result<Unloading, AdapterError> {
+        self.prune();
+        let adapter = {
             let mut adapters = self.adapters.lock();
             let Some(index) = adapters.iter().position(|adapter| &*adapter.info.name == name) else {
                 return Err(Self::unknown(&adapters, name));
             };
-            let adapter = adapters.remove(index);
-            Ok(UnloadReport {
-                name: name.into(),
-                waited_for: adapter.leases.load(Ordering::SeqCst),
-                waited: Duration::ZERO,
-            })
-        })
+            adapters.remove(index)
+        };
+        let unloading = Unloading::new(name, mode, vec![adapter.hold]);
+        for live in self.requests.lock().iter() {
+            let mut run = live.run.lock();
+            if run.lease.as_ref().is_some_and(AdapterLease::is_revoked) {
+                let reason = FinishReason::Aborted;
+                run.end(Some(TokenEvent::Finished { reason }));
+            }
+        }
+        Ok(unloading)
     }
 
     fn pin_adapter(&self, name: &str, pinned: bool) -> Result<(), AdapterError> {
@@ -687,8 +700,7 @@ impl InferenceEngine for MockEngine {
         adapters
             .iter()
             .map(|adapter| AdapterInfo {
-                leases: adapter.leases.load(Ordering::SeqCst),
-                requests_total: adapter.requests_total,
+                leases: adapter.hold.count(),
                 ..adapter.info.clone()
             })
             .collect()

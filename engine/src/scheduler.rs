@@ -387,7 +387,7 @@ impl Scheduler {
         let sequence = self.sequences.get_mut(&request_id).expect("a queued request has a sequence");
         if !std::mem::replace(&mut sequence.counted_residency, true) {
             let is_hit = matches!(answer, Residency::Ready(_));
-            schedule.first_asks.push((lease.name().clone(), is_hit));
+            schedule.first_asks.push((lease.label().clone(), is_hit));
         }
         Ok(answer)
     }

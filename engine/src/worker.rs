@@ -22,7 +22,7 @@ use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
 use crate::{
     EngineStats, Histogram,
-    adapter::registry::AdapterRegistry,
+    adapter::{AdapterLease, registry::AdapterRegistry},
     backend::{Backend, BackendError, Launched},
     batch::StepOutput,
     masks::{MaskAnswer, MaskJob, MaskPool, panic_message},
@@ -52,6 +52,8 @@ pub(crate) enum Command {
     Mask(MaskAnswer),
     FlushCache(oneshot::Sender<bool>),
     AbortAll,
+    /// Ends the requests whose adapter was unloaded by force.
+    EndRevoked,
     Shutdown {
         deadline: Option<Instant>,
         done: oneshot::Sender<()>,
@@ -333,13 +335,14 @@ impl Worker {
             Command::AbortAll => self.end_all(|| TokenEvent::Finished {
                 reason: FinishReason::Aborted,
             }),
+            Command::EndRevoked => self.end_revoked(),
             Command::Shutdown { deadline, done } => self.drain = Some(Drain { deadline, done }),
         }
     }
 
     fn add(&mut self, new: NewRequest) {
         let request_id = new.request_id;
-        let counters = new.request.adapter.as_ref().map(|lease| self.shared.adapters.counters(lease.name()));
+        let counters = new.request.adapter.as_ref().map(|lease| self.shared.adapters.counters(lease.label()));
         let active = ActiveRequest {
             events: new.events,
             submitted: new.submitted,
@@ -349,7 +352,12 @@ impl Worker {
             _permit: new.permit,
         };
         self.requests.insert(request_id, active);
+        let is_revoked = new.request.adapter.as_ref().is_some_and(AdapterLease::is_revoked);
         self.scheduler.add(Sequence::new(request_id, new.request));
+        if is_revoked {
+            let reason = FinishReason::Aborted;
+            return self.remove(request_id, TokenEvent::Finished { reason });
+        }
         self.ask_for_mask(request_id, None);
     }
 
@@ -360,6 +368,19 @@ impl Worker {
             self.pins_generation = Some(generation);
             let pinned = registry.pinned().into_iter().map(|adapter| adapter.weights).collect();
             self.residency.set_pinned(pinned);
+        }
+    }
+
+    fn end_revoked(&mut self) {
+        let revoked: Vec<RequestId> = self
+            .scheduler
+            .sequences()
+            .filter(|sequence| sequence.adapter().is_some_and(AdapterLease::is_revoked))
+            .map(|sequence| sequence.request_id)
+            .collect();
+        for request_id in revoked {
+            let reason = FinishReason::Aborted;
+            self.remove(request_id, TokenEvent::Finished { reason });
         }
     }
 
@@ -678,7 +699,7 @@ impl Worker {
                 }
                 Command::FlushCache(answer) => drop(answer.send(false)),
                 Command::Shutdown { done, .. } => drop(done.send(())),
-                Command::Wake | Command::Mask(_) | Command::AbortAll => {}
+                Command::Wake | Command::Mask(_) | Command::AbortAll | Command::EndRevoked => {}
             }
         }
     }

@@ -6,6 +6,7 @@ use polylora_engine::{
     FileSource,
     adapter::{
         HostAdapter, PackedDtype,
+        combine::combine,
         load::{CoverageReport, LoraLimits, checkpoint_opener, load_adapter},
     },
     backend::{
@@ -25,6 +26,15 @@ struct Golden {
     prompt_ids: Vec<u32>,
     bases: std::collections::BTreeMap<String, Answer>,
     cases: Vec<Case>,
+    combinations: Vec<Combination>,
+}
+
+#[derive(serde::Deserialize)]
+struct Combination {
+    base: String,
+    weights: std::collections::BTreeMap<String, f32>,
+    #[serde(flatten)]
+    answer: Answer,
 }
 
 #[derive(serde::Deserialize)]
@@ -181,6 +191,27 @@ fn every_kind_of_adapter_runs_in_bfloat16() {
                 );
             }
         }
+    }
+}
+
+#[test]
+fn combinations_compute_the_sum_of_the_deltas() {
+    let golden = golden();
+    assert!(golden.combinations.len() >= 4);
+    for combination in &golden.combinations {
+        let mut base = base(&combination.base, ComputeDtype::Float32);
+        let parts: Vec<(HostAdapter, f32)> = combination
+            .weights
+            .iter()
+            .map(|(name, weight)| (base.load(name, PackedDtype::F32).0, *weight))
+            .collect();
+        let borrowed: Vec<(&HostAdapter, f32)> = parts.iter().map(|(adapter, weight)| (adapter, *weight)).collect();
+        let combined = combine(&borrowed, None).unwrap();
+        let handle = base.backend.begin_upload(&Arc::new(combined)).unwrap();
+        let outcome = generate(&mut base.backend, &[run(&golden, Some(handle), &combination.answer)])
+            .unwrap()
+            .remove(0);
+        check(&format!("{:?}", combination.weights), &outcome, &combination.answer);
     }
 }
 

@@ -8,10 +8,10 @@ mod demo;
 use std::time::Duration;
 
 use demo::{
-    Case, Limits, ROOMY, adapter_names, assert_nothing_is_held, check, goldens, lease, load_all, load_request, random, request, start, submit,
+    Case, Limits, ROOMY, adapter_names, assert_nothing_is_held, check, goldens, lease, load_all, load_request, random, request, start, submit, unload,
 };
 use futures::executor::block_on;
-use polylora_engine::{AdapterError, AdapterLease, InferenceEngine, LoadRequest, TokenStream, adapter::AdapterState};
+use polylora_engine::{AdapterError, AdapterLease, InferenceEngine, LoadRequest, TokenStream, UnloadMode, adapter::AdapterState};
 
 #[test]
 fn every_adapter_and_the_base_model_in_one_batch_give_their_golden_answers() {
@@ -56,8 +56,8 @@ fn random_company_eviction_and_preemption_change_no_answer() {
         adapter_bytes: 3 * adapter_bytes,
         max_running: 12,
         max_loras: 2,
-        max_loaded: None,
         step_tokens: 24,
+        ..ROOMY
     });
     load_all(&engine);
     for seed in 1..=4 {
@@ -99,13 +99,11 @@ fn a_name_that_is_replaced_under_traffic_gives_each_request_the_version_it_began
         assert!(streams.len() == 3 * names.len() * (round + 1));
     }
     let unloaded = block_on(async {
-        let (report, ()) = futures::join!(engine.unload_adapter("changing"), async {
-            let error = engine.acquire_adapter("changing").await.err();
-            assert!(matches!(error, Some(AdapterError::Unknown { .. })), "forgotten at once: {error:?}");
-        });
-        report
-    })
-    .expect("it was loaded");
+        let unloading = engine.unload_adapter("changing", UnloadMode::Drain).expect("it was loaded");
+        let error = engine.acquire_adapter("changing").await.err();
+        assert!(matches!(error, Some(AdapterError::Unknown { .. })), "forgotten at once: {error:?}");
+        unloading.drained().await
+    });
     assert!(unloaded.waited_for <= streams.len());
     for (case, stream) in streams {
         check(&case, stream);
@@ -133,7 +131,7 @@ fn a_prefix_is_never_used_under_another_version_of_the_same_name() {
     block_on(engine.load_adapter(load_request("name", &names[0]))).expect("a good adapter");
     assert_eq!(run(first, Some(lease(&engine, "name"))), 0);
     assert!(run(first, Some(lease(&engine, "name"))) >= 16, "cached for its own version");
-    block_on(engine.unload_adapter("name")).expect("it was loaded");
+    unload(&engine, "name");
     block_on(engine.load_adapter(load_request("name", &names[1]))).expect("a good adapter");
     assert_eq!(run(second, Some(lease(&engine, "name"))), 0, "the same name, another version");
     block_on(engine.load_adapter(load_request("again", &names[0]))).expect("a good adapter");
@@ -167,4 +165,66 @@ fn a_pinned_adapter_is_on_the_device_before_anyone_asks_and_stays() {
     assert_eq!(state("host"), AdapterState::Host);
     block_on(engine.shutdown(Duration::ZERO));
     assert_eq!(state("pinned"), AdapterState::Host, "nothing is on a device that is gone");
+}
+
+#[test]
+fn far_more_adapters_in_flight_than_host_memory_holds_are_all_answered() {
+    let engine = start(&Limits {
+        max_loaded: Some(3),
+        max_loras: 2,
+        ..ROOMY
+    });
+    let registry = engine.adapters().expect("LoRA is on");
+    for name in adapter_names() {
+        registry.register(load_request(&name, &name)).expect("a name that is free");
+    }
+    let cases = goldens();
+    std::thread::scope(|scope| {
+        for case in cases.iter().filter(|case| case.adapter.is_some()) {
+            let engine = &engine;
+            scope.spawn(move || check(case, submit(engine, case)));
+        }
+    });
+    let stats = engine.stats().registry;
+    assert_eq!((stats.leases, stats.waiting_for_room), (0, 0));
+    assert!(stats.evictions_total > 0 && stats.loaded <= 3, "{stats:?}");
+}
+
+#[test]
+fn a_thousand_loads_and_unloads_change_no_answer_of_the_others() {
+    let engine = start(&ROOMY);
+    load_all(&engine);
+    let (names, cases) = (adapter_names(), goldens());
+    let churning = std::sync::atomic::AtomicBool::new(true);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for index in 0..1000 {
+                let adapter = &names[index % names.len()];
+                block_on(engine.load_adapter(load_request("churn", adapter))).expect("the name is free");
+                // Some are used, and unloaded while they are.
+                let case = cases
+                    .iter()
+                    .find(|case| case.adapter.as_ref() == Some(adapter))
+                    .expect("it has golden answers");
+                let used = (index % 16 == 0).then(|| engine.submit(request(case, Some(lease(&engine, "churn")))).expect("there is room"));
+                let mode = if index % 32 == 0 { UnloadMode::Abort } else { UnloadMode::Drain };
+                let unloading = engine.unload_adapter("churn", mode).expect("it is loaded");
+                match (used, mode) {
+                    (Some(stream), UnloadMode::Drain) => check(case, stream),
+                    (Some(stream), UnloadMode::Abort) => drop(stream),
+                    (None, _) => {}
+                }
+                assert_eq!(block_on(unloading.drained()).still_running, 0);
+            }
+            churning.store(false, std::sync::atomic::Ordering::SeqCst);
+        });
+        let mut state = 1;
+        while churning.load(std::sync::atomic::Ordering::SeqCst) {
+            let chosen: Vec<&Case> = (0..8).map(|_| &cases[random(&mut state, cases.len())]).collect();
+            let streams: Vec<TokenStream> = chosen.iter().map(|case| submit(&engine, case)).collect();
+            chosen.into_iter().zip(streams).for_each(|(case, stream)| check(case, stream));
+        }
+    });
+    assert_eq!(engine.list_adapters().len(), names.len());
+    assert_nothing_is_held(&engine);
 }

@@ -259,6 +259,7 @@ async fn load_random_adapters(
                 source: directory.display().to_string(),
                 pinned: false,
                 replace: false,
+                expected_version: None,
             })
             .await?;
         leases.push(engine.acquire_adapter(&name).await?);

@@ -119,6 +119,7 @@ pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result
     let lora = (num_adapters > 0).then_some(LoraConfig {
         max_loras_per_batch: num_adapters,
         max_loaded_loras: None,
+        max_loaded_bytes: None,
         eviction: polylora_engine::EvictionPolicy::Lru,
         // What the device's buffers are made for.
         max_lora_rank: args.lora_rank.iter().copied().max(),
@@ -163,6 +164,7 @@ impl LoraSettings {
         Ok(LoraConfig {
             max_loras_per_batch: self.max_loras_per_batch,
             max_loaded_loras: self.max_loaded_loras,
+            max_loaded_bytes: self.max_loaded_bytes,
             eviction: self.eviction,
             max_lora_rank: self.max_lora_rank.or(inferred_rank),
             target_modules: match &self.target_modules {

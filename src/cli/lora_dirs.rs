@@ -47,6 +47,7 @@ impl LoraDirs {
             source: folder.display().to_string(),
             pinned: false,
             replace: false,
+            expected_version: None,
         });
         match registered {
             Ok(()) => Some(name),
@@ -96,7 +97,7 @@ mod tests {
     use std::fs;
 
     use polylora_engine::{
-        adapter::{LoraLimits, PackedDtype, registry::RegistryConfig},
+        adapter::{LoraLimits, PackedDtype, UnloadMode, registry::RegistryConfig},
         decoder::DecoderConfig,
     };
 
@@ -130,7 +131,7 @@ mod tests {
         assert_eq!(dirs.scan(), ["b"]);
         assert!(dirs.registry.info("a").is_some());
 
-        futures::executor::block_on(dirs.registry.unload("a")).unwrap();
+        dirs.registry.unload("a", UnloadMode::Drain).unwrap();
         assert!(dirs.scan().is_empty());
         assert!(dirs.registry.info("a").is_none());
         fs::remove_dir_all(folder.path().join("a")).unwrap();

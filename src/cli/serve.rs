@@ -270,6 +270,7 @@ async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStar
             source: path.path.clone(),
             pinned: path.pinned,
             replace: false,
+            expected_version: None,
         };
         let info = engine.load_adapter(request).await.with_context(|| path.flag())?;
         let took = finding + began.elapsed();

@@ -20,6 +20,8 @@ pub struct LoadAdapterRequest {
     pub pinned: Option<bool>,
     /// Extension. Swap atomically if the name is taken: requests in flight end on the old adapter, later ones use the new.
     pub replace: Option<bool>,
+    /// Extension. Only swap if the name has this version (hex) now; 409 otherwise.
+    pub expected_version: Option<String>,
 }
 
 /// A request for `/pin_lora_adapter`.

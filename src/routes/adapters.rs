@@ -8,7 +8,7 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
 };
-use polylora_engine::{AdapterError, AdapterInfo, LoadRequest};
+use polylora_engine::{AdapterError, AdapterInfo, LoadRequest, UnloadMode};
 use sha2::{Digest, Sha256};
 
 use crate::{
@@ -21,8 +21,25 @@ use crate::{
     },
 };
 
+/// What is asked for in one form or another.
+#[derive(Default)]
+struct Load {
+    name: String,
+    path: String,
+    pinned: bool,
+    replace: bool,
+    expected_version: Option<String>,
+}
+
 /// Finds the files and loads them.
-async fn load_adapter(state: &Gateway, name: String, path: String, pinned: bool, replace: bool) -> Result<AdapterInfo, ApiError> {
+async fn load_adapter(state: &Gateway, load: Load) -> Result<AdapterInfo, ApiError> {
+    let Load {
+        name,
+        path,
+        pinned,
+        replace,
+        expected_version,
+    } = load;
     if !state.engine.describe().lora_enabled {
         return Err(AdapterError::NotEnabled.into());
     }
@@ -47,6 +64,7 @@ async fn load_adapter(state: &Gateway, name: String, path: String, pinned: bool,
             source: path,
             pinned,
             replace,
+            expected_version,
         })
         .await;
     state.metrics.adapter_loaded(began.elapsed(), loaded.is_ok());
@@ -57,7 +75,7 @@ async fn unload_adapter(state: &Gateway, name: &str) -> Result<(), ApiError> {
     if !state.engine.describe().lora_enabled {
         return Err(AdapterError::NotEnabled.into());
     }
-    state.engine.unload_adapter(name).await?;
+    state.engine.unload_adapter(name, UnloadMode::Drain)?.drained().await;
     state.metrics.adapter_unloaded();
     Ok(())
 }
@@ -67,11 +85,13 @@ fn loaded_adapters(state: &Gateway) -> BTreeMap<String, String> {
     adapters.map(|info| (info.name.to_string(), info.source)).collect()
 }
 
-/// SGLang answers every failure of an adapter with 400; what is not the client's fault keeps its status here.
+/// SGLang answers every failure of an adapter with 400; what is not the client's fault keeps its status here, and so does a conflict.
 fn native_answer(state: &Gateway, result: Result<Option<serde_json::Value>, ApiError>) -> Response {
     let (status, error_message, report) = match result {
         Ok(report) => (StatusCode::OK, String::new(), report),
-        Err(error) if error.status().is_server_error() => (error.status(), error.message().to_owned(), None),
+        Err(error) if error.status().is_server_error() || error.status() == StatusCode::CONFLICT => {
+            (error.status(), error.message().to_owned(), None)
+        }
         Err(error) => (StatusCode::BAD_REQUEST, error.message().to_owned(), None),
     };
     let body = AdapterResponse {
@@ -91,13 +111,20 @@ fn native_answer(state: &Gateway, result: Result<Option<serde_json::Value>, ApiE
         (status = 200, description = "Loaded.", body = AdapterResponse),
         (status = 400, description = "The adapter or the request is wrong; nothing was registered.",
             content((AdapterFailure = "application/json"))),
+        (status = 409, description = "The name has another version than `expected_version`; nothing was changed.", body = AdapterResponse),
         (status = 503, description = "No room for another adapter now.", body = AdapterResponse),
         crate::openapi::NativeAdminErrors,
     ),
 )]
 pub async fn load(State(state): State<AppState>, NativeJson(request): NativeJson<LoadAdapterRequest>) -> Response {
-    let (pinned, replace) = (request.pinned.unwrap_or(false), request.replace.unwrap_or(false));
-    let loaded = load_adapter(&state, request.lora_name, request.lora_path, pinned, replace).await;
+    let load = Load {
+        name: request.lora_name,
+        path: request.lora_path,
+        pinned: request.pinned.unwrap_or(false),
+        replace: request.replace.unwrap_or(false),
+        expected_version: request.expected_version,
+    };
+    let loaded = load_adapter(&state, load).await;
     let report = loaded.map(|info| info.report.and_then(|report| serde_json::to_value(&*report).ok()));
     native_answer(&state, report)
 }
@@ -173,7 +200,13 @@ pub async fn vllm_load(State(state): State<AppState>, ApiJson(request): ApiJson<
             format!("The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set 'load_inplace' to True.");
         return Ok(vllm_error(StatusCode::BAD_REQUEST, "InvalidUserInput", message));
     }
-    Ok(match load_adapter(&state, name.clone(), path, false, in_place).await {
+    let load = Load {
+        name: name.clone(),
+        path,
+        replace: in_place,
+        ..Load::default()
+    };
+    Ok(match load_adapter(&state, load).await {
         Ok(_) => format!("Success: LoRA adapter '{name}' added successfully.").into_response(),
         Err(error) => vllm_failure(&error),
     })
@@ -223,7 +256,12 @@ fn dynamo_answer(name: String, message: String) -> Json<DynamoResponse> {
 pub async fn dynamo_load(State(state): State<AppState>, ApiJson(request): ApiJson<DynamoLoadRequest>) -> Result<Json<DynamoResponse>, ApiError> {
     let uri = request.source.uri;
     let path = uri.strip_prefix("file://").unwrap_or(&uri).to_owned();
-    load_adapter(&state, request.lora_name.clone(), path, false, false).await?;
+    let load = Load {
+        name: request.lora_name.clone(),
+        path,
+        ..Load::default()
+    };
+    load_adapter(&state, load).await?;
     let message = format!("LoRA adapter '{}' loaded successfully", request.lora_name);
     Ok(dynamo_answer(request.lora_name, message))
 }

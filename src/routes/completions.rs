@@ -39,10 +39,7 @@ pub async fn completions(State(state): State<AppState>, caller: Caller, ApiJson(
     refuse_unsupported(&request)?;
     let prompts = prompts(&state, &request).await?;
     let targets = targets(&state, &caller, &request, prompts.len())?;
-    let mut leases = Vec::with_capacity(targets.len());
-    for target in &targets {
-        leases.push(state.lease(&caller, target).await?);
-    }
+    let leases = state.leases(&caller, &targets).await?;
     let streaming = request.stream.unwrap_or(false);
     let options = request.stream_options.clone().unwrap_or_default();
     let answer = Answer::new(&state, &request, &prompts, leases.first().and_then(Option::as_ref));

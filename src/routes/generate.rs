@@ -43,10 +43,7 @@ pub async fn generate(
 ) -> Result<Response, NativeError> {
     let streaming = request.stream.unwrap_or(false);
     let batch = Batch::read(&state, request).await?;
-    let mut leases = Vec::with_capacity(batch.prompts.len());
-    for prompt in &batch.prompts {
-        leases.push(lease(&state, &caller, prompt.adapter.as_deref()).await?);
-    }
+    let leases = leases(&state, &caller, &batch.prompts).await?;
     let outputs = batch.outputs(&state, &caller, &leases);
     let (is_list, jobs) = (batch.is_list(), batch.jobs(&leases)?);
     let streams = state.start(&caller, jobs).map_err(native_names)?;
@@ -93,33 +90,42 @@ pub async fn put_generate(state: State<AppState>, caller: Caller, request: Nativ
     generate(state, caller, request).await
 }
 
-/// An adapter by its name. An unknown one is a 400 in SGLang's words.
-async fn lease(state: &Gateway, caller: &Caller, name: Option<&str>) -> Result<Option<AdapterLease>, ApiError> {
-    let Some(name) = name else {
-        return state.lease(caller, &Target::Base).await;
-    };
+/// The adapters of the prompts, by their names. An unknown one is a 400 in SGLang's words.
+async fn leases(state: &Gateway, caller: &Caller, prompts: &[PromptPart]) -> Result<Vec<Option<AdapterLease>>, ApiError> {
     let router = state.router(&caller.identity);
-    let leased = match router.adapter(name, "lora_path") {
-        Ok(target) => state.lease(caller, &target).await,
-        Err(error) => Err(error),
+    let target = |name: &str| match router.adapter(name, "lora_path") {
+        Err(error) if error.status() == axum::http::StatusCode::NOT_FOUND => Err(never_loaded(state, caller, name)),
+        result => result,
     };
+    let names = || prompts.iter().map(|prompt| prompt.adapter.as_deref());
+    let targets = names().map(|name| name.map_or(Ok(Target::Base), target)).collect::<Result<Vec<_>, _>>()?;
+    let leased = state.leases(caller, &targets).await;
     leased.map_err(|error| {
-        if error.status() == axum::http::StatusCode::NOT_FOUND {
-            let adapters = state
-                .engine
-                .list_adapters()
-                .into_iter()
-                .filter(|info| caller.identity.sees_adapter(&info.name));
-            let loaded: Vec<String> = adapters.map(|info| info.name.to_string()).collect();
-            let message = format!(
-                "Got LoRA adapter that has never been loaded: {name}\nAll loaded adapters: {}",
-                loaded.join(", ")
-            );
-            ApiError::invalid("lora_path", message)
-        } else {
-            error
-        }
+        // One of them was unloaded in between.
+        let gone = names().flatten().find_map(|name| target(name).err());
+        gone.filter(|_| error.status() == axum::http::StatusCode::NOT_FOUND).unwrap_or(error)
     })
+}
+
+fn never_loaded(state: &Gateway, caller: &Caller, name: &str) -> ApiError {
+    const MOST: usize = 20;
+    let adapters = state.engine.list_adapters();
+    let mut loaded: Vec<String> = adapters
+        .into_iter()
+        .filter(|info| caller.identity.sees_adapter(&info.name))
+        .map(|info| info.name.to_string())
+        .collect();
+    loaded.sort();
+    if loaded.len() > MOST {
+        let more = loaded.len() - MOST;
+        loaded.truncate(MOST);
+        loaded.push(format!("and {more} more"));
+    }
+    let message = format!(
+        "Got LoRA adapter that has never been loaded: {name}\nAll loaded adapters: {}",
+        loaded.join(", ")
+    );
+    ApiError::invalid("lora_path", message)
 }
 
 /// The engine's names of settings as this route has them.

@@ -8,7 +8,7 @@
 //! | a fault of the server's own | 500 | 500 | 500 |
 
 use polylora_engine::{
-    AdapterError,
+    AdapterError, InferenceEngine,
     mock::{Gate, Script, Step},
 };
 use serde_json::{Value, json};
@@ -148,10 +148,16 @@ async fn an_unloaded_adapter_finishes_what_it_began() {
         .script_next(Script::tokens(tokens("a")).then(Step::Wait(gate.clone())).then_tokens(tokens("b")));
     let mut answer = server.post("/generate", json!({"text": "a", "lora_path": "sql", "stream": true})).await;
     assert_eq!(answer.json_event().await["text"], "a");
-    server.post("/unload_lora_adapter", json!({"lora_name": "sql"})).await.json(200).await;
-    server.post("/generate", json!({"text": "a", "lora_path": "sql"})).await.json(400).await;
-    gate.open();
-    let events = answer.json_events().await;
+    let unload = async { server.post("/unload_lora_adapter", json!({"lora_name": "sql"})).await.json(200).await };
+    let meanwhile = async {
+        while server.engine.adapter_info("sql").is_some() {
+            tokio::task::yield_now().await;
+        }
+        server.post("/generate", json!({"text": "a", "lora_path": "sql"})).await.json(400).await;
+        gate.open();
+        answer.json_events().await
+    };
+    let (_, events) = tokio::join!(unload, meanwhile);
     let last = events.last().unwrap();
     assert_eq!((&last["text"], &last["meta_info"]["lora"]), (&json!("ab"), &json!("sql")));
 }

@@ -124,6 +124,8 @@ impl BaseWeights for Checkpoint {
 pub struct LoraLimits {
     /// Largest rank accepted; `None` accepts every rank.
     pub max_lora_rank: Option<u32>,
+    /// Largest rank of a combination, which is the sum of its parts': what the backend's buffers are made for; `None` is any.
+    pub max_combined_rank: Option<u32>,
     /// Modules accepted (`q_proj`, …, `embed_tokens`, `lm_head`); `None` accepts all.
     pub target_modules: Option<BTreeSet<String>>,
     /// dtype of the packed weights.
@@ -157,6 +159,7 @@ impl LoraLimits {
     pub fn new(dtype: PackedDtype) -> Self {
         Self {
             max_lora_rank: None,
+            max_combined_rank: None,
             target_modules: None,
             dtype,
             features: LoraFeatures::default(),
@@ -799,7 +802,7 @@ impl<'a> Loader<'a> {
 }
 
 /// The first of the modules whose A's are neighbours in the blob.
-fn group(id: ModuleId) -> ModuleId {
+pub(super) fn group(id: ModuleId) -> ModuleId {
     match id {
         ModuleId::Layer { layer, projection } => {
             let projection = match projection {
@@ -940,10 +943,11 @@ fn transpose_shape(source: &Source<'_>) -> Option<(usize, usize)> {
 }
 
 /// An element of the blob.
-trait Packed: bytemuck::Pod {
+pub(super) trait Packed: bytemuck::Pod {
     /// The same in a file.
     const STORED: Dtype;
     fn pack(value: f32) -> Self;
+    fn unpack(self) -> f32;
     fn is_usable(self) -> bool;
 }
 
@@ -951,6 +955,9 @@ impl Packed for f32 {
     const STORED: Dtype = Dtype::F32;
     fn pack(value: f32) -> Self {
         value
+    }
+    fn unpack(self) -> f32 {
+        self
     }
     fn is_usable(self) -> bool {
         self.is_finite()
@@ -961,6 +968,9 @@ impl Packed for bf16 {
     const STORED: Dtype = Dtype::BF16;
     fn pack(value: f32) -> Self {
         Self::from_f32(value)
+    }
+    fn unpack(self) -> f32 {
+        self.to_f32()
     }
     fn is_usable(self) -> bool {
         self.is_finite()

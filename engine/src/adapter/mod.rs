@@ -8,7 +8,9 @@ use std::sync::{Arc, OnceLock};
 use half::bf16;
 use polylora_kernels::cpu::HugeBuffer;
 
+pub mod combine;
 pub mod config;
+pub mod lease;
 pub mod load;
 pub mod registry;
 pub mod tensors;
@@ -16,8 +18,9 @@ pub mod tensors;
 pub(crate) mod testing;
 
 pub use config::{module_path, module_paths};
+pub use lease::{AdapterLease, UnloadMode, UnloadReport, Unloading};
 pub use load::{CoverageReport, LoraFeatures, LoraLimits, ModuleCoverage, load_adapter};
-pub use registry::{AdapterInfo, AdapterLease, AdapterRegistry, AdapterState, LoadRequest, RegistryConfig, RegistryStats, ResidentSet, UnloadReport};
+pub use registry::{AdapterInfo, AdapterRegistry, AdapterState, LoadRequest, RegistryConfig, RegistryStats, ResidentSet};
 
 /// Content identity of an adapter: SHA-256 over its effective configuration and its tensors. Equal bytes, equal version.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -378,6 +381,24 @@ pub enum AdapterError {
     Internal {
         /// What failed.
         reason: String,
+    },
+    /// The bytes for adapters in host memory are used, and nothing may leave.
+    #[error("no room for {needed_bytes} bytes in host memory: pinned adapters and those in use have {used_bytes} of {limit_bytes}")]
+    HostMemoryFull {
+        /// To be added.
+        needed_bytes: usize,
+        /// By what may not leave.
+        used_bytes: usize,
+        /// At most.
+        limit_bytes: usize,
+    },
+    /// As many combinations as there may be are in use.
+    #[error("{in_use} combinations of adapters are in use, at most {limit} may be")]
+    TooManyCombinations {
+        /// In use now.
+        in_use: usize,
+        /// At most.
+        limit: usize,
     },
     /// `max_loaded_loras` is reached and nothing may leave.
     #[error("no adapter can be evicted: all {loaded} loaded adapters (limit {limit}) are pinned or in use")]

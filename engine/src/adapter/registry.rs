@@ -10,26 +10,30 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    path::{Path, PathBuf},
     sync::{
         Arc, Weak,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
-use parking_lot::{Condvar, Mutex, RwLock};
+use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use tokio::sync::oneshot;
 
 use super::{
     AdapterError, HostAdapter, ResolvedAdapter, VersionId,
-    config::CONFIG_FILE,
+    combine::{Part, combine, combined_version, parse_expression},
+    lease::{AdapterLease, Hold, LeaseGuard, LeaseOwner, UnloadMode, Unloading},
     load::{CoverageReport, LoraLimits, load_adapter},
 };
 use crate::{BoxFuture, decoder::DecoderConfig, files::FileSource, llm::EvictionPolicy};
 
 /// Longest name, in bytes.
 const MAX_NAME_BYTES: usize = 256;
+/// What requests on combinations are counted under.
+const COMBINATION_LABEL: &str = "(combination)";
+/// How often loads that wait for room are looked at for having waited too long.
+const ROOM_CHECK: Duration = Duration::from_millis(250);
 /// Names listed in an `Unknown` error; a server may have thousands.
 const NAMES_IN_ERROR: usize = 32;
 /// A failed load is not tried again for this long; doubled with each failure in a row.
@@ -50,6 +54,8 @@ pub struct LoadRequest {
     pub pinned: bool,
     /// Swap atomically if the name is taken.
     pub replace: bool,
+    /// Only swap if the name has this version (hex) at the moment of the swap.
+    pub expected_version: Option<String>,
 }
 
 /// Where an adapter's weights are.
@@ -87,60 +93,14 @@ pub struct AdapterInfo {
     pub leases: usize,
     /// Requests that asked for it since it was registered.
     pub requests_total: u64,
+    /// Of those, the ones that found its weights in host memory.
+    pub hits_total: u64,
+    /// When a request last asked for it.
+    pub last_used: Option<SystemTime>,
     /// Coverage, keys without effect, and the like: what `inspect` shows.
     pub report: Option<Arc<CoverageReport>>,
-}
-
-/// What unloading found.
-#[derive(Clone, Debug, PartialEq, serde::Serialize)]
-pub struct UnloadReport {
-    /// The name.
-    pub name: String,
-    /// Requests that were in flight when the name was forgotten.
-    pub waited_for: usize,
-    /// How long until the last ended.
-    pub waited: Duration,
-}
-
-/// One request's hold on an adapter version, from admission to its end. Dropping the last clone of it releases it, exactly once.
-/// While it lives the version's weights stay in host memory, whatever happens to the name.
-#[derive(Clone)]
-pub struct AdapterLease {
-    name: Arc<str>,
-    weights: Arc<HostAdapter>,
-    // Dropped with the lease: counts it down and wakes who waits for zero.
-    _hold: Option<Arc<dyn Send + Sync>>,
-}
-
-impl std::fmt::Debug for AdapterLease {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("AdapterLease")
-            .field("name", &self.name)
-            .field("version", &self.weights.version)
-            .finish()
-    }
-}
-
-impl AdapterLease {
-    /// A lease on weights that no registry counts: for tests and benches. `hold` is dropped with the last clone.
-    pub fn detached(name: Arc<str>, weights: Arc<HostAdapter>, hold: Option<Arc<dyn Send + Sync>>) -> Self {
-        Self { name, weights, _hold: hold }
-    }
-
-    /// The name that was asked for.
-    pub fn name(&self) -> &Arc<str> {
-        &self.name
-    }
-
-    /// Content identity: what prefix caching and residency are keyed by.
-    pub fn version(&self) -> VersionId {
-        self.weights.version
-    }
-
-    /// The packed weights.
-    pub fn weights(&self) -> &Arc<HostAdapter> {
-        &self.weights
-    }
+    /// Of a combination (`a+b*0.5`): the names in it. Empty for an adapter.
+    pub parts: Vec<Arc<str>>,
 }
 
 /// Limits and policies of a registry.
@@ -152,6 +112,8 @@ pub struct RegistryConfig {
     pub base_names: Vec<String>,
     /// Adapters in host memory; `None` is unbounded.
     pub max_loaded_loras: Option<usize>,
+    /// Bytes of their weights, those of combinations included; `None` is unbounded. What several names share counts once.
+    pub max_loaded_bytes: Option<usize>,
     /// Pinned adapters: `max_loras_per_batch - 1`.
     pub max_pinned: usize,
     /// Which adapter leaves host memory first.
@@ -160,8 +122,12 @@ pub struct RegistryConfig {
     pub loader_threads: usize,
     /// Loads that may wait for a thread.
     pub max_queued_loads: usize,
-    /// Folders whose subfolders are adapters, found by name at first use.
-    pub adapter_dirs: Vec<PathBuf>,
+    /// How long a request waits for room in host memory while every adapter there is pinned or leased.
+    pub room_timeout: Duration,
+    /// Adapters in one combination (`a+b`).
+    pub max_combined: usize,
+    /// Combinations in host memory, beside the adapters: those in use, and those kept for the next request.
+    pub max_combinations: usize,
 }
 
 impl RegistryConfig {
@@ -171,11 +137,14 @@ impl RegistryConfig {
             limits,
             base_names: Vec::new(),
             max_loaded_loras: None,
+            max_loaded_bytes: None,
             max_pinned: 7,
             eviction: EvictionPolicy::Lru,
             loader_threads: std::thread::available_parallelism().map_or(2, |cores| (cores.get() / 4).clamp(2, 8)),
             max_queued_loads: 1024,
-            adapter_dirs: Vec::new(),
+            room_timeout: Duration::from_secs(60),
+            max_combined: 4,
+            max_combinations: 64,
         }
     }
 }
@@ -193,8 +162,14 @@ pub struct RegistryStats {
     pub leases: usize,
     /// Bytes of weights in host memory; what several names share counts once, what only leases hold counts too.
     pub host_bytes: usize,
+    /// Of those, the ones of names and of kept combinations: what `max_loaded_bytes` bounds. The others belong to requests in flight.
+    pub loaded_bytes: usize,
+    /// Combinations in host memory.
+    pub combinations: usize,
     /// Loads that wait for a thread or run.
     pub loading: usize,
+    /// Loads that wait for room.
+    pub waiting_for_room: usize,
     /// Loads that succeeded.
     pub loads_total: u64,
     /// Loads that failed.
@@ -242,66 +217,6 @@ impl ResidentSet {
     }
 }
 
-/// Counts the leases on one name's one version and wakes who waits for the last to end.
-#[derive(Default)]
-struct Hold {
-    leases: AtomicUsize,
-    waiters: Mutex<Vec<oneshot::Sender<()>>>,
-}
-
-impl Hold {
-    fn count(&self) -> usize {
-        self.leases.load(Ordering::Acquire)
-    }
-
-    /// Resolves when no lease is left.
-    async fn released(&self) {
-        loop {
-            let receiver = {
-                let mut waiters = self.waiters.lock();
-                // Checked under the lock that the last lease takes to wake: no wake-up is lost.
-                if self.count() == 0 {
-                    return;
-                }
-                let (sender, receiver) = oneshot::channel();
-                waiters.push(sender);
-                receiver
-            };
-            // An error means that the sender was dropped after its message, or with the hold: look again.
-            let _ = receiver.await;
-        }
-    }
-}
-
-/// One lease's part in a [`Hold`].
-struct HoldGuard {
-    hold: Arc<Hold>,
-    total: Arc<AtomicUsize>,
-}
-
-impl HoldGuard {
-    fn new(hold: &Arc<Hold>, total: &Arc<AtomicUsize>) -> Self {
-        hold.leases.fetch_add(1, Ordering::AcqRel);
-        total.fetch_add(1, Ordering::AcqRel);
-        Self {
-            hold: hold.clone(),
-            total: total.clone(),
-        }
-    }
-}
-
-impl Drop for HoldGuard {
-    fn drop(&mut self) {
-        self.total.fetch_sub(1, Ordering::AcqRel);
-        if self.hold.leases.fetch_sub(1, Ordering::AcqRel) == 1 {
-            for waiter in self.hold.waiters.lock().drain(..) {
-                // Whoever waited may have gone.
-                let _ = waiter.send(());
-            }
-        }
-    }
-}
-
 /// What is known of a version once it was read; stays when its weights leave.
 #[derive(Clone)]
 struct Facts {
@@ -343,7 +258,9 @@ struct Entry {
     /// Ticks of the registry's clock.
     last_used: u64,
     loaded_at: u64,
+    last_used_time: Option<SystemTime>,
     requests_total: u64,
+    hits_total: u64,
     failure: Option<Failure>,
 }
 
@@ -352,11 +269,22 @@ struct State {
     entries: HashMap<Arc<str>, Entry>,
     /// Weights by content, as long as anything holds them.
     versions: HashMap<VersionId, Weak<HostAdapter>>,
+    /// Loads that found no room, the first to be tried first. Their entries are `Loading`.
+    parked: VecDeque<Parked<Load>>,
+    /// Combinations that found no room, likewise.
+    parked_combinations: VecDeque<Parked<Combine>>,
+    /// Combinations in host memory, the last used last.
+    combinations: VecDeque<Combination>,
     /// Names that a `load` is working on, and who waits for it.
     claimed: HashMap<String, Vec<oneshot::Sender<()>>>,
     clock: u64,
     /// Names whose weights are on the host.
     loaded: HashSet<Arc<str>>,
+    /// The versions of those names and of the combinations.
+    tier: HashMap<VersionId, TierUse>,
+    /// Bytes of those versions.
+    tier_bytes: usize,
+    num_pinned: usize,
     loads_total: u64,
     load_failures_total: u64,
     load_time: Duration,
@@ -365,19 +293,60 @@ struct State {
     misses_total: u64,
 }
 
+/// How many names (and combinations) have a version on the host.
+struct TierUse {
+    uses: usize,
+    bytes: usize,
+}
+
+/// A combination's weights, and the leases on them.
+struct Combination {
+    weights: Arc<HostAdapter>,
+    hold: Arc<Hold>,
+}
+
+/// Work that waits until a lease ends.
+struct Parked<W> {
+    work: W,
+    deadline: Instant,
+}
+
+/// A registered adapter to be brought to the host.
+struct Load {
+    name: Arc<str>,
+    registration: u64,
+    /// At least so many are needed; known once it was read.
+    bytes: usize,
+}
+
+/// Adapters to be added up.
+struct Combine {
+    expression: Arc<str>,
+    parts: Vec<(AdapterLease, f32)>,
+    done: LeaseSender,
+}
+
+impl Combine {
+    /// The registry's lock must not be held: the parts' leases end here.
+    fn fail(self, error: AdapterError) {
+        drop(self.parts);
+        // Whoever waited may have gone.
+        let _ = self.done.send(Err(error));
+    }
+}
+
 /// What a loader thread is to do.
 enum Job {
     /// Bring a registered adapter to the host.
-    Fetch { name: Arc<str>, registration: u64, files: FileSource },
+    Fetch(Parked<Load>),
     /// Read and register.
     Load {
         request: LoadRequest,
-        expected_version: Option<String>,
         done: oneshot::Sender<Result<AdapterInfo, AdapterError>>,
         _claim: Claim,
     },
-    /// Look for a name in the adapter folders.
-    Discover { name: String, done: oneshot::Sender<bool> },
+    /// Add up adapters.
+    Combine(Parked<Combine>),
 }
 
 #[derive(Default)]
@@ -388,14 +357,19 @@ struct Queue {
 }
 
 struct Shared {
+    me: Weak<Shared>,
     config: RegistryConfig,
     decoder: Arc<DecoderConfig>,
     state: Mutex<State>,
     queue: Mutex<Queue>,
     wake: Condvar,
     residents: Arc<ResidentSet>,
-    leases: Arc<AtomicUsize>,
+    leases: AtomicUsize,
     pins_changed: AtomicUsize,
+    /// As many as wait for room, or one more: read without the lock when a lease ends.
+    parked: AtomicUsize,
+    /// Held by the one request that holds some leases and waits for others: were there two, each could wait for what the other holds.
+    gathering: tokio::sync::Mutex<()>,
 }
 
 /// Every adapter by name; see the module's description. Dropping it ends the loader threads; leases stay good.
@@ -422,14 +396,17 @@ impl Drop for Claim {
 impl AdapterRegistry {
     /// An empty registry with its loader threads.
     pub fn new(config: RegistryConfig, decoder: Arc<DecoderConfig>) -> Self {
-        let shared = Arc::new(Shared {
+        let shared = Arc::new_cyclic(|me| Shared {
+            me: me.clone(),
+            parked: AtomicUsize::new(0),
             decoder,
             state: Mutex::default(),
             queue: Mutex::default(),
             wake: Condvar::new(),
             residents: Arc::default(),
-            leases: Arc::default(),
+            leases: AtomicUsize::new(0),
             pins_changed: AtomicUsize::new(0),
+            gathering: tokio::sync::Mutex::default(),
             config,
         });
         let loaders = (0..shared.config.loader_threads.max(1))
@@ -477,31 +454,23 @@ impl AdapterRegistry {
     }
 
     /// Reads, checks, packs and registers an adapter. With `replace`, a name that is taken gets the new version atomically: requests
-    /// in flight end on the old one. Once a loader has the request it is carried out, even if the future is dropped.
+    /// in flight end on the old one; with `expected_version`, only if it has that version then. Once a loader has the request it is
+    /// carried out, even if the future is dropped.
     ///
     /// # Errors
     /// Any of [`AdapterError`] but `Unknown`; nothing was registered, and a version that was to be replaced is as before.
     pub fn load(&self, request: LoadRequest) -> BoxFuture<'_, Result<AdapterInfo, AdapterError>> {
-        self.load_expecting(request, None)
-    }
-
-    /// As `load`; a name that is replaced must have the version `expected` (hex), as of the moment of the swap.
-    ///
-    /// # Errors
-    /// As `load`; `VersionConflict`.
-    pub fn load_expecting(&self, request: LoadRequest, expected: Option<String>) -> BoxFuture<'_, Result<AdapterInfo, AdapterError>> {
         Box::pin(async move {
             self.shared.check_name(&request.name)?;
             let claim = self.claim(&request.name).await;
             {
                 // Refused before its files are read, where that is possible already; checked again at the end.
                 let state = self.shared.state.lock();
-                self.shared.check_load(&state, &request, expected.as_deref())?;
+                self.shared.check_load(&state, &request)?;
             }
             let (done, result) = oneshot::channel();
             self.shared.enqueue(Job::Load {
                 request,
-                expected_version: expected,
                 done,
                 _claim: claim,
             })?;
@@ -534,25 +503,91 @@ impl AdapterRegistry {
     }
 
     /// Gives a lease on an adapter, bringing it to the host first if it is only registered: one load, however many wait for it.
+    /// An expression like `a+b*0.5` gives a lease on the combination, which holds one on each of its parts; a name that is taken is
+    /// that name, whatever it looks like. While everything on the host is pinned or leased it waits for room.
     ///
     /// # Errors
-    /// `Unknown`; what the load gave; `NothingToEvict`.
+    /// `Unknown`; what the load gave; `NothingToEvict`, `HostMemoryFull`, `TooManyCombinations` after `room_timeout`; `BadName` and
+    /// `Incompatible` for combinations that can't be.
     pub fn acquire<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<AdapterLease, AdapterError>> {
         Box::pin(async move {
-            loop {
-                let wait = match self.shared.acquire(name)? {
-                    Acquired::Lease(lease) => return Ok(lease),
-                    Acquired::Loading(receiver) => receiver,
-                    Acquired::Unknown => {
-                        if self.discover(name).await? {
-                            continue;
+            match self.shared.parse(name)? {
+                Wanted::One(name) => self.acquire_one(name).await,
+                Wanted::Sum { expression, parts } => {
+                    self.check_number(parts.iter().map(|part| part.name))?;
+                    let names: Vec<&str> = parts.iter().map(|part| part.name).collect();
+                    let leases = match self.shared.leases_now(&names) {
+                        Some(leases) => leases,
+                        None => {
+                            let _only_one = self.shared.gathering.lock().await;
+                            self.acquire_parts(&parts).await?
                         }
-                        return Err(self.shared.unknown(&self.shared.state.lock(), name));
-                    }
-                };
-                return wait.await.unwrap_or_else(|_| Err(loader_gone()));
+                    };
+                    self.combine(expression, &parts, leases).await
+                }
             }
         })
+    }
+
+    /// Leases on several, all of them or none. Two calls never wait for each other's, as two series of `acquire` may.
+    ///
+    /// # Errors
+    /// As `acquire`; `NothingToEvict` at once for more adapters than there may be in host memory.
+    pub fn acquire_all<'a>(&'a self, names: &'a [&'a str]) -> BoxFuture<'a, Result<Vec<AdapterLease>, AdapterError>> {
+        Box::pin(async move {
+            let wanted = names.iter().map(|name| self.shared.parse(name)).collect::<Result<Vec<_>, _>>()?;
+            self.check_number(wanted.iter().flat_map(Wanted::names))?;
+            let _only_one = self.shared.gathering.lock().await;
+            let mut leases = Vec::with_capacity(names.len());
+            for wanted in wanted {
+                leases.push(match wanted {
+                    Wanted::One(name) => self.acquire_one(name).await?,
+                    Wanted::Sum { expression, parts } => {
+                        let own = self.acquire_parts(&parts).await?;
+                        self.combine(expression, &parts, own).await?
+                    }
+                });
+            }
+            Ok(leases)
+        })
+    }
+
+    /// Refuses what could never be in host memory at once.
+    fn check_number<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<(), AdapterError> {
+        let loaded = names.collect::<HashSet<_>>().len();
+        match self.shared.config.max_loaded_loras {
+            Some(limit) if loaded > limit => Err(AdapterError::NothingToEvict { loaded, limit }),
+            _ => Ok(()),
+        }
+    }
+
+    async fn acquire_one(&self, name: &str) -> Result<AdapterLease, AdapterError> {
+        match self.shared.acquire(name)? {
+            Acquired::Lease(lease) => Ok(lease),
+            Acquired::Loading(receiver) => receiver.await.unwrap_or_else(|_| Err(loader_gone())),
+        }
+    }
+
+    async fn acquire_parts(&self, parts: &[Part<'_>]) -> Result<Vec<AdapterLease>, AdapterError> {
+        let mut leases = Vec::with_capacity(parts.len());
+        for part in parts {
+            leases.push(self.acquire_one(part.name).await?);
+        }
+        Ok(leases)
+    }
+
+    async fn combine(&self, expression: &str, parts: &[Part<'_>], leases: Vec<AdapterLease>) -> Result<AdapterLease, AdapterError> {
+        let parts: Vec<(AdapterLease, f32)> = leases.into_iter().zip(parts).map(|(lease, part)| (lease, part.weight)).collect();
+        if let [(lease, 1.0)] = &parts[..] {
+            return Ok(lease.clone());
+        }
+        let (done, combined) = oneshot::channel();
+        let expression = expression.into();
+        if let Some(work) = self.shared.answer_from_kept(Combine { expression, parts, done }) {
+            let deadline = Instant::now() + self.shared.config.room_timeout;
+            self.shared.enqueue(Job::Combine(Parked { work, deadline }))?;
+        }
+        combined.await.unwrap_or_else(|_| Err(loader_gone()))
     }
 
     /// A lease if the adapter is in host memory now.
@@ -561,50 +596,13 @@ impl AdapterRegistry {
         self.shared.lease(&mut state, name, true)
     }
 
-    /// Looks for an unknown name in the adapter folders and registers it if it is there.
-    async fn discover(&self, name: &str) -> Result<bool, AdapterError> {
-        if self.shared.config.adapter_dirs.is_empty() || self.shared.check_name(name).is_err() || !is_folder_name(name) {
-            return Ok(false);
-        }
-        let (done, found) = oneshot::channel();
-        self.shared.enqueue(Job::Discover { name: name.to_owned(), done })?;
-        Ok(found.await.unwrap_or(false))
-    }
-
-    /// Registers every subfolder of the adapter folders that has an `adapter_config.json` and isn't known yet; gives their names.
-    /// Reads folders: not to be called in async code.
-    pub fn scan_adapter_dirs(&self) -> Vec<String> {
-        let mut added = Vec::new();
-        for directory in &self.shared.config.adapter_dirs {
-            let Ok(children) = std::fs::read_dir(directory) else { continue };
-            let mut names: Vec<String> = children
-                .filter_map(|child| child.ok()?.file_name().into_string().ok())
-                .filter(|name| is_folder_name(name))
-                .collect();
-            names.sort();
-            added.extend(names.into_iter().filter(|name| self.shared.register_folder(directory, name)));
-        }
-        added
-    }
-
-    /// Forgets a name at once; requests that hold a lease finish on it. Resolves when the last has ended.
+    /// Forgets a name at once: it is unknown from here on, and waiters for its load are told so. Requests that hold a lease finish on
+    /// it, or with [`UnloadMode::Abort`] are to be ended by who runs them (see [`AdapterLease::is_revoked`]).
     ///
     /// # Errors
     /// `Unknown`.
-    pub fn unload<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<UnloadReport, AdapterError>> {
-        Box::pin(async move {
-            let start = Instant::now();
-            let holds = self.shared.forget(name)?;
-            let waited_for = holds.iter().map(|hold| hold.count()).sum();
-            for hold in &holds {
-                hold.released().await;
-            }
-            Ok(UnloadReport {
-                name: name.to_owned(),
-                waited_for,
-                waited: start.elapsed(),
-            })
-        })
+    pub fn unload(&self, name: &str, mode: UnloadMode) -> Result<Unloading, AdapterError> {
+        Ok(Unloading::new(name, mode, self.shared.forget(name)?))
     }
 
     /// Pins or unpins. A pinned adapter that is only registered is read in the background at once.
@@ -628,7 +626,9 @@ impl AdapterRegistry {
         if let Some(entry) = state.entries.get_mut(name) {
             entry.pinned = pinned;
         }
+        state.num_pinned = if pinned { state.num_pinned + 1 } else { state.num_pinned - 1 };
         drop(state);
+        shared.room_may_be();
         shared.pins_changed.fetch_add(1, Ordering::Release);
         Ok(())
     }
@@ -665,10 +665,14 @@ impl AdapterRegistry {
         entries.into_iter().map(|entry| self.shared.info(entry)).collect()
     }
 
-    /// One registered adapter.
+    /// One registered adapter; an expression (see `acquire`) is described by its parts, if there are all of them.
     pub fn info(&self, name: &str) -> Option<AdapterInfo> {
-        let state = self.shared.state.lock();
-        state.entries.get(name).map(|entry| self.shared.info(entry))
+        if let Some(entry) = self.shared.state.lock().entries.get(name) {
+            return Some(self.shared.info(entry));
+        }
+        let parts = parse_expression(name, self.shared.config.max_combined).ok()??;
+        let parts = parts.iter().map(|part| self.info(part.name)).collect::<Option<Vec<_>>>()?;
+        Some(combined_info(name, &parts))
     }
 
     /// Counters and gauges.
@@ -682,10 +686,13 @@ impl AdapterRegistry {
         RegistryStats {
             registered: state.entries.len(),
             loaded: state.loaded.len(),
-            pinned: state.entries.values().filter(|entry| entry.pinned).count(),
+            pinned: state.num_pinned,
             leases: self.shared.leases.load(Ordering::Acquire),
             host_bytes: versions.iter().map(|weights| weights.bytes()).sum(),
+            loaded_bytes: state.tier_bytes,
+            combinations: state.combinations.len(),
             loading: waiting + running,
+            waiting_for_room: state.parked.len() + state.parked_combinations.len(),
             loads_total: state.loads_total,
             load_failures_total: state.load_failures_total,
             load_seconds_total: state.load_time.as_secs_f64(),
@@ -713,10 +720,27 @@ impl Drop for AdapterRegistry {
     }
 }
 
+/// What a name stands for.
+enum Wanted<'a> {
+    /// An adapter, known or not.
+    One(&'a str),
+    /// A combination of adapters.
+    Sum { expression: &'a str, parts: Vec<Part<'a>> },
+}
+
+impl Wanted<'_> {
+    fn names(&self) -> impl Iterator<Item = &str> {
+        let (one, parts) = match self {
+            Self::One(name) => (Some(*name), &[][..]),
+            Self::Sum { parts, .. } => (None, &parts[..]),
+        };
+        one.into_iter().chain(parts.iter().map(|part| part.name))
+    }
+}
+
 enum Acquired {
     Lease(AdapterLease),
     Loading(oneshot::Receiver<Result<AdapterLease, AdapterError>>),
-    Unknown,
 }
 
 impl State {
@@ -732,10 +756,11 @@ impl State {
         let (tier, facts) = match content {
             None => (Tier::Registered, None),
             Some((weights, facts)) => {
-                self.loaded.insert(name.clone());
+                self.enter_host(&name, &weights);
                 (Tier::Host(weights), Some(facts))
             }
         };
+        self.num_pinned += usize::from(request.pinned);
         let entry = Entry {
             name: name.clone(),
             files: request.files,
@@ -748,10 +773,48 @@ impl State {
             registration: tick,
             last_used: 0,
             loaded_at: tick,
+            last_used_time: None,
             requests_total: 0,
+            hits_total: 0,
             failure: None,
         };
         self.entries.insert(name, entry);
+    }
+
+    /// A name's weights are on the host from here on.
+    fn enter_host(&mut self, name: &Arc<str>, weights: &HostAdapter) {
+        self.loaded.insert(name.clone());
+        self.enter_tier(weights);
+    }
+
+    /// A name's weights leave the host.
+    fn leave_host(&mut self, name: &str, weights: &HostAdapter) {
+        self.loaded.remove(name);
+        self.leave_tier(weights);
+    }
+
+    fn enter_tier(&mut self, weights: &HostAdapter) {
+        let bytes = weights.bytes();
+        let entry = self.tier.entry(weights.version).or_insert(TierUse { uses: 0, bytes });
+        entry.uses += 1;
+        if entry.uses == 1 {
+            self.tier_bytes += bytes;
+        }
+    }
+
+    fn leave_tier(&mut self, weights: &HostAdapter) {
+        let entry = self.tier.get_mut(&weights.version).expect("what leaves has entered");
+        entry.uses -= 1;
+        if entry.uses == 0 {
+            self.tier_bytes -= entry.bytes;
+            self.tier.remove(&weights.version);
+        }
+    }
+
+    /// The entry of a load, if it still waits for it.
+    fn current(&self, load: &Load) -> Option<&Entry> {
+        let entry = self.entries.get(&load.name)?;
+        (entry.registration == load.registration && matches!(entry.tier, Tier::Loading(_))).then_some(entry)
     }
 
     /// One copy for equal content, whoever holds the other.
@@ -759,7 +822,7 @@ impl State {
         if let Some(same) = self.versions.get(&weights.version).and_then(Weak::upgrade) {
             return same;
         }
-        if self.versions.len() > 2 * self.loaded.len() + 64 {
+        if self.versions.len() > 2 * self.tier.len() + 64 {
             self.versions.retain(|_, weights| weights.strong_count() > 0);
         }
         let weights = Arc::new(weights);
@@ -769,6 +832,16 @@ impl State {
 }
 
 impl Shared {
+    fn parse<'a>(&self, name: &'a str) -> Result<Wanted<'a>, AdapterError> {
+        if self.state.lock().entries.contains_key(name) {
+            return Ok(Wanted::One(name));
+        }
+        Ok(match parse_expression(name, self.config.max_combined)? {
+            Some(parts) => Wanted::Sum { expression: name, parts },
+            None => Wanted::One(name),
+        })
+    }
+
     fn check_name(&self, name: &str) -> Result<(), AdapterError> {
         check_adapter_name(name, &self.config.base_names)
     }
@@ -788,18 +861,18 @@ impl Shared {
         })
     }
 
-    fn check_load(&self, state: &State, request: &LoadRequest, expected: Option<&str>) -> Result<(), AdapterError> {
+    fn check_load(&self, state: &State, request: &LoadRequest) -> Result<(), AdapterError> {
         let name = || request.name.clone();
         let existing = state.entries.get(request.name.as_str());
         if existing.is_some() && !request.replace {
             return Err(AdapterError::AlreadyLoaded { name: name() });
         }
-        if let Some(expected) = expected {
+        if let Some(expected) = &request.expected_version {
             let got = existing.and_then(|entry| entry.facts.as_ref()).map(|facts| facts.version.to_string());
-            if got.as_deref() != Some(expected) {
+            if got.as_ref() != Some(expected) {
                 return Err(AdapterError::VersionConflict {
                     name: name(),
-                    expected: expected.to_owned(),
+                    expected: expected.clone(),
                     got: got.unwrap_or_else(|| "none".into()),
                 });
             }
@@ -844,8 +917,17 @@ impl Shared {
             pinned: entry.pinned,
             leases: entry.hold.count() + entry.previous.iter().map(|hold| hold.count()).sum::<usize>(),
             requests_total: entry.requests_total,
+            hits_total: entry.hits_total,
+            last_used: entry.last_used_time,
             report: facts.map(|facts| facts.report.clone()),
+            parts: Vec::new(),
         }
+    }
+
+    fn guard(&self, hold: &Arc<Hold>) -> LeaseGuard {
+        self.leases.fetch_add(1, Ordering::AcqRel);
+        let owner: Weak<dyn LeaseOwner> = self.me.clone();
+        LeaseGuard::new(hold, Some(owner))
     }
 
     /// A lease on an entry that is on the host; `counts` if it is a request's own, and not one that waited for a load.
@@ -854,16 +936,25 @@ impl Shared {
         let entry = state.entries.get_mut(name)?;
         let Tier::Host(weights) = &entry.tier else { return None };
         entry.last_used = tick;
-        let lease = AdapterLease {
-            name: entry.name.clone(),
-            weights: weights.clone(),
-            _hold: Some(Arc::new(HoldGuard::new(&entry.hold, &self.leases))),
-        };
+        entry.last_used_time = Some(SystemTime::now());
+        let lease = AdapterLease::counted(entry.name.clone(), weights.clone(), self.guard(&entry.hold));
         if counts {
             entry.requests_total += 1;
+            entry.hits_total += 1;
             state.hits_total += 1;
         }
         Some(lease)
+    }
+
+    /// Leases on all of them, if all are on the host now.
+    fn leases_now(&self, names: &[&str]) -> Option<Vec<AdapterLease>> {
+        let mut state = self.state.lock();
+        let is_there = |name: &&str| state.entries.get(*name).is_some_and(|entry| matches!(entry.tier, Tier::Host(_)));
+        if !names.iter().all(is_there) {
+            return None;
+        }
+        // All are there, so that none is dropped with the lock held.
+        names.iter().map(|name| self.lease(&mut state, name, true)).collect()
     }
 
     fn acquire(&self, name: &str) -> Result<Acquired, AdapterError> {
@@ -872,7 +963,7 @@ impl Shared {
             return Ok(Acquired::Lease(lease));
         }
         let Some((key, _)) = state.entries.get_key_value(name) else {
-            return Ok(Acquired::Unknown);
+            return Err(self.unknown(&state, name));
         };
         let key = key.clone();
         let (sender, receiver) = oneshot::channel();
@@ -880,6 +971,7 @@ impl Shared {
         state.misses_total += 1;
         if let Some(entry) = state.entries.get_mut(name) {
             entry.requests_total += 1;
+            entry.last_used_time = Some(SystemTime::now());
         }
         Ok(Acquired::Loading(receiver))
     }
@@ -900,11 +992,13 @@ impl Shared {
         {
             return Err(failure.error.clone());
         }
-        self.enqueue(Job::Fetch {
+        let work = Load {
             name: name.clone(),
             registration: entry.registration,
-            files: entry.files.clone(),
-        })?;
+            bytes: entry.facts.as_ref().map_or(0, |facts| facts.bytes),
+        };
+        let deadline = Instant::now() + self.config.room_timeout;
+        self.enqueue(Job::Fetch(Parked { work, deadline }))?;
         entry.tier = Tier::Loading(waiter.into_iter().collect());
         Ok(())
     }
@@ -939,13 +1033,17 @@ impl Shared {
             let Some(entry) = state.entries.remove(name) else {
                 return Err(self.unknown(&state, name));
             };
-            state.loaded.remove(name);
+            if let Tier::Host(weights) = &entry.tier {
+                state.leave_host(name, weights);
+            }
+            state.num_pinned -= usize::from(entry.pinned);
             let error = matches!(entry.tier, Tier::Loading(_)).then(|| self.unknown(&state, name));
             (entry, error)
         };
         if entry.pinned {
             self.pins_changed.fetch_add(1, Ordering::Release);
         }
+        self.room_may_be();
         if let (Tier::Loading(waiters), Some(error)) = (entry.tier, error) {
             for waiter in waiters {
                 let _ = waiter.send(Err(error.clone()));
@@ -954,26 +1052,6 @@ impl Shared {
         let mut holds = entry.previous;
         holds.push(entry.hold);
         Ok(holds)
-    }
-
-    fn register_folder(&self, directory: &Path, name: &str) -> bool {
-        let folder = directory.join(name);
-        if self.check_name(name).is_err() || !folder.join(CONFIG_FILE).is_file() {
-            return false;
-        }
-        let mut state = self.state.lock();
-        if state.entries.contains_key(name) {
-            return false;
-        }
-        let request = LoadRequest {
-            name: name.to_owned(),
-            source: folder.display().to_string(),
-            files: FileSource::Directory(folder),
-            pinned: false,
-            replace: false,
-        };
-        state.insert(request, None);
-        true
     }
 
     // The loader threads.
@@ -990,7 +1068,11 @@ impl Shared {
                     if queue.closed {
                         return;
                     }
-                    self.wake.wait(&mut queue);
+                    if self.parked.load(Ordering::SeqCst) == 0 {
+                        self.wake.wait(&mut queue);
+                    } else if self.wake.wait_for(&mut queue, ROOM_CHECK).timed_out() {
+                        MutexGuard::unlocked(&mut queue, || self.give_up_on_overdue());
+                    }
                 }
             };
             self.run_job(job);
@@ -1000,18 +1082,10 @@ impl Shared {
 
     fn run_job(&self, job: Job) {
         match job {
-            Job::Fetch { name, registration, files } => {
-                let loaded = self.read(&files);
-                self.finish_fetch(&name, registration, loaded);
-            }
-            Job::Load {
-                request,
-                expected_version,
-                done,
-                _claim,
-            } => {
+            Job::Fetch(load) => self.run_fetch(load),
+            Job::Load { request, done, _claim } => {
                 let loaded = self.read(&request.files);
-                let result = loaded.and_then(|loaded| self.finish_load(request, expected_version.as_deref(), loaded));
+                let result = loaded.and_then(|loaded| self.finish_load(request, loaded));
                 if result.is_err() {
                     self.state.lock().load_failures_total += 1;
                 }
@@ -1019,29 +1093,91 @@ impl Shared {
                 drop(_claim);
                 let _ = done.send(result);
             }
-            Job::Discover { name, done } => {
-                let directories = &self.config.adapter_dirs;
-                let found = directories.iter().any(|directory| self.register_folder(directory, &name));
-                // Another request may have found it first.
-                let known = found || self.state.lock().entries.contains_key(name.as_str());
-                let _ = done.send(known);
-            }
+            Job::Combine(combine) => self.run_combine(combine),
         }
+    }
+
+    fn run_fetch(&self, load: Parked<Load>) {
+        // Forgotten or replaced meanwhile: whoever waited has had an answer.
+        let Some(files) = self.state.lock().current(&load.work).map(|entry| entry.files.clone()) else {
+            return;
+        };
+        // Looked at before the files are read, so that nothing is read in vain while there is no room.
+        let bytes = load.work.bytes;
+        let has_room = |state: &State| self.room_for(state, 1, bytes).is_ok();
+        if let Some(load) = self.park_without_room(load, has_room, |state| &mut state.parked) {
+            let loaded = self.read(&files);
+            self.finish_fetch(load, loaded);
+        }
+    }
+
+    fn run_combine(&self, combine_job: Parked<Combine>) {
+        // Others may have waited for the same one.
+        let Some(work) = self.answer_from_kept(combine_job.work) else { return };
+        // Where modules come together there is less padding than in the parts.
+        let bytes = work.parts.iter().map(|(lease, _)| lease.weights().bytes()).sum();
+        let has_room = |state: &State| self.room_for_combination(state, bytes).is_ok();
+        let parked = Parked { work, ..combine_job };
+        let Some(Parked { work, deadline }) = self.park_without_room(parked, has_room, |state| &mut state.parked_combinations) else {
+            return;
+        };
+        let borrowed = borrow_parts(&work.parts);
+        let make = || combine(&borrowed, self.config.limits.max_combined_rank);
+        let combined = std::panic::catch_unwind(std::panic::AssertUnwindSafe(make)).unwrap_or_else(|panic| Err(panicked(&*panic)));
+        match combined {
+            Ok(combined) => self.finish_combine(work, deadline, combined),
+            Err(error) => work.fail(error),
+        }
+    }
+
+    fn finish_combine(&self, work: Combine, deadline: Instant, combined: HostAdapter) {
+        let mut state = self.state.lock();
+        if let Err(error) = self.make_room_for_combination(&mut state, &combined) {
+            drop(state);
+            if Instant::now() < deadline {
+                // Others were faster to the room that there was.
+                self.park(Parked { work, deadline }, |state| &mut state.parked_combinations);
+            } else {
+                work.fail(error);
+            }
+            return;
+        }
+        let weights = state.share(combined);
+        state.enter_tier(&weights);
+        state.combinations.push_back(Combination {
+            weights,
+            hold: Arc::default(),
+        });
+        drop(state);
+        let left = self.answer_from_kept(work);
+        assert!(left.is_none(), "it was just made, and what is last in line leaves last");
+    }
+
+    /// Gives a lease on the combination if it is in host memory; otherwise gives the work back.
+    fn answer_from_kept(&self, work: Combine) -> Option<Combine> {
+        let version = combined_version(&borrow_parts(&work.parts));
+        let (weights, guard) = {
+            let mut state = self.state.lock();
+            let Some(index) = state.combinations.iter().position(|kept| kept.weights.version == version) else {
+                return Some(work);
+            };
+            let kept = state.combinations.remove(index).expect("it was just found");
+            let lease = (kept.weights.clone(), self.guard(&kept.hold));
+            state.combinations.push_back(kept);
+            lease
+        };
+        let Combine { expression, parts, done } = work;
+        let parts = parts.into_iter().map(|(lease, _)| lease).collect();
+        // Whoever waited may have gone.
+        let _ = done.send(Ok(AdapterLease::combined(expression, COMBINATION_LABEL.into(), weights, guard, parts)));
+        None
     }
 
     /// Reads and packs; a panic is an error like another.
     fn read(&self, files: &FileSource) -> Result<(HostAdapter, Facts), AdapterError> {
         let start = Instant::now();
         let load = || load_adapter(files, &self.decoder, &self.config.limits);
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(load)).unwrap_or_else(|panic| {
-            let text = panic
-                .downcast_ref::<&str>()
-                .map(|text| (*text).to_owned())
-                .or_else(|| panic.downcast_ref::<String>().cloned())
-                .unwrap_or_else(|| "a panic without a message".into());
-            tracing::error!(panic = %text, "a loader panicked");
-            Err(AdapterError::Internal { reason: text })
-        });
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(load)).unwrap_or_else(|panic| Err(panicked(&*panic)));
         self.state.lock().load_time += start.elapsed();
         result.map(|(weights, report)| {
             let facts = Facts {
@@ -1055,14 +1191,95 @@ impl Shared {
         })
     }
 
-    fn finish_fetch(&self, name: &Arc<str>, registration: u64, loaded: Result<(HostAdapter, Facts), AdapterError>) {
+    /// Gives the work back if there is room for it, or parks it with those that came before and after it.
+    fn park_without_room<W>(
+        &self,
+        work: Parked<W>,
+        has_room: impl Fn(&State) -> bool,
+        queue: impl Fn(&mut State) -> &mut VecDeque<Parked<W>>,
+    ) -> Option<Parked<W>> {
         let mut state = self.state.lock();
-        // Forgotten or replaced meanwhile: whoever waited has had an answer.
-        let is_current = |entry: &Entry| entry.registration == registration && matches!(entry.tier, Tier::Loading(_));
-        if !state.entries.get(name).is_some_and(is_current) {
+        // Counted before the look: a lease that ends after the look sees the count, one that ends before it has made room.
+        self.parked.fetch_add(1, Ordering::SeqCst);
+        if has_room(&state) || Instant::now() >= work.deadline {
+            self.parked.fetch_sub(1, Ordering::SeqCst);
+            return Some(work);
+        }
+        let parked = queue(&mut state);
+        let place = parked.partition_point(|other| other.deadline <= work.deadline);
+        parked.insert(place, work);
+        None
+    }
+
+    /// Parks work that found no room in the end, and looks again: a lease may have ended since.
+    fn park<W>(&self, work: Parked<W>, queue: impl Fn(&mut State) -> &mut VecDeque<Parked<W>>) {
+        queue(&mut self.state.lock()).push_front(work);
+        self.parked.fetch_add(1, Ordering::SeqCst);
+        self.room_may_be();
+    }
+
+    /// Something may have made room: the first load and the first combination that wait for it are tried.
+    fn room_may_be(&self) {
+        if self.parked.load(Ordering::SeqCst) == 0 {
             return;
         }
-        let loaded = loaded.and_then(|loaded| self.make_room(&mut state).map(|()| loaded));
+        let (load, combine) = {
+            let mut state = self.state.lock();
+            let mut load = state.parked.pop_front();
+            // One that was forgotten meanwhile makes place for the next.
+            while let Some(gone) = load.take_if(|load| state.current(&load.work).is_none()) {
+                self.parked.fetch_sub(1, Ordering::SeqCst);
+                drop(gone);
+                load = state.parked.pop_front();
+            }
+            let combine = state.parked_combinations.pop_front();
+            let taken = usize::from(load.is_some()) + usize::from(combine.is_some());
+            self.parked.fetch_sub(taken, Ordering::SeqCst);
+            (load, combine)
+        };
+        // They were admitted to the queue before: the bound does not count them twice.
+        let jobs = load.map(Job::Fetch).into_iter().chain(combine.map(Job::Combine));
+        self.queue.lock().jobs.extend(jobs);
+        self.wake.notify_all();
+    }
+
+    /// Ends the waiting of work that has found no room for too long.
+    fn give_up_on_overdue(&self) {
+        let now = Instant::now();
+        let (loads, combines, error) = {
+            let mut state = self.state.lock();
+            let loads = take_overdue(&mut state.parked, now);
+            let combines = take_overdue(&mut state.parked_combinations, now);
+            self.parked.fetch_sub(loads.len() + combines.len(), Ordering::SeqCst);
+            let error = AdapterError::NothingToEvict {
+                loaded: state.loaded.len(),
+                limit: self.config.max_loaded_loras.unwrap_or(usize::MAX),
+            };
+            (loads, combines, error)
+        };
+        for load in loads {
+            self.finish_fetch(load, Err(error.clone()));
+        }
+        for combine in combines {
+            combine.work.fail(error.clone());
+        }
+    }
+
+    fn finish_fetch(&self, load: Parked<Load>, loaded: Result<(HostAdapter, Facts), AdapterError>) {
+        let mut state = self.state.lock();
+        if state.current(&load.work).is_none() {
+            return;
+        }
+        let bytes = loaded.as_ref().map_or(0, |(weights, _)| weights.bytes());
+        let loaded = loaded.and_then(|loaded| self.make_room(&mut state, 1, &loaded.0).map(|()| loaded));
+        if loaded.as_ref().is_err_and(is_no_room) && Instant::now() < load.deadline {
+            // Others were faster to the room that there was, or it is larger than was known.
+            drop(state);
+            let work = Load { bytes, ..load.work };
+            self.park(Parked { work, ..load }, |state| &mut state.parked);
+            return;
+        }
+        let name = &load.work.name;
         let tick = state.tick();
         let content = match loaded {
             Ok((weights, facts)) => Ok((state.share(weights), facts)),
@@ -1079,27 +1296,23 @@ impl Shared {
                     let old = std::mem::take(&mut entry.hold);
                     entry.previous.push(old);
                 }
-                entry.tier = Tier::Host(weights);
+                entry.tier = Tier::Host(weights.clone());
                 entry.facts = Some(facts);
                 entry.loaded_at = tick;
                 entry.failure = None;
                 let pinned = entry.pinned;
-                state.loaded.insert(name.clone());
+                state.enter_host(name, &weights);
                 state.loads_total += 1;
                 if pinned {
                     self.pins_changed.fetch_add(1, Ordering::Release);
                 }
-                // Leases are made before anyone else can evict what was just loaded.
-                for waiter in waiters {
-                    if let Some(lease) = self.lease(&mut state, name, false) {
-                        // A waiter that has gone drops the lease here.
-                        let _ = waiter.send(Ok(lease));
-                    }
-                }
+                let answers = self.leases_for(&mut state, name, waiters);
+                drop(state);
+                answer(answers);
             }
             Err(error) => {
                 // A full tier is no fault of the adapter's: the next request may try at once.
-                if !matches!(error, AdapterError::NothingToEvict { .. }) {
+                if !is_no_room(&error) {
                     let back_off = entry
                         .failure
                         .take()
@@ -1119,17 +1332,23 @@ impl Shared {
         }
     }
 
-    fn finish_load(&self, request: LoadRequest, expected: Option<&str>, loaded: (HostAdapter, Facts)) -> Result<AdapterInfo, AdapterError> {
+    fn finish_load(&self, request: LoadRequest, loaded: (HostAdapter, Facts)) -> Result<AdapterInfo, AdapterError> {
         let mut state = self.state.lock();
-        self.check_load(&state, &request, expected)?;
-        let takes_room = !state
-            .entries
-            .get(request.name.as_str())
-            .is_some_and(|entry| matches!(entry.tier, Tier::Host(_)));
-        if takes_room {
-            self.make_room(&mut state)?;
-        }
+        self.check_load(&state, &request)?;
         let (weights, facts) = loaded;
+        let old = state.entries.get(request.name.as_str()).and_then(|entry| match &entry.tier {
+            Tier::Host(weights) => Some((entry.name.clone(), weights.clone())),
+            Tier::Registered | Tier::Loading(_) => None,
+        });
+        if let Some((name, old)) = &old {
+            state.leave_host(name, old);
+        }
+        if let Err(error) = self.make_room(&mut state, 1, &weights) {
+            if let Some((name, old)) = &old {
+                state.enter_host(name, old);
+            }
+            return Err(error);
+        }
         let weights = state.share(weights);
         let name = request.name.clone();
         let pins_change = request.pinned || state.entries.get(name.as_str()).is_some_and(|entry| entry.pinned);
@@ -1138,15 +1357,21 @@ impl Shared {
         if pins_change {
             self.pins_changed.fetch_add(1, Ordering::Release);
         }
-        for waiter in waiters {
-            if let Some(lease) = self.lease(&mut state, &name, false) {
-                let _ = waiter.send(Ok(lease));
-            }
-        }
-        state.entries.get(name.as_str()).map(|entry| self.info(entry)).ok_or_else(loader_gone)
+        let answers = self.leases_for(&mut state, &name, waiters);
+        let info = state.entries.get(name.as_str()).map(|entry| self.info(entry));
+        drop(state);
+        answer(answers);
+        info.ok_or_else(loader_gone)
     }
 
-    /// Registers new content under a name, free or taken. Gives those who waited for the old content's load.
+    /// Leases for those who waited, made before anyone else can evict what was just loaded.
+    fn leases_for(&self, state: &mut State, name: &str, waiters: Vec<LeaseSender>) -> Vec<(LeaseSender, AdapterLease)> {
+        let lease = |waiter| Some((waiter, self.lease(state, name, false)?));
+        waiters.into_iter().filter_map(lease).collect()
+    }
+
+    /// Registers new content under a name, free or taken (whose old weights have left the tier). Gives those who waited for the old
+    /// content's load.
     fn put(&self, state: &mut State, request: LoadRequest, weights: Arc<HostAdapter>, facts: Facts) -> Vec<LeaseSender> {
         let Some(mut old) = state.entries.remove(request.name.as_str()) else {
             state.insert(request, Some((weights, facts)));
@@ -1161,7 +1386,8 @@ impl Shared {
         if old.hold.count() > 0 {
             old.previous.push(std::mem::take(&mut old.hold));
         }
-        state.loaded.insert(old.name.clone());
+        state.enter_host(&old.name, &weights);
+        state.num_pinned += usize::from(request.pinned && !old.pinned);
         let entry = Entry {
             files: request.files,
             source: request.source,
@@ -1178,33 +1404,145 @@ impl Shared {
         waiters
     }
 
-    /// Evicts until one more adapter may have its weights on the host.
-    fn make_room(&self, state: &mut State) -> Result<(), AdapterError> {
-        let Some(limit) = self.config.max_loaded_loras else { return Ok(()) };
-        while state.loaded.len() >= limit {
-            let candidates = state
-                .loaded
-                .iter()
-                .filter_map(|name| state.entries.get(name))
-                .filter(|entry| !entry.pinned && entry.hold.count() == 0);
-            let victim = match self.config.eviction {
-                EvictionPolicy::Lru => candidates.min_by_key(|entry| (entry.last_used, entry.loaded_at)),
-                EvictionPolicy::Fifo => candidates.min_by_key(|entry| entry.loaded_at),
-            };
-            let Some(name) = victim.map(|entry| entry.name.clone()) else {
-                return Err(AdapterError::NothingToEvict {
-                    loaded: state.loaded.len(),
-                    limit,
-                });
-            };
-            if let Some(entry) = state.entries.get_mut(&name) {
-                entry.tier = Tier::Registered;
+    /// Whether `names` more names with `bytes` more bytes could be on the host, if all left that may.
+    fn room_for(&self, state: &State, names: usize, bytes: usize) -> Result<(), AdapterError> {
+        let limit = self.config.max_loaded_loras.unwrap_or(usize::MAX);
+        let limit_bytes = self.config.max_loaded_bytes.unwrap_or(usize::MAX);
+        if state.loaded.len() + names <= limit && state.tier_bytes.saturating_add(bytes) <= limit_bytes {
+            return Ok(());
+        }
+        let staying = state
+            .loaded
+            .iter()
+            .filter_map(|name| state.entries.get(name))
+            .filter(|entry| !may_leave(entry));
+        let mut versions: HashMap<VersionId, usize> = HashMap::new();
+        let mut num_staying = 0;
+        for entry in staying {
+            num_staying += 1;
+            if let Tier::Host(weights) = &entry.tier {
+                versions.insert(weights.version, weights.bytes());
             }
-            state.loaded.remove(&name);
-            state.evictions_total += 1;
+        }
+        let combinations = state.combinations.iter().filter(|combination| combination.hold.count() > 0);
+        versions.extend(combinations.map(|combination| (combination.weights.version, combination.weights.bytes())));
+        let used_bytes: usize = versions.values().sum();
+        if num_staying + names > limit {
+            return Err(AdapterError::NothingToEvict {
+                loaded: state.loaded.len(),
+                limit,
+            });
+        }
+        if used_bytes.saturating_add(bytes) > limit_bytes {
+            return Err(AdapterError::HostMemoryFull {
+                needed_bytes: bytes,
+                used_bytes,
+                limit_bytes,
+            });
         }
         Ok(())
     }
+
+    /// Evicts until `names` more names with these weights may be on the host, or nothing if that can't be.
+    fn make_room(&self, state: &mut State, names: usize, weights: &HostAdapter) -> Result<(), AdapterError> {
+        let limit = self.config.max_loaded_loras.unwrap_or(usize::MAX);
+        let limit_bytes = self.config.max_loaded_bytes.unwrap_or(usize::MAX);
+        if weights.bytes() > limit_bytes {
+            return Err(AdapterError::Incompatible {
+                reason: format!(
+                    "it takes {} bytes of host memory, at most {limit_bytes} are for adapters (--max-loaded-lora-bytes)",
+                    weights.bytes()
+                ),
+            });
+        }
+        // What is there already under another name takes no more; should that name leave now, it leaves its bytes to this one.
+        let bytes = if state.tier.contains_key(&weights.version) { 0 } else { weights.bytes() };
+        self.room_for(state, names, bytes)?;
+        loop {
+            let lacks_bytes = state.tier_bytes + bytes > limit_bytes;
+            if !lacks_bytes && state.loaded.len() + names <= limit {
+                return Ok(());
+            }
+            if !(lacks_bytes && evict_combination(state)) {
+                self.evict(state)?;
+            }
+        }
+    }
+
+    /// Lets the name leave whose turn it is.
+    fn evict(&self, state: &mut State) -> Result<(), AdapterError> {
+        let names = state.loaded.iter().filter_map(|name| state.entries.get(name));
+        let candidates = names.filter(|entry| may_leave(entry));
+        let victim = match self.config.eviction {
+            EvictionPolicy::Lru => candidates.min_by_key(|entry| (entry.last_used, entry.loaded_at)),
+            EvictionPolicy::Fifo => candidates.min_by_key(|entry| entry.loaded_at),
+        };
+        let Some(name) = victim.map(|entry| entry.name.clone()) else {
+            return Err(AdapterError::NothingToEvict {
+                loaded: state.loaded.len(),
+                limit: self.config.max_loaded_loras.unwrap_or(usize::MAX),
+            });
+        };
+        if let Some(entry) = state.entries.get_mut(&name)
+            && let Tier::Host(weights) = std::mem::replace(&mut entry.tier, Tier::Registered)
+        {
+            state.leave_host(&name, &weights);
+        }
+        state.evictions_total += 1;
+        Ok(())
+    }
+
+    fn room_for_combination(&self, state: &State, bytes: usize) -> Result<(), AdapterError> {
+        let limit = self.config.max_combinations;
+        let in_use = state.combinations.iter().filter(|combination| combination.hold.count() > 0).count();
+        if in_use >= limit {
+            return Err(AdapterError::TooManyCombinations { in_use, limit });
+        }
+        self.room_for(state, 0, bytes)
+    }
+
+    fn make_room_for_combination(&self, state: &mut State, weights: &HostAdapter) -> Result<(), AdapterError> {
+        self.room_for_combination(state, weights.bytes())?;
+        while state.combinations.len() >= self.config.max_combinations && evict_combination(state) {}
+        self.make_room(state, 0, weights)
+    }
+}
+
+impl LeaseOwner for Shared {
+    fn lease_ended(&self) {
+        self.leases.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Takes the registry's lock, but only if somebody waits for room.
+    fn adapter_is_free(&self) {
+        self.room_may_be();
+    }
+}
+
+fn may_leave(entry: &Entry) -> bool {
+    !entry.pinned && entry.hold.count() == 0
+}
+
+/// Lets the combination leave that was unused for longest; false if all are in use.
+fn evict_combination(state: &mut State) -> bool {
+    let Some(index) = state.combinations.iter().position(|combination| combination.hold.count() == 0) else {
+        return false;
+    };
+    if let Some(combination) = state.combinations.remove(index) {
+        state.leave_tier(&combination.weights);
+    }
+    true
+}
+
+/// Whether an error says that there is no room now.
+fn is_no_room(error: &AdapterError) -> bool {
+    matches!(error, AdapterError::NothingToEvict { .. } | AdapterError::HostMemoryFull { .. })
+}
+
+/// Takes what has waited too long off the front.
+fn take_overdue<W>(parked: &mut VecDeque<Parked<W>>, now: Instant) -> Vec<Parked<W>> {
+    let overdue = parked.partition_point(|work| work.deadline <= now);
+    parked.drain(..overdue).collect()
 }
 
 /// Whether an adapter may have a name.
@@ -1238,9 +1576,54 @@ pub fn check_adapter_name(name: &str, base_names: &[String]) -> Result<(), Adapt
     Err(AdapterError::BadName { name: shown, reason })
 }
 
-/// A name that can only be a direct subfolder.
-fn is_folder_name(name: &str) -> bool {
-    !name.starts_with('.') && !name.contains(['/', '\\'])
+/// Sends leases to those who waited. Whoever has gone drops the lease, so the registry's lock must not be held.
+fn answer(answers: Vec<(LeaseSender, AdapterLease)>) {
+    for (waiter, lease) in answers {
+        let _ = waiter.send(Ok(lease));
+    }
+}
+
+fn borrow_parts(parts: &[(AdapterLease, f32)]) -> Vec<(&HostAdapter, f32)> {
+    parts.iter().map(|(lease, weight)| (&**lease.weights(), *weight)).collect()
+}
+
+/// What is known of a combination from its parts: the state of the one that is furthest from the device.
+fn combined_info(expression: &str, parts: &[AdapterInfo]) -> AdapterInfo {
+    let distance = |state| match state {
+        AdapterState::Registered => 2,
+        AdapterState::Host => 1,
+        AdapterState::Device => 0,
+    };
+    let furthest = parts.iter().map(|part| part.state).max_by_key(|state| distance(*state));
+    let mut target_modules: Vec<String> = parts.iter().flat_map(|part| part.target_modules.clone()).collect();
+    target_modules.sort();
+    target_modules.dedup();
+    AdapterInfo {
+        name: expression.into(),
+        source: parts.iter().map(|part| part.source.as_str()).collect::<Vec<_>>().join(" + "),
+        state: furthest.unwrap_or(AdapterState::Registered),
+        version: None,
+        max_lora_rank: parts.iter().map(|part| part.max_lora_rank).sum(),
+        target_modules,
+        bytes: parts.iter().map(|part| part.bytes).sum(),
+        pinned: false,
+        leases: 0,
+        requests_total: 0,
+        hits_total: 0,
+        last_used: None,
+        report: None,
+        parts: parts.iter().map(|part| part.name.clone()).collect(),
+    }
+}
+
+fn panicked(panic: &(dyn std::any::Any + Send)) -> AdapterError {
+    let text = panic
+        .downcast_ref::<&str>()
+        .map(|text| (*text).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without a message".into());
+    tracing::error!(panic = %text, "a loader panicked");
+    AdapterError::Internal { reason: text }
 }
 
 fn target_modules(report: &CoverageReport) -> Vec<String> {
@@ -1262,7 +1645,10 @@ mod tests {
     use futures::executor::block_on;
 
     use super::*;
-    use crate::adapter::testing::{AdapterFiles, limits, source, tiny_decoder};
+    use crate::adapter::{
+        UnloadReport,
+        testing::{AdapterFiles, limits, source, tiny_decoder},
+    };
 
     fn registry(change: impl FnOnce(&mut RegistryConfig)) -> AdapterRegistry {
         let mut config = RegistryConfig::new(limits());
@@ -1278,6 +1664,7 @@ mod tests {
             source: directory.path().display().to_string(),
             pinned: false,
             replace: false,
+            expected_version: None,
         }
     }
 
@@ -1293,7 +1680,7 @@ mod tests {
         let again = block_on(registry.load(request("a", &directory))).unwrap_err();
         assert!(again.to_string().contains("already loaded"), "{again}");
         let waiter = std::thread::scope(|scope| {
-            let waiter = scope.spawn(|| block_on(registry.unload("a")));
+            let waiter = scope.spawn(|| unload(&registry, "a"));
             while registry.info("a").is_some() {
                 std::thread::yield_now();
             }
@@ -1318,18 +1705,27 @@ mod tests {
         directory
     }
 
+    fn source_of(directory: &tempfile::TempDir, name: &str) -> FileSource {
+        FileSource::Directory(directory.path().join(name))
+    }
+
     fn request_in(directory: &tempfile::TempDir, name: &str) -> LoadRequest {
         LoadRequest {
             name: name.into(),
-            files: FileSource::Directory(directory.path().join(name)),
+            files: source_of(directory, name),
             source: name.into(),
             pinned: false,
             replace: false,
+            expected_version: None,
         }
     }
 
     fn names(registry: &AdapterRegistry) -> Vec<String> {
         registry.list().iter().map(|info| info.name.to_string()).collect()
+    }
+
+    fn unload(registry: &AdapterRegistry, name: &str) -> Result<UnloadReport, AdapterError> {
+        Ok(block_on(registry.unload(name, UnloadMode::Drain)?.drained()))
     }
 
     fn acquire(registry: &AdapterRegistry, name: &str) -> Result<AdapterLease, AdapterError> {
@@ -1426,7 +1822,7 @@ mod tests {
         drop(gone);
         drop(acquire(&registry, "a").unwrap());
         assert_eq!(registry.stats().leases, 0);
-        assert_eq!(block_on(registry.unload("a")).unwrap().waited_for, 0);
+        assert_eq!(unload(&registry, "a").unwrap().waited_for, 0);
     }
 
     #[test]
@@ -1483,7 +1879,10 @@ mod tests {
     fn the_least_recently_used_leaves_first() {
         let all = ["a", "b", "c", "d"];
         let directory = folder(&all);
-        let registry = registry(|config| config.max_loaded_loras = Some(2));
+        let registry = registry(|config| {
+            config.max_loaded_loras = Some(2);
+            config.room_timeout = Duration::ZERO;
+        });
         for name in all {
             registry.register(request_in(&directory, name)).unwrap();
         }
@@ -1508,12 +1907,283 @@ mod tests {
         let other = acquire(&registry, "d").unwrap();
         let error = acquire(&registry, "b").unwrap_err();
         assert_eq!(error, AdapterError::NothingToEvict { loaded: 2, limit: 2 });
+        assert_eq!(registry.stats().waiting_for_room, 0);
         drop((lease, other));
         acquire(&registry, "b").unwrap();
         assert_eq!(registry.stats().loaded, 2);
         assert_eq!(registry.stats().evictions_total, 3);
         // What was evicted is known still, with its version.
         assert!(registry.info("a").unwrap().version.is_some());
+    }
+
+    #[test]
+    fn requests_wait_for_room_and_get_it_in_turn() {
+        let all = ["a", "b", "c", "d"];
+        let directory = folder(&all);
+        let registry = registry(|config| config.max_loaded_loras = Some(1));
+        for name in all {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        let first = acquire(&registry, "a").unwrap();
+        // They wait, each in its turn; one has gone before its turn, one's name is forgotten.
+        let poll = |future: &mut BoxFuture<'_, Result<AdapterLease, AdapterError>>| {
+            assert!(futures::FutureExt::now_or_never(&mut *future).is_none());
+        };
+        let wait_until_parked = |count: usize| {
+            while registry.stats().waiting_for_room < count {
+                std::thread::yield_now();
+            }
+        };
+        let mut waiters = Vec::new();
+        for (index, name) in ["b", "c", "d"].into_iter().enumerate() {
+            let mut waiter = registry.acquire(name);
+            poll(&mut waiter);
+            wait_until_parked(index + 1);
+            waiters.push(waiter);
+        }
+        unload(&registry, "c").unwrap();
+        let mut waiters = waiters.into_iter();
+        let (b, c, d) = (waiters.next().unwrap(), waiters.next().unwrap(), waiters.next().unwrap());
+        assert!(matches!(block_on(c), Err(AdapterError::Unknown { .. })));
+        drop(first);
+        let second = block_on(b).unwrap();
+        assert_eq!(registry.stats().loaded, 1);
+        assert_eq!(registry.info("a").unwrap().state, AdapterState::Registered);
+        drop(second);
+        block_on(d).unwrap();
+        let stats = registry.stats();
+        assert_eq!((stats.loaded, stats.waiting_for_room, stats.leases), (1, 0, 0));
+        assert_eq!(registry.shared.parked.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn far_more_adapters_than_room_are_all_served() {
+        let names: Vec<String> = (0..24).map(|index| format!("n{index}")).collect();
+        let directory = folder(&["x", "y", "z"]);
+        let registry = registry(|config| {
+            config.max_loaded_loras = Some(2);
+            config.loader_threads = 3;
+        });
+        for (index, name) in names.iter().enumerate() {
+            registry
+                .register(LoadRequest {
+                    name: name.clone(),
+                    ..request_in(&directory, ["x", "y", "z"][index % 3])
+                })
+                .unwrap();
+        }
+        std::thread::scope(|scope| {
+            for start in 0..8 {
+                let (registry, names) = (&registry, &names);
+                scope.spawn(move || {
+                    for index in 0..30 {
+                        let lease = acquire(registry, &names[(start * 5 + index * 7) % names.len()]).unwrap();
+                        assert!(registry.stats().loaded <= 2);
+                        drop(lease);
+                    }
+                });
+            }
+        });
+        let stats = registry.stats();
+        assert_eq!((stats.leases, stats.waiting_for_room), (0, 0));
+    }
+
+    #[test]
+    fn bytes_bound_the_host_tier_too() {
+        let all = ["a", "b", "c", "same as a"];
+        let directory = folder(&all);
+        AdapterFiles::simple(&tiny_decoder(), 1).write_to(&directory.path().join("same as a"));
+        let bytes = load_adapter(&source_of(&directory, "a"), &tiny_decoder(), &limits()).unwrap().0.bytes();
+        let registry = registry(|config| {
+            config.max_loaded_bytes = Some(2 * bytes);
+            config.room_timeout = Duration::ZERO;
+        });
+        for name in all {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        let used = || (registry.stats().loaded, registry.stats().loaded_bytes);
+        drop(acquire(&registry, "a").unwrap());
+        drop(acquire(&registry, "same as a").unwrap());
+        assert_eq!(used(), (2, bytes), "equal content counts once");
+        drop(acquire(&registry, "b").unwrap());
+        assert_eq!(used(), (3, 2 * bytes));
+        // Both names of the content that was used longest ago leave before there is room.
+        drop(acquire(&registry, "c").unwrap());
+        assert_eq!(used(), (2, 2 * bytes));
+        assert_eq!(registry.stats().evictions_total, 2);
+        let (b, c) = (acquire(&registry, "b").unwrap(), acquire(&registry, "c").unwrap());
+        let error = acquire(&registry, "a").unwrap_err();
+        let full = AdapterError::HostMemoryFull {
+            needed_bytes: bytes,
+            used_bytes: 2 * bytes,
+            limit_bytes: 2 * bytes,
+        };
+        assert_eq!(error, full);
+        // A replacement needs no more room than what it replaces leaves, and a leased old version is its requests' affair.
+        let replacement = LoadRequest {
+            name: "b".into(),
+            replace: true,
+            ..request_in(&directory, "a")
+        };
+        block_on(registry.load(replacement)).unwrap();
+        assert_eq!(used(), (2, 2 * bytes));
+        assert_eq!(registry.stats().host_bytes, 3 * bytes);
+        drop((b, c));
+        // A combination takes room like an adapter, and leaves for one.
+        drop(acquire(&registry, "b*0.5").unwrap());
+        assert_eq!(registry.stats().combinations, 1);
+        assert!(registry.stats().loaded_bytes <= 2 * bytes);
+        drop(acquire(&registry, "c").unwrap());
+        assert!(registry.stats().loaded_bytes <= 2 * bytes);
+        unload(&registry, "b").unwrap();
+        unload(&registry, "c").unwrap();
+        drop(acquire(&registry, "a").unwrap());
+        assert!(registry.stats().loaded_bytes <= 2 * bytes);
+    }
+
+    #[test]
+    fn an_adapter_larger_than_all_room_is_refused_at_once() {
+        let directory = folder(&["a"]);
+        let registry = registry(|config| config.max_loaded_bytes = Some(10));
+        for error in [block_on(registry.load(request_in(&directory, "a"))).unwrap_err(), {
+            registry.register(request_in(&directory, "a")).unwrap();
+            acquire(&registry, "a").unwrap_err()
+        }] {
+            assert!(
+                matches!(&error, AdapterError::Incompatible { reason } if reason.contains("at most 10")),
+                "{error}"
+            );
+        }
+        assert_eq!(registry.stats().loaded_bytes, 0);
+    }
+
+    #[test]
+    fn requests_wait_for_bytes_without_reading_again_and_again() {
+        let directory = folder(&["a", "b"]);
+        let bytes = load_adapter(&source_of(&directory, "a"), &tiny_decoder(), &limits()).unwrap().0.bytes();
+        let registry = registry(|config| config.max_loaded_bytes = Some(bytes + bytes / 2));
+        for name in ["a", "b"] {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        let first = acquire(&registry, "a").unwrap();
+        let mut waiter = registry.acquire("b");
+        assert!(futures::FutureExt::now_or_never(&mut waiter).is_none());
+        while registry.stats().waiting_for_room == 0 {
+            std::thread::yield_now();
+        }
+        // Its size is known now, so that it is not read while there is no room for it.
+        let spent = registry.stats().load_seconds_total;
+        registry.shared.room_may_be();
+        while registry.stats().waiting_for_room == 0 || registry.stats().loading > 0 {
+            std::thread::yield_now();
+        }
+        assert_eq!(registry.stats().load_seconds_total, spent);
+        drop(first);
+        assert_eq!(block_on(waiter).unwrap().name().as_ref(), "b");
+        assert_eq!(registry.stats().loaded, 1);
+    }
+
+    #[test]
+    fn sums_and_batches_do_not_wait_for_each_other() {
+        let all = ["a", "b", "c", "d"];
+        let directory = folder(&all);
+        let registry = registry(|config| {
+            config.max_loaded_loras = Some(2);
+            config.max_combinations = 1;
+            config.loader_threads = 3;
+        });
+        for name in all {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        std::thread::scope(|scope| {
+            for start in 0..6 {
+                let registry = &registry;
+                scope.spawn(move || {
+                    for index in 0..20 {
+                        let (one, other) = (all[(start + index) % 4], all[(start + index + 1 + index % 3) % 4]);
+                        match (start + index) % 3 {
+                            0 => drop(acquire(registry, &format!("{one}+{other}*0.5")).unwrap()),
+                            1 => drop(block_on(registry.acquire_all(&[one, other, one])).unwrap()),
+                            _ => drop(acquire(registry, one).unwrap()),
+                        }
+                        let stats = registry.stats();
+                        assert!(stats.loaded <= 2 && stats.combinations <= 1, "{stats:?}");
+                    }
+                });
+            }
+        });
+        while registry.stats().loading > 0 {
+            std::thread::yield_now();
+        }
+        let stats = registry.stats();
+        assert_eq!((stats.leases, stats.waiting_for_room), (0, 0));
+        assert_eq!(registry.shared.parked.load(Ordering::SeqCst), 0);
+        let too_many = block_on(registry.acquire_all(&["a", "b+c"])).unwrap_err();
+        assert_eq!(too_many, AdapterError::NothingToEvict { loaded: 3, limit: 2 });
+    }
+
+    #[test]
+    fn combinations_in_use_are_bounded() {
+        let directory = folder(&["a"]);
+        let registry = registry(|config| {
+            config.max_combinations = 2;
+            config.room_timeout = Duration::ZERO;
+        });
+        registry.register(request_in(&directory, "a")).unwrap();
+        let held = [acquire(&registry, "a*0.1").unwrap(), acquire(&registry, "a*0.2").unwrap()];
+        let again = acquire(&registry, "a*0.1").unwrap();
+        let error = acquire(&registry, "a*0.3").unwrap_err();
+        assert_eq!(error, AdapterError::TooManyCombinations { in_use: 2, limit: 2 });
+        drop((held, again));
+        drop(acquire(&registry, "a*0.3").unwrap());
+        assert_eq!(registry.stats().combinations, 2);
+        assert_eq!(registry.stats().leases, 0);
+    }
+
+    #[test]
+    fn files_in_memory_load_like_a_folder() {
+        let directory = folder(&["a"]);
+        let files = ["adapter_config.json", "adapter_model.safetensors"].map(|name| crate::MemoryFile {
+            name: name.into(),
+            bytes: std::fs::read(directory.path().join("a").join(name)).unwrap(),
+        });
+        let registry = registry(|config| config.max_loaded_loras = Some(1));
+        let from_disk = block_on(registry.load(request_in(&directory, "a"))).unwrap();
+        let pushed = LoadRequest {
+            name: "pushed".into(),
+            files: FileSource::Memory(files.into()),
+            ..request_in(&directory, "a")
+        };
+        assert_eq!(block_on(registry.load(pushed.clone())).unwrap().version, from_disk.version);
+        // It comes back after others had its place.
+        drop(acquire(&registry, "a").unwrap());
+        drop(acquire(&registry, "pushed").unwrap());
+        assert!(pushed.files.memory_bytes() > 100);
+        let missing = LoadRequest {
+            name: "missing".into(),
+            files: FileSource::Memory(Arc::new([])),
+            ..pushed
+        };
+        assert_eq!(
+            block_on(registry.load(missing)).unwrap_err().to_string(),
+            "adapter_config.json: no such file"
+        );
+    }
+
+    #[test]
+    fn the_list_says_who_was_used_and_when() {
+        let directory = folder(&["a", "b"]);
+        let registry = registry(|_| {});
+        for name in ["a", "b"] {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        let before = SystemTime::now();
+        (0..3).for_each(|_| drop(acquire(&registry, "a").unwrap()));
+        let info = registry.info("a").unwrap();
+        assert_eq!((info.requests_total, info.hits_total), (3, 2));
+        assert!(info.last_used.is_some_and(|time| time >= before && time <= SystemTime::now()));
+        let other = registry.info("b").unwrap();
+        assert_eq!((other.requests_total, other.hits_total, other.last_used), (0, 0, None));
     }
 
     #[test]
@@ -1617,7 +2287,7 @@ mod tests {
         let version = a.version();
         drop((a, b));
         for name in ["a", "b"] {
-            block_on(registry.unload(name)).unwrap();
+            unload(&registry, name).unwrap();
         }
         assert_eq!(registry.stats().host_bytes, 0);
         block_on(registry.load(request("c", &directory))).unwrap();
@@ -1645,10 +2315,10 @@ mod tests {
         assert_eq!(registry.info("a").unwrap().leases, 2);
         // Unloading waits for both versions.
         drop(new);
-        let mut unload = registry.unload("a");
-        assert!(futures::FutureExt::now_or_never(&mut unload).is_none());
+        let unloading = registry.unload("a", UnloadMode::Drain).unwrap();
+        assert_eq!(unloading.report().still_running, 1);
         drop(old);
-        assert_eq!(block_on(unload).unwrap().waited_for, 1);
+        assert_eq!(block_on(unloading.drained()).waited_for, 1);
     }
 
     #[test]
@@ -1670,19 +2340,22 @@ mod tests {
     fn replacing_another_version_than_expected_is_a_conflict() {
         let directory = folder(&["one", "two"]);
         let registry = registry(|_| {});
-        let with = |folder: &str| LoadRequest {
-            name: "a".into(),
-            replace: true,
-            ..request_in(&directory, folder)
+        let load = |folder: &str, expected_version| {
+            block_on(registry.load(LoadRequest {
+                name: "a".into(),
+                replace: true,
+                expected_version,
+                ..request_in(&directory, folder)
+            }))
         };
-        let absent = block_on(registry.load_expecting(with("one"), Some("0".repeat(64)))).unwrap_err();
+        let absent = load("one", Some("0".repeat(64))).unwrap_err();
         assert!(
             matches!(absent, AdapterError::VersionConflict { ref got, .. } if got == "none"),
             "{absent}"
         );
-        let first = block_on(registry.load(with("one"))).unwrap();
-        let second = block_on(registry.load_expecting(with("two"), first.version.clone())).unwrap();
-        let conflict = block_on(registry.load_expecting(with("one"), first.version.clone())).unwrap_err();
+        let first = load("one", None).unwrap();
+        let second = load("two", first.version.clone()).unwrap();
+        let conflict = load("one", first.version.clone()).unwrap_err();
         assert!(matches!(conflict, AdapterError::VersionConflict { ref got, .. } if Some(got) == second.version.as_ref()));
         assert_eq!(registry.info("a").unwrap().version, second.version);
     }
@@ -1712,7 +2385,7 @@ mod tests {
         registry.register(request_in(&directory, "a")).unwrap();
         let mut waiter = registry.acquire("a");
         let at_once = futures::FutureExt::now_or_never(&mut waiter);
-        block_on(registry.unload("a")).unwrap();
+        unload(&registry, "a").unwrap();
         // Either the load was faster, or the waiter hears that the name is unknown.
         match at_once.unwrap_or_else(|| block_on(waiter)) {
             Ok(lease) => drop(lease),
@@ -1771,25 +2444,6 @@ mod tests {
     }
 
     #[test]
-    fn adapter_folders_are_found_by_name() {
-        let directory = folder(&["a", "b"]);
-        std::fs::create_dir(directory.path().join("empty")).unwrap();
-        let registry = registry(|config| config.adapter_dirs = vec![directory.path().to_owned()]);
-        assert!(names(&registry).is_empty());
-        drop(acquire(&registry, "b").unwrap());
-        assert_eq!(names(&registry), ["b"]);
-        for unknown in ["c", "empty", "../a", ".", "..", "a/", ""] {
-            assert!(matches!(acquire(&registry, unknown), Err(AdapterError::Unknown { .. })), "{unknown}");
-        }
-        // One that appears later.
-        AdapterFiles::simple(&tiny_decoder(), 7).write_to(&directory.path().join("empty"));
-        acquire(&registry, "empty").unwrap();
-        assert_eq!(registry.scan_adapter_dirs(), ["a"]);
-        assert!(registry.scan_adapter_dirs().is_empty());
-        assert_eq!(registry.stats().registered, 3);
-    }
-
-    #[test]
     fn a_full_queue_of_loads_refuses() {
         let directory = folder(&["a"]);
         let registry = registry(|config| config.max_queued_loads = 0);
@@ -1834,6 +2488,39 @@ mod tests {
         let error = acquire(&registry, "nobody").unwrap_err().to_string();
         assert!(error.contains("and 9968 more"), "{error}");
         assert!(error.len() < 2000);
+    }
+
+    #[test]
+    fn a_combination_holds_its_parts_and_is_made_once() {
+        let directory = folder(&["a", "b", "a+b"]);
+        let registry = registry(|config| config.max_combinations = 2);
+        for name in ["a", "b"] {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        let info = registry.info("a*0.5+b").unwrap();
+        assert_eq!((info.state, &*info.name), (AdapterState::Registered, "a*0.5+b"));
+        assert!(registry.info("a+nobody").is_none());
+        let lease = acquire(&registry, "a*0.5+b").unwrap();
+        let info = registry.info("a*0.5+b").unwrap();
+        assert_eq!((info.state, info.max_lora_rank), (AdapterState::Host, 4));
+        assert_eq!(&**lease.name(), "a*0.5+b");
+        assert_eq!(lease.weights().max_lora_rank, 4);
+        assert_eq!((registry.info("a").unwrap().leases, registry.info("b").unwrap().leases), (1, 1));
+        let same = acquire(&registry, "b + a*0.5").unwrap();
+        assert!(Arc::ptr_eq(same.weights(), lease.weights()));
+        drop((lease, same));
+        assert_eq!(registry.stats().leases, 0);
+        // Kept for the next request, two of them at most.
+        let bytes = |text: &str| acquire(&registry, text).unwrap().weights().bytes();
+        let all = bytes("a") + bytes("b") + bytes("a*0.1+b") + bytes("a*0.2+b") + bytes("a*0.3+b");
+        assert_eq!(registry.stats().host_bytes, all - bytes("a*0.3+b"));
+        // A weight of one is the adapter itself; a name that is taken is no expression.
+        assert_eq!(acquire(&registry, "a*1").unwrap().version(), acquire(&registry, "a").unwrap().version());
+        block_on(registry.load(request_in(&directory, "a+b"))).unwrap();
+        assert_eq!(acquire(&registry, "a+b").unwrap().weights().max_lora_rank, 2);
+        assert!(matches!(acquire(&registry, "a+nobody"), Err(AdapterError::Unknown { ref name, .. }) if name == "nobody"));
+        assert!(matches!(acquire(&registry, "a*x"), Err(AdapterError::BadName { .. })));
+        assert_eq!(registry.stats().leases, 0);
     }
 
     mod random {
@@ -1893,6 +2580,7 @@ mod tests {
                 let registry = registry(|config| {
                     config.max_loaded_loras = Some(LIMIT);
                     config.max_pinned = 2;
+                    config.room_timeout = Duration::ZERO;
                 });
                 let request = |name: usize, content: usize| LoadRequest { name: format!("n{name}"), ..request_in(&contents, &content.to_string()) };
                 // Leases with the number of requests that they stand for: clones share one.
@@ -1914,7 +2602,7 @@ mod tests {
                             let name = format!("n{name}");
                             leases.retain(|(_, lease)| **lease.name() != *name);
                             let known = registry.info(&name);
-                            match block_on(registry.unload(&name)) {
+                            match unload(&registry, &name) {
                                 Ok(report) => prop_assert_eq!(report.waited_for, 0),
                                 Err(_) => prop_assert!(known.is_none()),
                             }

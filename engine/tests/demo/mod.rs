@@ -14,7 +14,7 @@ use futures::executor::block_on;
 use polylora_engine::backend::cuda::{CudaBackend, CudaOptions};
 use polylora_engine::{
     AdapterLease, EngineConfig, EngineParts, EvictionPolicy, FileSource, FinishReason, GenerationRequest, InferenceEngine, LlmEngine, LoadRequest,
-    LogprobsParams, LoraConfig, SamplingParams, TokenEvent, TokenStream,
+    LogprobsParams, LoraConfig, SamplingParams, TokenEvent, TokenStream, UnloadMode,
     adapter::{PackedDtype, load::LoraLimits, registry::AdapterRegistry},
     backend::{
         Backend,
@@ -80,6 +80,7 @@ pub struct Limits {
     pub max_running: usize,
     pub max_loras: usize,
     pub max_loaded: Option<usize>,
+    pub max_loaded_bytes: Option<usize>,
     pub step_tokens: usize,
 }
 
@@ -91,6 +92,7 @@ pub const ROOMY: Limits = Limits {
     max_running: 128,
     max_loras: 16,
     max_loaded: None,
+    max_loaded_bytes: None,
     step_tokens: 512,
 };
 
@@ -153,6 +155,7 @@ pub fn start(limits: &Limits) -> Arc<LlmEngine> {
     let lora = LoraConfig {
         max_loras_per_batch: limits.max_loras,
         max_loaded_loras: limits.max_loaded,
+        max_loaded_bytes: limits.max_loaded_bytes,
         eviction: EvictionPolicy::Lru,
         max_lora_rank: None,
         target_modules: None,
@@ -183,6 +186,7 @@ pub fn load_request(name: &str, adapter: &str) -> LoadRequest {
         source: format!("demo:{adapter}"),
         pinned: false,
         replace: false,
+        expected_version: None,
     }
 }
 
@@ -190,6 +194,11 @@ pub fn load_all(engine: &LlmEngine) {
     for name in adapter_names() {
         block_on(engine.load_adapter(load_request(&name, &name))).expect("a good adapter");
     }
+}
+
+/// Unloads and waits for those who use it.
+pub fn unload(engine: &LlmEngine, name: &str) {
+    block_on(engine.unload_adapter(name, UnloadMode::Drain).expect("it was loaded").drained());
 }
 
 pub fn lease(engine: &LlmEngine, name: &str) -> AdapterLease {

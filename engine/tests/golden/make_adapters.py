@@ -80,6 +80,15 @@ CASES = {
 }
 
 
+# Weighted sums of deltas, as `add_weighted_adapter(..., combination_type="cat")` makes them.
+COMBINATIONS = [
+    ("tiny-llama3", {"plain_f16": 1.0, "one_layer": 1.0}),
+    ("tiny-llama3", {"plain_bf16": 0.7, "rslora_patterns": -0.3}),
+    ("tiny-llama3", {"excluded": 0.5}),
+    ("tiny-llama3", {"plain_f16": 0.4, "one_layer": 1.5, "fan_in_fan_out": -1.0}),
+]
+
+
 def load_base(name: str):
     model = transformers.AutoModelForCausalLM.from_pretrained(FIXTURES / name, dtype=torch.float32)
     return model.eval()
@@ -146,8 +155,19 @@ def make(name: str, base_name: str, config: dict, dtype) -> dict:
     raise SystemExit(f"{name}: no seed gives clear choices")
 
 
+def combine(base_name: str, weights: dict) -> dict:
+    first, *others = weights
+    model = PeftModel.from_pretrained(load_base(base_name), HERE / "adapters" / first, adapter_name=first)
+    for name in others:
+        model.load_adapter(HERE / "adapters" / name, adapter_name=name)
+    model.add_weighted_adapter(list(weights), list(weights.values()), "combined", combination_type="cat")
+    model.set_adapter("combined")
+    return {"base": base_name, "weights": weights, **greedy(model.eval(), PROMPT)}
+
+
 def main() -> None:
     cases = [make(name, *case) for name, case in CASES.items()]
+    combinations = [combine(*combination) for combination in COMBINATIONS]
     bases = {name: greedy(load_base(name), PROMPT) for name in sorted({case["base"] for case in cases})}
     for case in cases:
         base = bases[case["base"]]
@@ -162,7 +182,8 @@ def main() -> None:
     }
     text = json.dumps(head)[:-1]
     lines = ",\n".join(json.dumps(case) for case in cases)
-    (HERE / "adapters.json").write_text(f'{text}, "cases": [\n{lines}\n]}}\n')
+    sums = ",\n".join(json.dumps(case) for case in combinations)
+    (HERE / "adapters.json").write_text(f'{text}, "cases": [\n{lines}\n], "combinations": [\n{sums}\n]}}\n')
     print(f"{len(cases)} adapters")
 
 

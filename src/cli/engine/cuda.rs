@@ -81,7 +81,10 @@ pub(super) fn start(mut inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine>
         dtype: "bfloat16",
         weight_bytes: backend.weight_bytes(),
         limits,
-        lora_limits: LoraLimits::new(PackedDtype::Bf16),
+        lora_limits: LoraLimits {
+            max_combined_rank: Some(options.max_lora_rank as u32),
+            ..LoraLimits::new(PackedDtype::Bf16)
+        },
     };
     super::start(inputs, Box::new(backend), device)
 }
