@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, anyhow};
+use futures::{StreamExt, TryStreamExt, stream};
 use polylora_engine::{
     FileSource, InferenceEngine, LoadRequest,
     weights::{Dtype as StoredDtype, ModelWeights},
@@ -31,6 +32,8 @@ use crate::{
     server::{ServerSettings, bind, load_tls, serve},
 };
 
+/// More than any machine has loader threads: none of them is idle at the start.
+const LOADS_AT_ONCE: usize = 16;
 /// How long connections may take to send their last bytes once every request has ended.
 const LAST_BYTES: Duration = Duration::from_secs(5);
 
@@ -259,10 +262,9 @@ struct AdapterAtStart {
     finding: Duration,
 }
 
-/// Loads the adapters in their order, and says how long each took. The first that can't be loaded stops the start.
+/// Loads the adapters, several at a time, and says how long each took. The first of them that can't be loaded stops the start.
 async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStart>) -> anyhow::Result<Vec<Duration>> {
-    let mut loads = Vec::with_capacity(adapters.len());
-    for AdapterAtStart { path, files, finding } in adapters {
+    let loads = adapters.into_iter().map(|AdapterAtStart { path, files, finding }| async move {
         let began = Instant::now();
         let request = LoadRequest {
             name: path.name.clone(),
@@ -274,7 +276,6 @@ async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStar
         };
         let info = engine.load_adapter(request).await.with_context(|| path.flag())?;
         let took = finding + began.elapsed();
-        loads.push(took);
         tracing::info!(
             name = path.name,
             from = path.path,
@@ -284,8 +285,9 @@ async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStar
             seconds = took.as_secs_f64(),
             "loaded an adapter"
         );
-    }
-    Ok(loads)
+        anyhow::Ok(took)
+    });
+    stream::iter(loads).buffered(LOADS_AT_ONCE).try_collect().await
 }
 
 /// Serves; after the first signal drains, after the second gives up at once.
