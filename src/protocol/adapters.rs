@@ -66,10 +66,8 @@ pub struct AdapterResponse {
 #[serde(untagged)]
 pub enum AdapterFailure {
     /// The adapter can't be had.
-    #[schema(title = "Adapter")]
     Adapter(AdapterResponse),
     /// The body is wrong.
-    #[schema(title = "Body")]
     Body(NativeErrorBody),
 }
 

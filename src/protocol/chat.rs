@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use super::{MatchedStop, OneOrMany, StreamOptions, Usage};
+use super::{JsonSchemaObject, MatchedStop, OneOrMany, StreamOptions, Usage};
 
 /// A request for `/v1/chat/completions`: OpenAI's fields, then the usual extensions.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -272,7 +272,7 @@ pub struct FunctionDefinition {
     pub description: Option<String>,
     /// A JSON schema of its arguments, an object.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<JsonSchemaObject>)]
     pub parameters: Option<Map<String, Value>>,
     /// Arguments always follow the schema.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -284,10 +284,8 @@ pub struct FunctionDefinition {
 #[serde(untagged)]
 pub enum ToolChoice {
     /// `none`, `auto` or `required`.
-    #[schema(title = "Mode")]
     Mode(ToolChoiceMode),
     /// This function.
-    #[schema(title = "Named")]
     Named(NamedToolChoice),
 }
 
@@ -328,13 +326,13 @@ pub struct FunctionName {
 #[serde(remote = "Self", tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ResponseFormat {
     /// Text.
-    #[schema(title = "Text")]
+    #[schema(title = "TextResponseFormat")]
     Text {},
     /// A JSON object.
-    #[schema(title = "JsonObject")]
+    #[schema(title = "JsonObjectResponseFormat")]
     JsonObject {},
     /// JSON that a schema describes.
-    #[schema(title = "JsonSchema")]
+    #[schema(title = "JsonSchemaResponseFormat")]
     JsonSchema {
         /// The schema.
         json_schema: JsonSchemaFormat,
@@ -350,7 +348,7 @@ pub struct JsonSchemaFormat {
     /// What it is for.
     pub description: Option<String>,
     /// The schema.
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<JsonSchemaObject>)]
     pub schema: Option<Map<String, Value>>,
     /// Always followed here, whatever this says.
     pub strict: Option<bool>,

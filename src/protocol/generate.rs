@@ -21,6 +21,7 @@ pub struct GenerateRequest {
     /// The token ids of one prompt, or of several.
     pub input_ids: Option<InputIds>,
     /// Settings for all prompts, or one for each.
+    #[schema(value_type = Option<SamplingParamsOrList>)]
     pub sampling_params: Option<OneOrMany<NativeSamplingParams>>,
     /// Answer as server-sent events, each with the text so far.
     pub stream: Option<bool>,
@@ -40,6 +41,18 @@ pub struct GenerateRequest {
     pub rid: Option<OneOrMany<String>>,
     /// Not interpreted.
     pub no_logs: Option<bool>,
+}
+
+/// `OneOrMany<NativeSamplingParams>` in the document, where a generic type's parameter would be written out twice.
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "only its schema is used")]
+enum SamplingParamsOrList {
+    /// For all prompts.
+    One(Box<NativeSamplingParams>),
+    /// One for each.
+    #[schema(title = "Many")]
+    Many(Vec<NativeSamplingParams>),
 }
 
 /// The token ids of one prompt, or of several.
@@ -154,7 +167,6 @@ pub struct GenerateResponse {
 #[serde(untagged)]
 pub enum GenerateResponses {
     /// Of one prompt.
-    #[schema(title = "One")]
     One(Box<GenerateResponse>),
     /// Of a batch, or of `n` > 1.
     #[schema(title = "Many")]
@@ -182,43 +194,56 @@ pub struct MetaInfo {
     pub weight_version: String,
     /// `[logprob or null, token id, text or null]` of prompt tokens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    #[schema(value_type = Option<Vec<(Option<f32>, u32, Option<String>)>>)]
+    #[schema(value_type = Option<Vec<Vec<LogprobTripleEntry>>>)]
     pub input_token_logprobs: Option<Vec<LogprobTriple>>,
     /// The same of output tokens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    #[schema(value_type = Option<Vec<(Option<f32>, u32, Option<String>)>>)]
+    #[schema(value_type = Option<Vec<Vec<LogprobTripleEntry>>>)]
     pub output_token_logprobs: Option<Vec<LogprobTriple>>,
     /// For each prompt position the likeliest tokens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    #[schema(value_type = Option<Vec<Option<Vec<(Option<f32>, u32, Option<String>)>>>>)]
+    #[schema(value_type = Option<Vec<Option<Vec<Vec<LogprobTripleEntry>>>>>)]
     pub input_top_logprobs: Option<Vec<Option<Vec<LogprobTriple>>>>,
     /// For each output position the likeliest tokens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    #[schema(value_type = Option<Vec<Option<Vec<(Option<f32>, u32, Option<String>)>>>>)]
+    #[schema(value_type = Option<Vec<Option<Vec<Vec<LogprobTripleEntry>>>>>)]
     pub output_top_logprobs: Option<Vec<Option<Vec<LogprobTriple>>>>,
 }
 
 /// `[logprob or null, token id, text or null]`.
 pub type LogprobTriple = (Option<f32>, u32, Option<String>);
 
+/// An entry of [`LogprobTriple`], in the document. A tuple's own schema ends in `items: false`, which generators of clients can't read.
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "only its schema is used")]
+enum LogprobTripleEntry {
+    /// A log-probability, or a token's id.
+    #[schema(title = "Number")]
+    Number(f64),
+    /// A token's text.
+    #[schema(title = "Text")]
+    Text(Option<String>),
+}
+
 /// Why an output ended.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "type", rename_all = "lowercase")]
 pub enum NativeFinishReason {
     /// An end-of-sequence or stop token, a stop text, or a complete grammar.
-    #[schema(title = "Stop")]
+    #[schema(title = "StopReason")]
     Stop {
         /// The token's id, the text, or null.
         matched: Option<MatchedStop>,
     },
     /// As many tokens as were asked for, or as fit.
-    #[schema(title = "Length")]
+    #[schema(title = "LengthReason")]
     Length {
         /// So many.
         length: u32,
     },
     /// Ended by `/abort_request`.
-    #[schema(title = "Abort")]
+    #[schema(title = "AbortReason")]
     Abort {
         /// What happened.
         message: String,

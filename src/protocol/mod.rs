@@ -90,12 +90,17 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Present<D> {
     }
 }
 
+/// A JSON schema.
+#[derive(ToSchema)]
+#[schema(value_type = Object)]
+pub struct JsonSchemaObject(#[expect(dead_code, reason = "only its schema is used")] Map<String, Value>);
+
 /// A JSON schema: an object, or a string with one.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 #[serde(untagged)]
 pub enum JsonSchemaSource {
     /// The schema.
-    #[schema(title = "Object", value_type = Object)]
+    #[schema(value_type = JsonSchemaObject)]
     Object(Map<String, Value>),
     /// The schema, as JSON in a string.
     #[schema(title = "Text")]

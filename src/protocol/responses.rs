@@ -6,7 +6,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use super::chat::{MessageContent, Role, ToolChoiceMode};
+use super::{
+    JsonSchemaObject,
+    chat::{MessageContent, Role, ToolChoiceMode},
+};
 
 /// A request for `/v1/responses`. Nothing is stored: the whole conversation is in `input`.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
@@ -119,7 +122,7 @@ pub struct FunctionTool {
     /// What it does.
     pub description: Option<String>,
     /// A JSON schema of its arguments, an object.
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<JsonSchemaObject>)]
     pub parameters: Option<Map<String, Value>>,
     /// Arguments follow the schema where a call is required.
     pub strict: Option<bool>,
@@ -130,10 +133,8 @@ pub struct FunctionTool {
 #[serde(untagged)]
 pub enum ResponsesToolChoice {
     /// `none`, `auto` or `required`.
-    #[schema(title = "Mode")]
     Mode(ToolChoiceMode),
     /// This function.
-    #[schema(title = "Named")]
     Named(NamedFunction),
 }
 
@@ -165,20 +166,20 @@ pub struct TextSettings {
 #[serde(remote = "Self", tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum TextFormat {
     /// Text.
-    #[schema(title = "Text")]
+    #[schema(title = "PlainTextFormat")]
     Text {},
     /// A JSON object.
-    #[schema(title = "JsonObject")]
+    #[schema(title = "JsonObjectTextFormat")]
     JsonObject {},
     /// JSON that a schema describes.
-    #[schema(title = "JsonSchema")]
+    #[schema(title = "JsonSchemaTextFormat")]
     JsonSchema {
         /// Its name.
         name: Option<String>,
         /// What it is for.
         description: Option<String>,
         /// The schema.
-        #[schema(value_type = Object)]
+        #[schema(value_type = JsonSchemaObject)]
         schema: Map<String, Value>,
         /// Always followed here, whatever this says.
         strict: Option<bool>,
@@ -297,12 +298,11 @@ pub struct OutputTokensDetails {
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum OutputItem {
     /// What the model thought.
-    #[schema(title = "Reasoning")]
+    #[schema(title = "ReasoningItem")]
     Reasoning {
         /// Identity.
         id: String,
         /// Always empty.
-        #[schema(value_type = Vec<Object>)]
         summary: Vec<Value>,
         /// The text.
         content: Vec<OutputContent>,
@@ -310,7 +310,7 @@ pub enum OutputItem {
         status: String,
     },
     /// What it says.
-    #[schema(title = "Message")]
+    #[schema(title = "MessageItem")]
     Message {
         /// Identity.
         id: String,
@@ -322,7 +322,7 @@ pub enum OutputItem {
         content: Vec<OutputContent>,
     },
     /// A function that it calls.
-    #[schema(title = "FunctionCall")]
+    #[schema(title = "FunctionCallItem")]
     FunctionCall {
         /// Identity of the item.
         id: String,
@@ -342,19 +342,17 @@ pub enum OutputItem {
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum OutputContent {
     /// What is said.
-    #[schema(title = "OutputText")]
+    #[schema(title = "OutputTextContent")]
     OutputText {
         /// The text.
         text: String,
         /// Always empty.
-        #[schema(value_type = Vec<Object>)]
         annotations: Vec<Value>,
         /// Always empty.
-        #[schema(value_type = Vec<Object>)]
         logprobs: Vec<Value>,
     },
     /// What is thought.
-    #[schema(title = "ReasoningText")]
+    #[schema(title = "ReasoningTextContent")]
     ReasoningText {
         /// The text.
         text: String,

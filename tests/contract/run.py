@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Hold the running gateway against its OpenAPI document, over an engine that answers at once (examples/mock_server.rs).
 
-    pip install --requirement tests/contract/requirements.txt
+    pip install --requirement tests/contract/requirements.txt && npm ci --prefix tests/contract/typescript
     cargo build --example mock_server && python tests/contract/run.py --server target/debug/examples/mock_server
 
 schemathesis sends what the document allows and what it forbids to every route, those that load, unload, flush and abort included: no status that
-the document does not name, no answer that its schema does not allow, no 5xx, nothing forbidden that is accepted.
+the document does not name, no answer that its schema does not allow, no 5xx, nothing forbidden that is accepted. Then a Python and a TypeScript
+client are generated from the document, and each makes calls.
 """
 import argparse
 import json
@@ -22,10 +23,11 @@ HERE = pathlib.Path(__file__).resolve().parent
 DOCUMENT = HERE.parents[1] / "openapi" / "openapi.json"
 BIN = pathlib.Path(sys.executable).parent
 
-# Left out: `positive_data_acceptance`, since what a document can't say (that a model exists, that a prompt fits) may be refused.
+# Left out: `positive_data_acceptance`, since what a document can't say (that a model exists, that a prompt fits) may be refused, and
+# `ensure_resource_availability`, which does not know that POST /unload_lora_adapter takes away what POST /v1/loras has made.
 CHECKS = ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance",
           "response_schema_conformance", "negative_data_rejection", "missing_required_header", "unsupported_method", "allow_header_conformance",
-          "use_after_free", "ensure_resource_availability", "ignored_auth"]
+          "use_after_free", "ignored_auth"]
 # A run of which hardly a request was answered would prove little: these routes, with so many answers of status 200 at least.
 ANSWERED = {"/v1/chat/completions": 20, "/v1/completions": 20, "/v1/responses": 20, "/generate": 20, "/tokenize": 10, "/detokenize": 5,
             "/load_lora_adapter": 5, "/unload_lora_adapter": 2, "/v1/load_lora_adapter": 5, "/v1/unload_lora_adapter": 2, "/v1/loras": 5,
@@ -118,6 +120,25 @@ def contract(binary, examples, seed):
     return not (status or few or locked or answered)
 
 
+def generated_python_client(url):
+    """The generator must understand all of the document: what it can't parse it leaves out, with a warning."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [BIN / "openapi-python-client", "generate", "--path", DOCUMENT, "--meta", "none", "--output-path", os.path.join(folder, "polylora_client"),
+                   "--fail-on-warning"]
+        environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": folder}
+        subprocess.run([str(part) for part in command], check=True, env=environment)
+        subprocess.run([sys.executable, "-m", "compileall", "-q", folder], check=True)
+        subprocess.run([sys.executable, str(HERE / "python_client.py"), url], check=True, env=environment)
+
+
+def generated_typescript_client(url):
+    folder = HERE / "typescript"
+    # A field with a default may be left out of a request.
+    types = ["npx", "openapi-typescript", str(DOCUMENT), "--output", "schema.d.ts", "--default-non-nullable", "false"]
+    for command in (types, ["npx", "tsc"], ["node", "build/client.js", url]):
+        subprocess.run(command, cwd=folder, check=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", required=True, help="the example mock_server's binary")
@@ -127,6 +148,9 @@ def main():
     binary = os.path.abspath(args.server)
     if not contract(binary, args.examples, args.seed):
         sys.exit("the server and its document disagree")
+    with MockServer(binary) as server:
+        generated_python_client(server.url)
+        generated_typescript_client(server.url)
 
 
 if __name__ == "__main__":
