@@ -47,6 +47,9 @@ OVERVIEW = [
         ("Time between tokens", "", "s", [(quantile(q, "vllm:inter_token_latency_seconds"), f"p{round(q * 100)}") for q in (0.5, 0.9, 0.99)], "timeseries"),
         ("Time to first token, distribution", "", "s", [(rate("vllm:time_to_first_token_seconds_bucket", I, "le"), "{{le}}")], "heatmap"),
         ("Time between tokens, distribution", "", "s", [(rate("vllm:inter_token_latency_seconds_bucket", I, "le"), "{{le}}")], "heatmap"),
+        ("Queue and prefill", "What a first token waits for.", "s",
+         [(quantile(0.99, "vllm:request_queue_time_seconds"), "queue p99"), (quantile(0.99, "vllm:request_prefill_time_seconds"), "prefill p99")],
+         "timeseries"),
         ("End to end", "", "s", [(quantile(q, "vllm:e2e_request_latency_seconds"), f"p{round(q * 100)}") for q in (0.5, 0.99)], "timeseries"),
     ]),
     ("Engine", [
@@ -57,6 +60,9 @@ OVERVIEW = [
         ("Preemptions", "Sequences pushed back for want of KV blocks: their prompt is computed again.", "short",
          [(rate("vllm:num_preemptions_total"), "preemptions / s")], "timeseries"),
         ("Steps", "Batches a second.", "short", [(rate("polylora_steps_total"), "steps / s")], "timeseries"),
+        ("Batch", "Mean sequences and rows of a step; a prompt's chunk has many rows.", "short",
+         [(f"{rate('polylora_step_sequences_sum')} / {rate('polylora_step_sequences_count')}", "sequences"),
+          (f"{rate('polylora_step_rows_sum')} / {rate('polylora_step_rows_count')}", "rows")], "timeseries"),
         ("Memory of the process", "", "bytes", [(f"process_resident_memory_bytes{{{I}}}", "{{instance}}")], "timeseries"),
         ("Healthy", "0: the device failed and the process must be restarted.", "short", [(f"min(polylora_engine_healthy{{{I}}})", "healthy")], "stat"),
     ]),
@@ -77,8 +83,8 @@ ADAPTERS = [
          [(rate("polylora_device_adapter_uploads_total"), "uploads / s"), (rate("polylora_device_adapter_evictions_total"), "evictions / s")], "timeseries"),
     ]),
     ("Loading", [
-        ("Load time", "To read, check and pack an adapter into host memory.", "s",
-         [(quantile(q, "polylora_adapter_load_seconds"), f"p{round(q * 100)}") for q in (0.5, 0.99)], "timeseries"),
+        ("Load time", "By stage: fetch (find or download the files), pack (read, check, pack into host memory).", "s",
+         [(quantile(q, "polylora_adapter_load_seconds", by="stage"), f"{{{{stage}}}} p{round(q * 100)}") for q in (0.5, 0.99)], "timeseries"),
         ("Loads", "An error is an adapter that was refused.", "short", [(rate("polylora_adapter_loads_total", I, "outcome"), "{{outcome}}")], "timeseries"),
     ]),
     ("Use", [

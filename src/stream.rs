@@ -187,9 +187,16 @@ impl TextStream {
         }
         let mut new = String::new();
         self.detokenizer.push(token_id, &mut new);
-        if self.num_tokens <= self.options.min_tokens {
+        let stopped = if self.num_tokens <= self.options.min_tokens {
             self.text.push_str(&new);
-        } else if let Some(stop) = self.stops.push(&new, &mut self.text, self.options.keep_stop) {
+            None
+        } else {
+            self.stops.push(&new, &mut self.text, self.options.keep_stop)
+        };
+        if let Some(held) = &mut self.held {
+            held.metrics.detokenized();
+        }
+        if let Some(stop) = stopped {
             return self.end(TextEvent::Finished(Finish::StopText(stop)));
         }
         if !self.text.is_empty() || self.options.every_token {

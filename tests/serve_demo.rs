@@ -482,7 +482,7 @@ fn metrics_show_the_adapters_of_the_traffic() {
     for line in [
         "polylora_requests_total{adapter=\"json\",outcome=\"stop\"} 2",
         "polylora_requests_total{adapter=\"(base)\",outcome=\"stop\"} 1",
-        "polylora_adapter_load_seconds_count 8",
+        "polylora_adapter_load_seconds_count{stage=\"pack\"} 8",
         "vllm:num_requests_running{model_name=\"demo\",engine=\"0\"} 0",
         "polylora_http_requests_total{route=\"/generate\",status=\"200\"} 1",
     ] {

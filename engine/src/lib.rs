@@ -171,8 +171,14 @@ pub struct EngineStats {
     pub registry: adapter::registry::RegistryStats,
     /// From the scheduling of a step to the commit of its output.
     pub step_seconds: Histogram,
+    /// Rows of a step: a prompt's chunk has many, a decoding sequence one.
+    pub step_rows: Histogram,
+    /// Sequences of a step.
+    pub step_sequences: Histogram,
     /// From `submit` to the first admission of a request.
     pub queue_seconds: Histogram,
+    /// From the first admission of a request to the end of its prompt's computation.
+    pub prefill_seconds: Histogram,
 }
 
 /// The events of one request. Dropping it cancels the request.

@@ -620,6 +620,9 @@ mod tests {
         assert_eq!(stats.cached_blocks, 0);
         assert!(stats.device_evictions_total > 0 && stats.cached_tokens_total > 0);
         assert_eq!(stats.step_seconds.count(), stats.steps_total);
+        assert_eq!(stats.step_rows.count(), stats.steps_total);
+        assert_eq!(stats.step_sequences.count(), stats.steps_total);
+        assert_eq!(stats.prefill_seconds.count(), stats.queue_seconds.count());
         let adapter_stats = engine.adapter_stats();
         let hits_and_misses: u64 = adapter_stats
             .iter()

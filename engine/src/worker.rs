@@ -41,6 +41,9 @@ const UPLOAD_POLL_INTERVAL: Duration = Duration::from_micros(100);
 const MASK_PATIENCE: Duration = Duration::from_micros(500);
 
 const STEP_SECONDS_BOUNDS: &[f64] = &[0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
+const STEP_ROWS_BOUNDS: &[f64] = &[
+    1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0,
+];
 const QUEUE_SECONDS_BOUNDS: &[f64] = &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 
 /// What the engine thread is told.
@@ -147,7 +150,7 @@ struct ActiveRequest {
     events: EventSender,
     submitted: Instant,
     prompt_len: usize,
-    was_admitted: bool,
+    admitted: Option<Instant>,
     gauge: Option<AdapterGauge>,
     _permit: Permit,
 }
@@ -232,7 +235,10 @@ impl Worker {
         let stats = EngineStats {
             healthy: true,
             step_seconds: Histogram::new(STEP_SECONDS_BOUNDS),
+            step_rows: Histogram::new(STEP_ROWS_BOUNDS),
+            step_sequences: Histogram::new(STEP_ROWS_BOUNDS),
             queue_seconds: Histogram::new(QUEUE_SECONDS_BOUNDS),
+            prefill_seconds: Histogram::new(QUEUE_SECONDS_BOUNDS),
             ..EngineStats::default()
         };
         let mut worker = Self {
@@ -347,7 +353,7 @@ impl Worker {
             events: new.events,
             submitted: new.submitted,
             prompt_len: new.request.prompt_tokens.len(),
-            was_admitted: false,
+            admitted: None,
             gauge: counters.map(AdapterGauge::new),
             _permit: new.permit,
         };
@@ -470,9 +476,11 @@ impl Worker {
 
     fn note_runs(&mut self, request_id: RequestId, runs: bool) {
         let request = self.requests.get_mut(&request_id).expect("a scheduled request is active");
-        let is_first = runs && !std::mem::replace(&mut request.was_admitted, true);
-        let waited = request.submitted.elapsed();
+        let is_first = runs && request.admitted.is_none();
+        let now = Instant::now();
+        let waited = now.duration_since(request.submitted);
         if is_first {
+            request.admitted = Some(now);
             self.stats.queue_seconds.observe(waited.as_secs_f64());
         }
         if let Some(gauge) = &mut request.gauge {
@@ -511,11 +519,19 @@ impl Worker {
 
     fn commit(&mut self, in_flight: InFlight, output: StepOutput) -> Result<(), BackendError> {
         let InFlight { step, launched } = in_flight;
+        self.stats.step_rows.observe(step.batch.token_ids.len() as f64);
+        self.stats.step_sequences.observe(step.batch.sequences.len() as f64);
         let mut events = Vec::new();
         self.scheduler.commit(step, output, &mut events)?;
         for (request_id, event) in events {
             let token_id = match &event {
                 TokenEvent::Token { token_id, .. } => Some(*token_id),
+                TokenEvent::Started { .. } => {
+                    let admitted = self.requests.get(&request_id).and_then(|request| request.admitted);
+                    let since = admitted.map_or(Duration::ZERO, |admitted| admitted.elapsed());
+                    self.stats.prefill_seconds.observe(since.as_secs_f64());
+                    None
+                }
                 _ => None,
             };
             self.push_event(request_id, event);

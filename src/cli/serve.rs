@@ -26,7 +26,7 @@ use crate::{
     config::{Config, Dtype, LoadFormat, LogFormat, LoraPath, ModelSource},
     demo,
     hub::{Hub, HubId},
-    metrics::{Metrics, MetricsConfig},
+    metrics::{LoadStage, Metrics, MetricsConfig},
     prompt::PromptProcessor,
     routing::ServedModel,
     server::{ServerSettings, bind, load_tls, serve},
@@ -172,8 +172,15 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
     };
 
     let engine: Arc<dyn InferenceEngine> = built.engine;
-    let metrics = Metrics::new(served.name(), engine.describe(), MetricsConfig { max_adapter_labels });
-    loads.into_iter().for_each(|took| metrics.adapter_loaded(took, true));
+    let bounds = MetricsConfig {
+        max_adapter_labels,
+        ..MetricsConfig::default()
+    };
+    let metrics = Metrics::new(served.name(), engine.describe(), bounds);
+    for (finding, packing) in loads {
+        metrics.adapter_load_stage(LoadStage::Fetch, finding);
+        metrics.adapter_load_stage(LoadStage::Pack, packing);
+    }
     let model = if is_demo {
         format!("{} (the embedded demo model)", served.name())
     } else {
@@ -262,8 +269,8 @@ struct AdapterAtStart {
     finding: Duration,
 }
 
-/// Loads the adapters, several at a time, and says how long each took. The first of them that can't be loaded stops the start.
-async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStart>) -> anyhow::Result<Vec<Duration>> {
+/// Loads the adapters, several at a time, and says how long each took to be found and to be packed. The first of them that can't be loaded stops the start.
+async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStart>) -> anyhow::Result<Vec<(Duration, Duration)>> {
     let loads = adapters.into_iter().map(|AdapterAtStart { path, files, finding }| async move {
         let began = Instant::now();
         let request = LoadRequest {
@@ -275,17 +282,17 @@ async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStar
             expected_version: None,
         };
         let info = engine.load_adapter(request).await.with_context(|| path.flag())?;
-        let took = finding + began.elapsed();
+        let packing = began.elapsed();
         tracing::info!(
             name = path.name,
             from = path.path,
             lora_rank = info.max_lora_rank,
             bytes = info.bytes,
             pinned = path.pinned,
-            seconds = took.as_secs_f64(),
+            seconds = (finding + packing).as_secs_f64(),
             "loaded an adapter"
         );
-        anyhow::Ok(took)
+        anyhow::Ok((finding, packing))
     });
     stream::iter(loads).buffered(LOADS_AT_ONCE).try_collect().await
 }

@@ -15,6 +15,7 @@ use crate::{
     app::{AppState, Gateway},
     error::{ApiError, ErrorBody, ErrorDetail},
     extract::{ApiJson, NativeJson},
+    metrics::LoadStage,
     protocol::adapters::{
         AdapterFailure, AdapterResponse, DynamoList, DynamoLoadRequest, DynamoResponse, LoadAdapterRequest, PinAdapterRequest, UnloadAdapterRequest,
         VllmLoadRequest, VllmUnloadRequest,
@@ -56,6 +57,8 @@ async fn load_adapter(state: &Gateway, load: Load) -> Result<AdapterInfo, ApiErr
     // Looking at folders blocks, and downloading does for long.
     let files = tokio::task::spawn_blocking(move || sources.resolve_from_client(&from));
     let files = files.await.map_err(|_| ApiError::internal())??;
+    state.metrics.adapter_load_stage(LoadStage::Fetch, began.elapsed());
+    let fetched = Instant::now();
     let loaded = state
         .engine
         .load_adapter(LoadRequest {
@@ -67,7 +70,9 @@ async fn load_adapter(state: &Gateway, load: Load) -> Result<AdapterInfo, ApiErr
             expected_version,
         })
         .await;
-    state.metrics.adapter_loaded(began.elapsed(), loaded.is_ok());
+    if loaded.is_ok() {
+        state.metrics.adapter_load_stage(LoadStage::Pack, fetched.elapsed());
+    }
     loaded.map_err(ApiError::from)
 }
 

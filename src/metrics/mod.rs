@@ -1,0 +1,953 @@
+//! Prometheus metrics, kept and written by `metrics-exporter-prometheus`; [`definitions`] has every metric once.
+//!
+//! Recorders are values, none is global: each app (and each test) has its own. There are three, by how long their series live:
+//!
+//! - what the gateway counts as it happens lives as long as the server;
+//! - series of adapters live as long as the adapter has a label. Adapter names are client-made, so at most
+//!   [`MetricsConfig::max_adapter_labels`] names have one; the others share `(other)`, and the base model is `(base)`. A name that has
+//!   not been asked for in [`MetricsConfig::adapter_idle`] gives its label up to a new one, and its series vanish likewise later;
+//! - what the engine counts is read at a scrape, from statistics that it publishes (no lock of its own is taken), into a recorder
+//!   that lives for this one scrape: an adapter that has left the device, or yesterday's list of waiting adapters, leaves nothing behind.
+//!
+//! Two kinds of samples the library can't take, so their values are put between its lines here (with its own formatting): histograms
+//! that the engine has counted already, and counters of seconds, which the library has as whole numbers only.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use ::metrics::{Counter, Histogram, Level, Metadata, Recorder};
+use metrics_exporter_prometheus::{LabelSet, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder, formatting};
+use metrics_util::MetricKindMask;
+use parking_lot::Mutex;
+use polylora_engine::{AdapterInfo, AdapterStats, EngineDescription, EngineStats, InferenceEngine, adapter::AdapterState};
+
+pub mod definitions;
+
+use definitions::*;
+pub use definitions::{ALL, Definition, Kind};
+
+/// Media type of [`Metrics::render`]'s text.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// Label value of the base model where adapters have their name.
+pub const BASE_LABEL: &str = "(base)";
+/// Label value shared by adapters beyond the bound.
+pub const OTHER_LABEL: &str = "(other)";
+
+/// The library keeps observations one by one until a scrape puts them into buckets; without scrapes, this many do.
+const OBSERVATIONS_PER_UPKEEP: u64 = 8192;
+
+static METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, None);
+
+/// Bounds of the metrics.
+#[derive(Clone, Copy, Debug)]
+pub struct MetricsConfig {
+    /// Adapters with series of their own.
+    pub max_adapter_labels: usize,
+    /// How long an adapter keeps its label unasked for when another wants it, and its series when it has lost the label.
+    pub adapter_idle: Duration,
+    /// How old the adapters' part of an answer may be: it is the long one, and routers ask for the short one many times a second.
+    pub adapter_refresh: Duration,
+}
+
+impl Default for MetricsConfig {
+    fn default() -> Self {
+        Self {
+            max_adapter_labels: 64,
+            adapter_idle: Duration::from_secs(3600),
+            adapter_refresh: Duration::from_secs(1),
+        }
+    }
+}
+
+/// How a sequence ended, as far as metrics tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Outcome {
+    /// End of sequence, stop token, stop string, complete constraint.
+    Stop,
+    /// `max_tokens` or the context's end.
+    Length,
+    /// Aborted, or the client went away.
+    Abort,
+    /// Failed.
+    Error,
+}
+
+impl Outcome {
+    const ALL: [Self; 4] = [Self::Stop, Self::Length, Self::Abort, Self::Error];
+
+    /// The label's value.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Abort => "abort",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// A tier that adapters are looked for in, fastest first.
+const TIERS: [&str; 3] = ["device", "host", "disk"];
+
+/// A recorder, and what its text is got by.
+struct Registry {
+    recorder: PrometheusRecorder,
+    handle: PrometheusHandle,
+}
+
+impl Registry {
+    /// For metrics that are counted as things happen; unchanged for `idle`, their series vanish.
+    fn lasting(definitions: &[Definition], idle: Option<Duration>) -> Self {
+        let mut builder = PrometheusBuilder::new().idle_timeout(MetricKindMask::COUNTER | MetricKindMask::HISTOGRAM, idle);
+        for definition in definitions {
+            if let Kind::Histogram(bounds) = definition.kind {
+                let name = Matcher::Full(definition.name.to_owned());
+                builder = builder.set_buckets_for_metric(name, bounds).expect("a histogram's definition has bounds");
+            }
+        }
+        let registry = Self::of(builder);
+        definitions.iter().for_each(|definition| registry.describe(definition));
+        // Publishes the descriptions: until then each further one of a metric would be kept beside the first.
+        registry.handle.run_upkeep();
+        registry
+    }
+
+    /// For metrics whose values are known at a scrape, and for that scrape alone.
+    fn scrape() -> Self {
+        Self::of(PrometheusBuilder::new())
+    }
+
+    fn of(builder: PrometheusBuilder) -> Self {
+        let recorder = builder.build_recorder();
+        Self {
+            handle: recorder.handle(),
+            recorder,
+        }
+    }
+
+    fn describe(&self, definition: &Definition) {
+        // The library has one table for all kinds.
+        self.recorder.describe_gauge(definition.name.into(), None, definition.help.into());
+    }
+
+    fn counter(&self, definition: &Definition, labels: &[&str]) -> Counter {
+        self.recorder.register_counter(&definition.key(labels), &METADATA)
+    }
+
+    fn histogram(&self, definition: &Definition, labels: &[&str]) -> Histogram {
+        self.recorder.register_histogram(&definition.key(labels), &METADATA)
+    }
+
+    fn set(&self, definition: &Definition, labels: &[&str], value: f64) {
+        self.describe(definition);
+        self.recorder.register_gauge(&definition.key(labels), &METADATA).set(value);
+    }
+
+    fn count(&self, definition: &Definition, labels: &[&str], total: u64) {
+        self.describe(definition);
+        self.counter(definition, labels).absolute(total);
+    }
+}
+
+/// All metrics of one app.
+pub struct Metrics {
+    config: MetricsConfig,
+    model: String,
+    description: EngineDescription,
+    total_slots: usize,
+    started_at: f64,
+    server: Registry,
+    latency: Latency,
+    successes: [Counter; 4],
+    unloads: Counter,
+    adapters: Registry,
+    labels: Mutex<HashMap<Arc<str>, AdapterLabel>>,
+    base: Arc<AdapterSeries>,
+    adapters_text: Mutex<Option<(Instant, String)>>,
+    observations: AtomicU64,
+}
+
+struct Latency {
+    ttft: Histogram,
+    itl: Histogram,
+    tpot: Histogram,
+    e2e: Histogram,
+    decode: Histogram,
+    detokenize: Histogram,
+    prompt_tokens: Histogram,
+    generation_tokens: Histogram,
+    n: Histogram,
+    max_tokens: Histogram,
+}
+
+struct AdapterLabel {
+    series: Arc<AdapterSeries>,
+    asked_at: Instant,
+}
+
+/// The counters of one adapter (or of the base model, or of all others).
+struct AdapterSeries {
+    label: Arc<str>,
+    outcomes: [Counter; 4],
+    prompt_tokens: Counter,
+    cached_tokens: Counter,
+    output_tokens: Counter,
+    /// By [`TIERS`].
+    hits: [Counter; 3],
+    misses: [Counter; 3],
+}
+
+impl AdapterSeries {
+    fn new(adapters: &Registry, label: &str) -> Self {
+        let counter = |definition| adapters.counter(definition, &[label]);
+        let tiers = |definition| {
+            TIERS.map(|tier| match label {
+                // The base model is looked for nowhere.
+                BASE_LABEL => Counter::noop(),
+                _ => adapters.counter(definition, &[label, tier]),
+            })
+        };
+        let series = Self {
+            label: label.into(),
+            outcomes: Outcome::ALL.map(|outcome| adapters.counter(&REQUESTS, &[label, outcome.as_str()])),
+            prompt_tokens: counter(&PROMPT_TOKENS),
+            cached_tokens: counter(&CACHED_TOKENS),
+            output_tokens: counter(&OUTPUT_TOKENS),
+            hits: tiers(&CACHE_HITS),
+            misses: tiers(&CACHE_MISSES),
+        };
+        series.keep();
+        series
+    }
+
+    /// Tells the library that the series are wanted, also if nothing has been counted for long.
+    fn keep(&self) {
+        let tokens = [&self.prompt_tokens, &self.cached_tokens, &self.output_tokens];
+        for counter in self.outcomes.iter().chain(tokens).chain(&self.hits).chain(&self.misses) {
+            counter.increment(0);
+        }
+    }
+}
+
+impl Metrics {
+    /// Metrics of a server that serves `served_model_name` from an engine described by `description`.
+    pub fn new(served_model_name: &str, description: &EngineDescription, config: MetricsConfig) -> Self {
+        let server = Registry::lasting(ALL, None);
+        let adapters = Registry::lasting(ALL, Some(config.adapter_idle));
+        let histogram = |definition| server.histogram(definition, &[served_model_name, "0"]);
+        // The base model's series are there before any traffic: a missing series makes alerts and routers blind.
+        let base = Arc::new(AdapterSeries::new(&adapters, BASE_LABEL));
+        let _ = adapters.histogram(&ADAPTER_TTFT, &[BASE_LABEL]);
+        for stage in LOAD_STAGES {
+            let _ = server.histogram(&LOAD_SECONDS, &[stage]);
+        }
+        Self {
+            config,
+            model: served_model_name.to_owned(),
+            description: description.clone(),
+            total_slots: if description.lora_enabled { description.max_loras_per_batch } else { 0 },
+            started_at: unix_seconds(),
+            latency: Latency {
+                ttft: histogram(&VLLM_TTFT),
+                itl: histogram(&VLLM_ITL),
+                tpot: histogram(&VLLM_TPOT),
+                e2e: histogram(&VLLM_E2E),
+                decode: histogram(&VLLM_DECODE_TIME),
+                detokenize: server.histogram(&DETOKENIZE_SECONDS, &[]),
+                prompt_tokens: histogram(&VLLM_REQUEST_PROMPT),
+                generation_tokens: histogram(&VLLM_REQUEST_GENERATION),
+                n: histogram(&VLLM_PARAM_N),
+                max_tokens: histogram(&VLLM_PARAM_MAX_TOKENS),
+            },
+            successes: Outcome::ALL.map(|outcome| server.counter(&VLLM_SUCCESS, &[served_model_name, "0", outcome.as_str()])),
+            unloads: server.counter(&UNLOADS, &[]),
+            server,
+            adapters,
+            labels: Mutex::default(),
+            base,
+            adapters_text: Mutex::default(),
+            observations: AtomicU64::new(0),
+        }
+    }
+
+    /// Counts an HTTP request by its route's pattern (never the raw path, which clients choose) and status.
+    pub fn http_request(&self, route: &str, status: u16) {
+        self.server.counter(&HTTP_REQUESTS, &[route, &status.to_string()]).increment(1);
+    }
+
+    /// Starts measuring one sequence, at its arrival. To be finished, or dropped (which counts as an abort).
+    pub fn begin_request(self: &Arc<Self>, adapter: Option<&str>, prompt_tokens: usize) -> RequestMetrics {
+        RequestMetrics {
+            metrics: self.clone(),
+            adapter: self.adapter(adapter),
+            arrived: Instant::now(),
+            first_token: None,
+            last_token: None,
+            prompt_tokens: prompt_tokens as u64,
+            output_tokens: 0,
+            detokenizing: Duration::ZERO,
+            finished: false,
+        }
+    }
+
+    /// Records the settings of one API call, once for all its sequences.
+    pub fn request_params(&self, n: u32, max_tokens: u32) {
+        self.latency.n.record(f64::from(n));
+        self.latency.max_tokens.record(f64::from(max_tokens));
+        self.observed(2);
+    }
+
+    /// Records in which tier a request's adapter was when the request came: it was not in the faster ones.
+    pub fn adapter_acquired(&self, adapter: &str, state_on_arrival: AdapterState) {
+        let series = self.adapter(Some(adapter));
+        let found_in = match state_on_arrival {
+            AdapterState::Device => 0,
+            AdapterState::Host => 1,
+            AdapterState::Registered => 2,
+        };
+        series.misses[..found_in].iter().for_each(|tier| tier.increment(1));
+        series.hits[found_in].increment(1);
+    }
+
+    /// Records how long a stage of an adapter's load took, at the start or when a client asked for it.
+    pub fn adapter_load_stage(&self, stage: LoadStage, took: Duration) {
+        self.server.histogram(&LOAD_SECONDS, &[stage.as_str()]).record(took.as_secs_f64());
+        self.observed(1);
+    }
+
+    /// Records an unload.
+    pub fn adapter_unloaded(&self) {
+        self.unloads.increment(1);
+    }
+
+    fn adapter(&self, name: Option<&str>) -> Arc<AdapterSeries> {
+        let Some(name) = name else { return Arc::clone(&self.base) };
+        let now = Instant::now();
+        let mut labels = self.labels.lock();
+        if let Some(label) = labels.get_mut(name) {
+            label.asked_at = now;
+            return Arc::clone(&label.series);
+        }
+        let others = usize::from(labels.contains_key(OTHER_LABEL));
+        if labels.len() - others >= self.config.max_adapter_labels {
+            let idle = self.config.adapter_idle;
+            labels.retain(|name, label| &**name == OTHER_LABEL || now - label.asked_at < idle);
+        }
+        let is_full = labels.len() - others >= self.config.max_adapter_labels;
+        let name = if is_full { OTHER_LABEL } else { name };
+        let new = || AdapterLabel {
+            series: Arc::new(AdapterSeries::new(&self.adapters, name)),
+            asked_at: now,
+        };
+        Arc::clone(&labels.entry(name.into()).or_insert_with(new).series)
+    }
+
+    /// So many observations were made; now and then somebody has to put them into buckets.
+    fn observed(&self, count: u64) {
+        let before = self.observations.fetch_add(count, Relaxed);
+        if before / OBSERVATIONS_PER_UPKEEP != (before + count) / OBSERVATIONS_PER_UPKEEP {
+            self.server.handle.run_upkeep();
+            self.adapters.handle.run_upkeep();
+        }
+    }
+
+    /// The text of `/metrics`.
+    pub fn render(&self, engine: &dyn InferenceEngine) -> String {
+        self.render_from(&engine.stats(), || (engine.list_adapters(), engine.adapter_stats()))
+    }
+
+    fn render_from(&self, stats: &EngineStats, list_adapters: impl FnOnce() -> (Vec<AdapterInfo>, Vec<AdapterStats>)) -> String {
+        let mut text = self.server.handle.render();
+        text.push_str(&self.engine_text(stats));
+        let mut adapters = self.adapters_text.lock();
+        match &*adapters {
+            Some((written, adapters)) if written.elapsed() < self.config.adapter_refresh => text.push_str(adapters),
+            _ => {
+                let (list, busy) = list_adapters();
+                let written = self.write_adapters(&list, &busy);
+                text.push_str(&written);
+                *adapters = Some((Instant::now(), written));
+            }
+        }
+        text
+    }
+
+    /// What the engine's statistics say.
+    fn engine_text(&self, stats: &EngineStats) -> String {
+        let scrape = Registry::scrape();
+        self.set_vllm(&scrape, stats);
+        self.set_sglang(&scrape, stats);
+        self.set_own(&scrape, stats);
+        let mut text = scrape.handle.render();
+        let model = [self.model.as_str(), "0"];
+        write_histogram(&mut text, &VLLM_QUEUE_TIME, &model, &stats.queue_seconds);
+        write_histogram(&mut text, &VLLM_PREFILL_TIME, &model, &stats.prefill_seconds);
+        write_histogram(&mut text, &STEP_SECONDS, &[], &stats.step_seconds);
+        write_histogram(&mut text, &STEP_ROWS, &[], &stats.step_rows);
+        write_histogram(&mut text, &STEP_SEQUENCES, &[], &stats.step_sequences);
+        if let Some(seconds) = cpu_seconds() {
+            write_seconds(&mut text, &CPU_SECONDS, &[(&[], seconds)]);
+        }
+        text
+    }
+
+    fn set_vllm(&self, scrape: &Registry, stats: &EngineStats) {
+        let model = [self.model.as_str(), "0"];
+        let usage = ratio(stats.used_blocks, stats.total_blocks);
+        scrape.set(&VLLM_RUNNING, &model, stats.running as f64);
+        scrape.set(&VLLM_WAITING, &model, stats.waiting as f64);
+        scrape.set(&VLLM_KV_USAGE, &model, usage);
+        scrape.set(&VLLM_GPU_CACHE_USAGE, &model, usage);
+        scrape.count(&VLLM_PREFIX_QUERIES, &model, stats.prompt_tokens_total);
+        scrape.count(&VLLM_PREFIX_HITS, &model, stats.cached_tokens_total);
+        scrape.count(&VLLM_PROMPT_TOKENS, &model, stats.prompt_tokens_total);
+        scrape.count(&VLLM_GENERATION_TOKENS, &model, stats.output_tokens_total);
+        scrape.count(&VLLM_PREEMPTIONS, &model, stats.preemptions_total);
+        let (block_size, blocks) = (self.description.block_size.to_string(), stats.total_blocks.to_string());
+        scrape.set(&VLLM_CACHE_CONFIG, &[&block_size, &blocks, "0"], 1.0);
+        let slots = self.total_slots.to_string();
+        let adapters = [stats.running_adapters.join(","), stats.waiting_adapters.join(",")];
+        scrape.set(&VLLM_LORA_INFO, &[&slots, &adapters[0], &adapters[1]], unix_seconds());
+    }
+
+    fn set_sglang(&self, scrape: &Registry, stats: &EngineStats) {
+        let model = [self.model.as_str()];
+        scrape.set(&SGLANG_RUNNING, &model, stats.running as f64);
+        scrape.set(&SGLANG_QUEUE, &model, stats.waiting as f64);
+        scrape.set(&SGLANG_TOKEN_USAGE, &model, ratio(stats.used_blocks, stats.total_blocks));
+        scrape.set(&SGLANG_SLOTS_USED, &model, stats.running_adapters.len() as f64);
+        scrape.set(&SGLANG_SLOTS_TOTAL, &model, self.total_slots as f64);
+        scrape.set(&SGLANG_SLOTS_UTILIZATION, &model, ratio(stats.running_adapters.len(), self.total_slots));
+    }
+
+    fn set_own(&self, scrape: &Registry, stats: &EngineStats) {
+        let built = &self.description;
+        let info = [env!("CARGO_PKG_VERSION"), &self.model, &built.architecture, &built.device, &built.dtype];
+        scrape.set(&BUILD_INFO, &info, 1.0);
+        let most = |bound: Option<usize>| bound.map_or_else(|| "none".to_owned(), |bound| bound.to_string());
+        let config = [
+            built.context_length,
+            built.max_running_requests,
+            built.max_queued_requests,
+            self.total_slots,
+            built.num_blocks,
+            built.block_size,
+        ];
+        let [context, running, queued, slots, blocks, block_size] = config.map(|number| number.to_string());
+        let loaded = most(built.max_loaded_loras);
+        scrape.set(&CONFIG_INFO, &[&context, &running, &queued, &slots, &loaded, &blocks, &block_size], 1.0);
+        scrape.set(&HEALTHY, &[], f64::from(u8::from(stats.healthy)));
+        scrape.count(&LOADS, &["ok"], stats.registry.loads_total);
+        scrape.count(&LOADS, &["error"], stats.registry.load_failures_total);
+        scrape.count(&HOST_EVICTIONS, &[], stats.registry.evictions_total);
+        scrape.count(&DEVICE_HITS, &[], stats.device_hits_total);
+        scrape.count(&DEVICE_UPLOADS, &[], stats.device_uploads_total);
+        scrape.count(&DEVICE_EVICTIONS, &[], stats.device_evictions_total);
+        scrape.set(&ADAPTER_BYTES, &["device"], stats.device_adapter_bytes as f64);
+        scrape.set(&ADAPTER_BYTES, &["host"], stats.host_adapter_bytes as f64);
+        scrape.set(&ADAPTER_CAPACITY, &["device"], stats.device_adapter_capacity_bytes as f64);
+        scrape.count(&STEPS, &[], stats.steps_total);
+        let free = stats.total_blocks.saturating_sub(stats.used_blocks + stats.cached_blocks);
+        for (state, blocks) in [("used", stats.used_blocks), ("cached", stats.cached_blocks), ("free", free)] {
+            scrape.set(&KV_BLOCKS, &[state], blocks as f64);
+        }
+        scrape.set(&START_TIME, &[], self.started_at);
+        if let Some(bytes) = resident_bytes() {
+            scrape.set(&RESIDENT, &[], bytes as f64);
+        }
+    }
+
+    /// Everything by adapter. With ten thousand registered their list is too long for every scrape, too.
+    fn write_adapters(&self, list: &[AdapterInfo], busy: &[AdapterStats]) -> String {
+        let labels = self.labels.lock();
+        self.base.keep();
+        labels.values().for_each(|label| label.series.keep());
+        let mut text = self.adapters.handle.render();
+
+        let scrape = Registry::scrape();
+        self.set_residency(&scrape, list);
+        // What runs and waits; adapters without a label of their own together.
+        let mut by_label: BTreeMap<&str, (u64, u64, f64)> = BTreeMap::new();
+        for stats in busy {
+            let label = if labels.contains_key(&stats.name) { &*stats.name } else { OTHER_LABEL };
+            let sums = by_label.entry(label).or_default();
+            *sums = (sums.0 + stats.running, sums.1 + stats.waiting, sums.2 + stats.waiting_seconds_total);
+        }
+        for (label, (running, waiting, _)) in &by_label {
+            scrape.set(&ADAPTER_RUNNING, &[label], *running as f64);
+            scrape.set(&ADAPTER_WAITING, &[label], *waiting as f64);
+        }
+        text.push_str(&scrape.handle.render());
+        let waited: Vec<([&str; 1], f64)> = by_label.iter().map(|(label, (.., seconds))| ([*label], *seconds)).collect();
+        let waited: Vec<(&[&str], f64)> = waited.iter().map(|(labels, seconds)| (&labels[..], *seconds)).collect();
+        write_seconds(&mut text, &ADAPTER_WAITED, &waited);
+        text
+    }
+
+    fn set_residency(&self, scrape: &Registry, list: &[AdapterInfo]) {
+        let mut by_state = [0; 3];
+        for adapter in list {
+            by_state[adapter.state as usize] += 1;
+        }
+        let [registered, host, device] = by_state.map(f64::from);
+        scrape.set(&VLLM_LORA_GPU, &["0"], device);
+        scrape.set(&VLLM_LORA_CPU, &["0"], host + device);
+        for (state, count) in [("registered", registered), ("host", host), ("device", device)] {
+            scrape.set(&ADAPTERS, &[state], count);
+        }
+        // The list is least recently used first: the last ones are the ones that matter.
+        let resident = list.iter().rev().filter(|adapter| adapter.state != AdapterState::Registered);
+        for adapter in resident.take(self.config.max_adapter_labels) {
+            let level = if adapter.state == AdapterState::Device { "gpu" } else { "cpu" };
+            let pinned = if adapter.pinned { "true" } else { "false" };
+            scrape.set(&VLLM_LORA_LOADED, &["0", &adapter.name, level, pinned], 1.0);
+            scrape.set(&ADAPTER_LEASES, &[&adapter.name], adapter.leases as f64);
+        }
+    }
+}
+
+/// What a load that a client asks for consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadStage {
+    /// Finding the files, downloading them if need be.
+    Fetch,
+    /// Reading, checking and packing them.
+    Pack,
+}
+
+const LOAD_STAGES: [&str; 2] = [LoadStage::Fetch.as_str(), LoadStage::Pack.as_str()];
+
+impl LoadStage {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Fetch => "fetch",
+            Self::Pack => "pack",
+        }
+    }
+}
+
+/// The measures of one sequence. Finish it with how it ended; dropped without that it counts as aborted (the client went away).
+pub struct RequestMetrics {
+    metrics: Arc<Metrics>,
+    adapter: Arc<AdapterSeries>,
+    arrived: Instant,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+    prompt_tokens: u64,
+    output_tokens: u64,
+    detokenizing: Duration,
+    finished: bool,
+}
+
+impl RequestMetrics {
+    /// The prompt is computed, with so many tokens from the prefix cache.
+    pub fn started(&mut self, cached_tokens: u32) {
+        self.adapter.prompt_tokens.increment(self.prompt_tokens);
+        self.adapter.cached_tokens.increment(u64::from(cached_tokens));
+    }
+
+    /// A token came.
+    pub fn token(&mut self) {
+        let now = Instant::now();
+        self.output_tokens += 1;
+        self.adapter.output_tokens.increment(1);
+        match self.last_token.replace(now) {
+            Some(last) => self.metrics.latency.itl.record((now - last).as_secs_f64()),
+            None => {
+                self.first_token = Some(now);
+                let seconds = (now - self.arrived).as_secs_f64();
+                self.metrics.latency.ttft.record(seconds);
+                // By name, not held: a histogram that nobody used for long is gone.
+                self.metrics.adapters.histogram(&ADAPTER_TTFT, &[&self.adapter.label]).record(seconds);
+            }
+        }
+        self.metrics.observed(1);
+    }
+
+    /// The last token's text is made.
+    pub fn detokenized(&mut self) {
+        if let Some(began) = self.last_token {
+            self.detokenizing += began.elapsed();
+        }
+    }
+
+    /// The end.
+    pub fn finish(mut self, outcome: Outcome) {
+        self.record_end(outcome);
+    }
+
+    fn record_end(&mut self, outcome: Outcome) {
+        if std::mem::replace(&mut self.finished, true) {
+            return;
+        }
+        let now = Instant::now();
+        let latency = &self.metrics.latency;
+        self.metrics.successes[outcome as usize].increment(1);
+        self.adapter.outcomes[outcome as usize].increment(1);
+        latency.e2e.record((now - self.arrived).as_secs_f64());
+        latency.prompt_tokens.record(self.prompt_tokens as f64);
+        latency.generation_tokens.record(self.output_tokens as f64);
+        latency.detokenize.record(self.detokenizing.as_secs_f64());
+        if let Some(first) = self.first_token {
+            let decode = (now - first).as_secs_f64();
+            latency.decode.record(decode);
+            if self.output_tokens > 1 {
+                latency.tpot.record(decode / (self.output_tokens - 1) as f64);
+            }
+        }
+        self.metrics.observed(6);
+    }
+}
+
+impl Drop for RequestMetrics {
+    fn drop(&mut self) {
+        self.record_end(Outcome::Abort);
+    }
+}
+
+fn write_head(text: &mut String, definition: &Definition, kind: &str) {
+    formatting::write_help_line(text, definition.name, None, None, definition.help);
+    formatting::write_type_line(text, definition.name, None, None, kind);
+}
+
+fn label_set(definition: &Definition, labels: &[&str]) -> LabelSet {
+    LabelSet::from_key_and_global(&definition.key(labels), &Default::default())
+}
+
+/// One that the engine keeps, with bounds of its own; an engine that keeps none has an empty one.
+fn write_histogram(text: &mut String, definition: &Definition, labels: &[&str], histogram: &polylora_engine::Histogram) {
+    write_head(text, definition, "histogram");
+    let (name, labels) = (definition.name, label_set(definition, labels));
+    let mut count = 0;
+    let mut bounds = histogram.bounds.iter();
+    for bucket in &histogram.counts {
+        count += bucket;
+        let bound = bounds.next().map_or_else(|| "+Inf".to_owned(), f64::to_string);
+        formatting::write_metric_line(text, name, Some("bucket"), &labels, Some(("le", bound)), count, None);
+    }
+    formatting::write_metric_line::<&str, f64>(text, name, Some("sum"), &labels, None, histogram.sum, None);
+    formatting::write_metric_line::<&str, u64>(text, name, Some("count"), &labels, None, count, None);
+}
+
+/// A counter of seconds, by the values of its labels.
+fn write_seconds(text: &mut String, definition: &Definition, series: &[(&[&str], f64)]) {
+    write_head(text, definition, "counter");
+    for (labels, seconds) in series {
+        formatting::write_metric_line::<&str, f64>(text, definition.name, None, &label_set(definition, labels), None, *seconds, None);
+    }
+}
+
+fn ratio(part: usize, whole: usize) -> f64 {
+    if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
+}
+
+fn unix_seconds() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}
+
+/// Resident memory of this process, where the system has `/proc`.
+pub fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    Some(line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+fn cpu_seconds() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The second field, the program's name, may hold anything; what follows it starts after the last parenthesis.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let ticks = fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?;
+    // USER_HZ is 100 on every Linux that user space sees.
+    Some(ticks as f64 / 100.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn description() -> EngineDescription {
+        EngineDescription {
+            architecture: "LlamaForCausalLM".into(),
+            device: "cpu".into(),
+            dtype: "float32".into(),
+            vocab_size: 512,
+            context_length: 1024,
+            eos_token_ids: vec![2],
+            num_blocks: 100,
+            block_size: 16,
+            lora_enabled: true,
+            max_loras_per_batch: 8,
+            max_loaded_loras: None,
+            max_lora_rank: None,
+            lora_target_modules: None,
+            max_running_requests: 32,
+            max_queued_requests: 64,
+        }
+    }
+
+    fn metrics(max_adapter_labels: usize) -> Arc<Metrics> {
+        Arc::new(Metrics::new("demo", &description(), MetricsConfig {
+                max_adapter_labels,
+                adapter_refresh: Duration::ZERO,
+                ..MetricsConfig::default()
+            }))
+    }
+
+    fn stats() -> EngineStats {
+        EngineStats {
+            healthy: true,
+            running: 3,
+            waiting: 5,
+            used_blocks: 25,
+            cached_blocks: 15,
+            total_blocks: 100,
+            prompt_tokens_total: 70,
+            cached_tokens_total: 32,
+            running_adapters: vec!["json".into(), "table".into()],
+            waiting_adapters: vec!["sql".into()],
+            registry: polylora_engine::adapter::registry::RegistryStats {
+                load_failures_total: 1,
+                ..Default::default()
+            },
+            step_seconds: polylora_engine::Histogram {
+                bounds: &[0.01, 0.1],
+                counts: vec![3, 2, 1],
+                sum: 0.5,
+            },
+            ..EngineStats::default()
+        }
+    }
+
+    fn adapter(name: &str, state: AdapterState, pinned: bool) -> AdapterInfo {
+        AdapterInfo {
+            name: name.into(),
+            source: format!("/adapters/{name}"),
+            state,
+            version: None,
+            max_lora_rank: 16,
+            target_modules: vec!["q_proj".into()],
+            bytes: 1024,
+            pinned,
+            leases: 2,
+            requests_total: 0,
+            hits_total: 0,
+            last_used: None,
+            report: None,
+            parts: Vec::new(),
+        }
+    }
+
+    /// The value of the one line that starts with `series` and a space.
+    fn value(text: &str, series: &str) -> f64 {
+        let lines: Vec<_> = text.lines().filter_map(|line| line.strip_prefix(series)?.strip_prefix(' ')).collect();
+        let [value] = lines[..] else {
+            panic!("{series}: {} lines in\n{text}", lines.len())
+        };
+        value.parse().unwrap()
+    }
+
+    #[test]
+    fn names_are_unique_and_follow_the_conventions() {
+        let mut names: Vec<_> = ALL.iter().map(|definition| definition.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), ALL.len());
+        for definition in ALL {
+            let is_counter = definition.kind == Kind::Counter;
+            // SGLang's name for a gauge of all slots is the one exception.
+            let is_total = definition.name.ends_with("_total") && *definition != SGLANG_SLOTS_TOTAL;
+            assert_eq!(is_total, is_counter, "{}", definition.name);
+            assert!(definition.help.ends_with('.'), "{}", definition.name);
+            if let Kind::Histogram(bounds) = definition.kind {
+                assert!(bounds.is_sorted(), "{}", definition.name);
+            }
+        }
+    }
+
+    #[test]
+    fn every_metric_but_those_without_a_label_value_is_there_before_traffic() {
+        let text = metrics(8).render_from(&stats(), Default::default);
+        for definition in ALL {
+            let by_traffic = [
+                HTTP_REQUESTS,
+                VLLM_LORA_LOADED,
+                ADAPTER_LEASES,
+                ADAPTER_RUNNING,
+                ADAPTER_WAITING,
+                ADAPTER_WAITED,
+                CACHE_HITS,
+                CACHE_MISSES,
+            ]
+            .contains(definition);
+            let series = text.lines().filter(|line| line.starts_with(definition.name)).count();
+            assert_eq!(series == 0, by_traffic, "{}", definition.name);
+            if !by_traffic {
+                let kind = match definition.kind {
+                    Kind::Counter => "counter",
+                    Kind::Gauge => "gauge",
+                    Kind::Histogram(_) => "histogram",
+                };
+                for line in [format!("# TYPE {} {kind}", definition.name), format!("# HELP {} {}", definition.name, definition.help)] {
+                    assert_eq!(text.lines().filter(|given| **given == line).count(), 1, "{line}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_routers_read_is_written_as_they_expect_it() {
+        let text = metrics(8).render_from(&stats(), Default::default);
+        assert_eq!(value(&text, "vllm:num_requests_running{model_name=\"demo\",engine=\"0\"}"), 3.0);
+        assert_eq!(value(&text, "vllm:num_requests_waiting{model_name=\"demo\",engine=\"0\"}"), 5.0);
+        assert_eq!(value(&text, "vllm:kv_cache_usage_perc{model_name=\"demo\",engine=\"0\"}"), 0.25);
+        assert_eq!(
+            value(&text, "vllm:cache_config_info{block_size=\"16\",num_gpu_blocks=\"100\",engine=\"0\"}"),
+            1.0
+        );
+        let info = "vllm:lora_requests_info{max_lora=\"8\",running_lora_adapters=\"json,table\",waiting_lora_adapters=\"sql\"}";
+        assert!(value(&text, info) > 1.7e9, "a time stamp");
+        assert_eq!(value(&text, "polylora_kv_blocks{state=\"free\"}"), 60.0);
+        assert_eq!(value(&text, "polylora_step_seconds_bucket{le=\"0.1\"}"), 5.0);
+        assert_eq!(value(&text, "polylora_step_seconds_bucket{le=\"+Inf\"}"), 6.0);
+        assert_eq!(value(&text, "polylora_step_seconds_sum"), 0.5);
+    }
+
+    #[test]
+    fn a_request_is_counted_under_its_adapter_and_its_outcome() {
+        let metrics = metrics(8);
+        let mut request = metrics.begin_request(Some("json"), 12);
+        request.started(4);
+        request.token();
+        request.token();
+        request.finish(Outcome::Length);
+        drop(metrics.begin_request(None, 5));
+
+        let text = metrics.render_from(&stats(), Default::default);
+        assert_eq!(value(&text, "polylora_requests_total{adapter=\"json\",outcome=\"length\"}"), 1.0);
+        assert_eq!(value(&text, "polylora_requests_total{adapter=\"json\",outcome=\"abort\"}"), 0.0);
+        assert_eq!(value(&text, "polylora_requests_total{adapter=\"(base)\",outcome=\"abort\"}"), 1.0);
+        assert_eq!(value(&text, "polylora_prompt_tokens_total{adapter=\"json\"}"), 12.0);
+        assert_eq!(value(&text, "polylora_cached_prompt_tokens_total{adapter=\"json\"}"), 4.0);
+        assert_eq!(value(&text, "polylora_output_tokens_total{adapter=\"json\"}"), 2.0);
+        let model = "{model_name=\"demo\",engine=\"0\"}";
+        assert_eq!(value(&text, &format!("vllm:time_to_first_token_seconds_count{model}")), 1.0);
+        assert_eq!(value(&text, &format!("vllm:inter_token_latency_seconds_count{model}")), 1.0);
+        assert_eq!(value(&text, &format!("vllm:e2e_request_latency_seconds_count{model}")), 2.0);
+        assert_eq!(value(&text, &format!("vllm:request_prompt_tokens_sum{model}")), 17.0);
+    }
+
+    #[test]
+    fn adapters_beyond_the_bound_share_one_label() {
+        let metrics = metrics(2);
+        for name in ["a", "b", "c", "d", "a"] {
+            metrics.begin_request(Some(name), 1).finish(Outcome::Stop);
+        }
+        let text = metrics.render_from(&stats(), Default::default);
+        assert_eq!(value(&text, "polylora_requests_total{adapter=\"a\",outcome=\"stop\"}"), 2.0);
+        assert_eq!(value(&text, "polylora_requests_total{adapter=\"(other)\",outcome=\"stop\"}"), 2.0);
+        assert!(!text.contains("adapter=\"c\""));
+    }
+
+    #[test]
+    fn tiers_and_loads_are_counted() {
+        let metrics = metrics(8);
+        metrics.adapter_acquired("a", AdapterState::Registered);
+        metrics.adapter_acquired("a", AdapterState::Host);
+        metrics.adapter_acquired("a", AdapterState::Device);
+        metrics.adapter_load_stage(LoadStage::Pack, Duration::from_millis(20));
+        let adapters = vec![adapter("a", AdapterState::Device, true), adapter("b", AdapterState::Registered, false)];
+        let busy = [("a", 1, 2), ("c", 3, 4), ("d", 5, 6)].map(|(name, running, waiting)| AdapterStats {
+            name: name.into(),
+            running,
+            waiting,
+            waiting_seconds_total: 0.5,
+            ..AdapterStats::default()
+        });
+        let text = metrics.render_from(&stats(), || (adapters, busy.into()));
+        assert_eq!(value(&text, "polylora_adapter_waiting_requests{adapter=\"a\"}"), 2.0);
+        assert_eq!(value(&text, "polylora_adapter_running_requests{adapter=\"(other)\"}"), 8.0);
+        assert_eq!(value(&text, "polylora_adapter_waiting_seconds_total{adapter=\"(other)\"}"), 1.0);
+        assert_eq!(value(&text, "polylora_adapter_cache_hits_total{adapter=\"a\",tier=\"device\"}"), 1.0);
+        assert_eq!(value(&text, "polylora_adapter_cache_misses_total{adapter=\"a\",tier=\"device\"}"), 2.0);
+        assert_eq!(value(&text, "polylora_adapter_cache_hits_total{adapter=\"a\",tier=\"host\"}"), 1.0);
+        assert_eq!(value(&text, "polylora_adapter_cache_misses_total{adapter=\"a\",tier=\"host\"}"), 1.0);
+        assert_eq!(value(&text, "polylora_adapter_load_seconds_bucket{stage=\"pack\",le=\"0.025\"}"), 1.0);
+        assert_eq!(value(&text, "polylora_adapter_load_seconds_bucket{stage=\"pack\",le=\"0.01\"}"), 0.0);
+        assert_eq!(value(&text, "polylora_adapter_loads_total{outcome=\"error\"}"), 1.0);
+        let loaded = "vllm:lora_adapter_loaded{engine=\"0\",adapter_name=\"a\",level=\"gpu\",pinned=\"true\"}";
+        assert_eq!(value(&text, loaded), 1.0);
+        assert!(!text.contains("adapter_name=\"b\""), "only those in memory are listed");
+        assert_eq!(value(&text, "polylora_adapters{state=\"registered\"}"), 1.0);
+    }
+
+    #[test]
+    fn an_adapter_that_nobody_asks_for_gives_its_label_up_and_its_series_vanish() {
+        let config = MetricsConfig {
+            max_adapter_labels: 1,
+            adapter_idle: Duration::ZERO,
+            adapter_refresh: Duration::ZERO,
+        };
+        let metrics = Arc::new(Metrics::new("demo", &description(), config));
+        let render = || metrics.render_from(&stats(), Default::default);
+        for name in ["a", "b"] {
+            metrics.begin_request(Some(name), 1).finish(Outcome::Stop);
+        }
+        // Once to see what there is, once to see that it has not changed.
+        render();
+        let text = render();
+        assert!(!text.contains("adapter=\"a\""), "{text}");
+        assert_eq!(value(&text, "polylora_requests_total{adapter=\"b\",outcome=\"stop\"}"), 1.0);
+        assert_eq!(value(&text, "polylora_requests_total{adapter=\"(base)\",outcome=\"stop\"}"), 0.0);
+    }
+
+    #[test]
+    fn observations_are_put_into_buckets_without_scrapes() {
+        let metrics = metrics(1);
+        for _ in 0..OBSERVATIONS_PER_UPKEEP {
+            metrics.request_params(1, 100);
+        }
+        // What is left for the scrape is less than one upkeep; all were counted once.
+        let text = metrics.render_from(&stats(), Default::default);
+        let model = "{model_name=\"demo\",engine=\"0\"}";
+        assert_eq!(value(&text, &format!("vllm:request_params_n_count{model}")), OBSERVATIONS_PER_UPKEEP as f64);
+        assert_eq!(
+            value(&text, &format!("vllm:request_params_max_tokens_sum{model}")),
+            100.0 * OBSERVATIONS_PER_UPKEEP as f64
+        );
+    }
+
+    #[test]
+    fn the_part_about_adapters_is_written_at_most_so_often() {
+        let refresh = |adapter_refresh| {
+            let config = MetricsConfig {
+                adapter_refresh,
+                ..MetricsConfig::default()
+            };
+            let metrics = Arc::new(Metrics::new("demo", &description(), config));
+            let mut lists = 0;
+            for _ in 0..3 {
+                metrics.render_from(&stats(), || {
+                    lists += 1;
+                    Default::default()
+                });
+            }
+            lists
+        };
+        assert_eq!((refresh(Duration::from_secs(3600)), refresh(Duration::ZERO)), (1, 3));
+    }
+
+    #[test]
+    fn label_values_are_escaped() {
+        let metrics = metrics(8);
+        metrics.begin_request(Some("x\"y\\z\nw"), 1).finish(Outcome::Stop);
+        let text = metrics.render_from(&stats(), Default::default);
+        assert_eq!(value(&text, "polylora_requests_total{adapter=\"x\\\"y\\\\z\\nw\",outcome=\"stop\"}"), 1.0);
+    }
+}
