@@ -5,6 +5,9 @@
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
+#[cfg(feature = "hub")]
+mod transfer;
+
 /// A repository of the Hub, and which of its revisions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HubId {
@@ -248,15 +251,15 @@ mod client {
     use std::{collections::BTreeSet, io::IsTerminal, path::Path};
 
     use hf_hub::{
-        Cache, Repo, RepoType,
-        api::{
-            Progress,
-            sync::{Api, ApiBuilder, ApiError},
-        },
+        Cache, CacheRepo, Repo, RepoType,
+        api::sync::{Api, ApiBuilder, ApiError},
     };
     use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-    use super::{Hub, HubError, HubId, PathBuf, Wanted};
+    use super::{
+        Hub, HubError, HubId, PathBuf, Wanted,
+        transfer::{Progress, Transfer, TransferError},
+    };
 
     impl Hub {
         pub(super) fn fetch(&self, id: &HubId, wanted: Wanted) -> Result<PathBuf, HubError> {
@@ -312,14 +315,25 @@ mod client {
             let snapshot = cache.pointer_path(&info.sha);
             for file in files {
                 if !snapshot.join(file).exists() {
-                    commit
-                        .download_with_progress(file, self.progress_bar())
-                        .map_err(|error| self.error(id, error))?;
+                    self.transfer(&commit.url(file), file, &cache, &snapshot)
+                        .map_err(|error| self.transfer_error(id, error))?;
                 }
             }
             // What offline mode will look for. Written last: it stands for a complete snapshot.
             cache.create_ref(&info.sha).map_err(|error| self.failed(id, error.to_string()))?;
             Ok(snapshot)
+        }
+
+        /// One file into the cache, as other tools lay it out: its bytes under `blobs`, a link in the snapshot.
+        fn transfer(&self, url: &str, file: &str, cache: &CacheRepo, snapshot: &Path) -> Result<(), TransferError> {
+            let transfer = Transfer::new(url, self.config.token.as_deref())?;
+            let blob = transfer.fetch(file, &cache.blob_path(""), &self.progress_bar())?;
+            std::fs::create_dir_all(snapshot)?;
+            let name = blob.file_name().expect("a blob has a name");
+            match std::os::unix::fs::symlink(Path::new("../../blobs").join(name), snapshot.join(file)) {
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+                other => Ok(other?),
+            }
         }
 
         /// The cached snapshot, or the first file that it lacks.
@@ -373,6 +387,18 @@ mod client {
                 },
                 _ => None,
             };
+            self.failed_with(id, status, &error)
+        }
+
+        fn transfer_error(&self, id: &HubId, error: TransferError) -> HubError {
+            let status = match error {
+                TransferError::Status(status) => Some(status),
+                _ => None,
+            };
+            self.failed_with(id, status, &error)
+        }
+
+        fn failed_with(&self, id: &HubId, status: Option<u16>, error: &dyn std::fmt::Display) -> HubError {
             let endpoint = self.endpoint();
             match status {
                 Some(404) => HubError::NotFound {
@@ -406,20 +432,22 @@ mod client {
     struct DownloadBar(ProgressBar);
 
     impl Progress for DownloadBar {
-        fn init(&mut self, size: usize, filename: &str) {
+        fn begin(&self, file: &str, total: u64, here: u64) {
             let style =
                 ProgressStyle::with_template("{msg:32} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}").expect("the template is constant");
             self.0.set_style(style);
-            self.0.set_length(size as u64);
-            self.0.set_position(0);
-            self.0.set_message(filename.to_owned());
+            self.0.set_length(total);
+            self.0.set_position(here);
+            self.0.set_message(file.to_owned());
         }
 
-        fn update(&mut self, size: usize) {
-            self.0.inc(size as u64);
+        fn advance(&self, bytes: u64) {
+            self.0.inc(bytes);
         }
+    }
 
-        fn finish(&mut self) {
+    impl Drop for DownloadBar {
+        fn drop(&mut self) {
             self.0.finish();
         }
     }

@@ -30,7 +30,12 @@ struct FakeHub {
     private: Vec<String>,
     requests: Mutex<Vec<String>>,
     tokens_at_cdn: Mutex<Vec<bool>>,
+    ranges_at_cdn: Mutex<Vec<String>>,
     cdn: Mutex<String>,
+    /// The next download from the other host breaks off.
+    breaks: Mutex<Option<()>>,
+    /// Instead of a file's own.
+    etag: Option<String>,
 }
 
 impl FakeHub {
@@ -98,7 +103,7 @@ async fn resolve(
     let Some(bytes) = files.get(&file) else {
         return StatusCode::NOT_FOUND.into_response();
     };
-    let etag = format!("\"{commit}-{file}\"");
+    let etag = hub.etag.clone().unwrap_or_else(|| format!("\"{commit}-{file}\""));
     let mut response = if file.ends_with(".safetensors") {
         // Large files lie elsewhere.
         let location = format!("{}/cdn/{repo}/{revision}/{file}", hub.cdn.lock().unwrap());
@@ -121,10 +126,19 @@ async fn cdn(
     UrlPath((org, name, revision, file)): UrlPath<(String, String, String, String)>,
     headers: HeaderMap,
 ) -> Response {
-    // hf-hub 0.5 asks for one byte, to learn the size, with the token; the redirect of the download itself drops it.
-    let is_probe = headers.get(header::RANGE).is_some_and(|range| range == "bytes=0-0");
-    if !is_probe {
-        hub.tokens_at_cdn.lock().unwrap().push(headers.contains_key(header::AUTHORIZATION));
+    hub.tokens_at_cdn.lock().unwrap().push(headers.contains_key(header::AUTHORIZATION));
+    let range = headers[header::RANGE].to_str().unwrap().to_owned();
+    hub.ranges_at_cdn.lock().unwrap().push(range);
+    if hub.breaks.lock().unwrap().take().is_some() {
+        // Half of it, and the connection is gone.
+        let mut response = ranged(&hub.repos[&format!("{org}/{name}")][&revision].1[&file], &headers);
+        let bytes = std::mem::take(response.body_mut());
+        let bytes = axum::body::to_bytes(bytes, usize::MAX).await.unwrap();
+        let half = bytes.slice(..bytes.len() / 2);
+        let broken = futures::stream::iter([Ok(half), Err(std::io::Error::other("broken"))]);
+        *response.body_mut() = axum::body::Body::from_stream(broken);
+        response.headers_mut().remove(header::CONTENT_LENGTH);
+        return response;
     }
     ranged(&hub.repos[&format!("{org}/{name}")][&revision].1[&file], &headers)
 }
@@ -327,6 +341,37 @@ async fn a_private_repository_needs_the_token_which_downloads_from_other_hosts_d
         "a download from another host carries no token"
     );
     assert!(!format!("{config:?}").contains(TOKEN));
+}
+
+#[tokio::test]
+async fn a_download_that_breaks_off_goes_on_where_it_was() {
+    let mut hub = FakeHub::default();
+    let weights: Vec<u8> = (0..1_000_000u32).flat_map(u32::to_le_bytes).collect();
+    hub.add(
+        "org/adapter",
+        "main",
+        "aaa1",
+        &[("adapter_config.json", b"{}"), ("adapter_model.safetensors", &weights)],
+    );
+    *hub.breaks.lock().unwrap() = Some(());
+    let setup = start(hub).await;
+    let folder = setup.fetch(setup.client(), "org/adapter", true).await.unwrap();
+    assert_eq!(std::fs::read(folder.join("adapter_model.safetensors")).unwrap(), weights);
+    let ranges = setup.hub.ranges_at_cdn.lock().unwrap().clone();
+    assert_eq!((ranges.len(), ranges[0].as_str()), (2, "bytes=0-"), "{ranges:?}");
+    assert_ne!(ranges[1], "bytes=0-", "what has come is not fetched again");
+    let blobs = names(&setup.cache.path().join("models--org--adapter/blobs"));
+    assert!(blobs.iter().all(|name| !name.ends_with(".part")), "{blobs:?}");
+}
+
+#[tokio::test]
+async fn an_etag_that_is_a_path_is_refused() {
+    let mut hub = FakeHub::default();
+    hub.add("org/model", "main", "c0ffee", MODEL);
+    hub.etag = Some("\"../../../outside\"".to_owned());
+    let setup = start(hub).await;
+    let error = setup.fetch(setup.client(), "org/model", false).await.unwrap_err();
+    assert!(error.to_string().contains("can't be a file's name"), "{error}");
 }
 
 #[tokio::test]

@@ -269,7 +269,7 @@ struct AdapterAtStart {
     finding: Duration,
 }
 
-/// Loads the adapters, several at a time, and says how long each took to be found and to be packed. The first of them that can't be loaded stops the start.
+/// Loads the adapters, several at a time, and says how long each took to be found and to be packed. The first that can't be loaded stops the start.
 async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStart>) -> anyhow::Result<Vec<(Duration, Duration)>> {
     let loads = adapters.into_iter().map(|AdapterAtStart { path, files, finding }| async move {
         let began = Instant::now();

@@ -31,7 +31,10 @@ impl Definition {
     pub(super) fn key(&self, values: &[&str]) -> Key {
         assert_eq!(self.labels.len(), values.len(), "{}: label names and values", self.name);
         let labels = self.labels.iter().zip(values);
-        Key::from_parts(self.name, labels.map(|(&name, &value)| Label::new(name, value.to_owned())).collect::<Vec<_>>())
+        Key::from_parts(
+            self.name,
+            labels.map(|(&name, &value)| Label::new(name, value.to_owned())).collect::<Vec<_>>(),
+        )
     }
 }
 
@@ -53,7 +56,9 @@ const TOKEN_BUCKETS: &[f64] = &[
 ];
 const N_BUCKETS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0];
 const ADAPTER_TTFT_BUCKETS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
-const DETOKENIZE_BUCKETS: &[f64] = &[0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1];
+const DETOKENIZE_BUCKETS: &[f64] = &[
+    0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1,
+];
 const LOAD_BUCKETS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 
 const VLLM: &[&str] = &["model_name", "engine"];

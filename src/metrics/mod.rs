@@ -693,11 +693,15 @@ mod tests {
     }
 
     fn metrics(max_adapter_labels: usize) -> Arc<Metrics> {
-        Arc::new(Metrics::new("demo", &description(), MetricsConfig {
+        Arc::new(Metrics::new(
+            "demo",
+            &description(),
+            MetricsConfig {
                 max_adapter_labels,
                 adapter_refresh: Duration::ZERO,
                 ..MetricsConfig::default()
-            }))
+            },
+        ))
     }
 
     fn stats() -> EngineStats {
@@ -794,7 +798,10 @@ mod tests {
                     Kind::Gauge => "gauge",
                     Kind::Histogram(_) => "histogram",
                 };
-                for line in [format!("# TYPE {} {kind}", definition.name), format!("# HELP {} {}", definition.name, definition.help)] {
+                for line in [
+                    format!("# TYPE {} {kind}", definition.name),
+                    format!("# HELP {} {}", definition.name, definition.help),
+                ] {
                     assert_eq!(text.lines().filter(|given| **given == line).count(), 1, "{line}");
                 }
             }
@@ -916,7 +923,10 @@ mod tests {
         // What is left for the scrape is less than one upkeep; all were counted once.
         let text = metrics.render_from(&stats(), Default::default);
         let model = "{model_name=\"demo\",engine=\"0\"}";
-        assert_eq!(value(&text, &format!("vllm:request_params_n_count{model}")), OBSERVATIONS_PER_UPKEEP as f64);
+        assert_eq!(
+            value(&text, &format!("vllm:request_params_n_count{model}")),
+            OBSERVATIONS_PER_UPKEEP as f64
+        );
         assert_eq!(
             value(&text, &format!("vllm:request_params_max_tokens_sum{model}")),
             100.0 * OBSERVATIONS_PER_UPKEEP as f64
