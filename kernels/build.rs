@@ -75,7 +75,20 @@ fn compile_all(nvcc: &Path, sources: &[PathBuf], out: &Path) {
     // PTX of `90a` would run on Hopper alone.
     let plain = arches[0].trim_end_matches(char::is_alphabetic);
     flags.push(format!("-gencode=arch=compute_{plain},code=compute_{plain}"));
-    let queue = Mutex::new(sources.iter());
+    // What is newer than its source, the shared header and the last change of flags is not compiled again.
+    let flags_file = out.join("flags.txt");
+    let all_flags = format!("{} {}", nvcc.display(), flags.join(" "));
+    if fs::read_to_string(&flags_file).ok().as_ref() != Some(&all_flags) {
+        fs::write(&flags_file, all_flags).expect("OUT_DIR is writable");
+    }
+    let modified = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let inputs = [Path::new("cuda/common.cuh"), &flags_file].map(modified);
+    let is_stale = |source: &&PathBuf| {
+        let made = modified(&fatbin(source, out));
+        made.is_none() || inputs.iter().chain([&modified(source)]).any(|input| *input >= made)
+    };
+    let stale: Vec<&PathBuf> = sources.iter().filter(is_stale).collect();
+    let queue = Mutex::new(stale.iter());
     let jobs: usize = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
     thread::scope(|scope| {
         for _ in 0..jobs.clamp(1, sources.len().max(1)) {

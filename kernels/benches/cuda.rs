@@ -200,12 +200,15 @@ impl Bench {
                     k,
                 };
                 let views: Vec<View<'_, bf16>> = weights.iter().map(DeviceBuffer::view).collect();
-                gemm.tune(&self.stream, &args(views[0]), &views).expect("tune");
+                gemm.tune(&self.stream, &args(views[0]), &views, || Ok(())).expect("tune");
                 let times = self.time_repeats(10, || views.iter().try_for_each(|w| gemm.launch(&self.stream, &args(*w))));
                 total += times[0];
                 let bytes = (LAYERS * (n * k + m * k + m * n) * 2) as f64;
                 let flops = (LAYERS * 2 * m * n * k) as f64;
                 self.report(&format!("{} m={m} ({:.0} TFLOP/s)", group.name, flops / times[0] / 1e9), times, bytes);
+                if let Some(own) = gemm.chosen(&args(views[0])) {
+                    println!("    by {own:?}");
+                }
             }
             let x = self.random(m.min(256) * HIDDEN, 5, 1.0);
             let rows = m.min(256);
@@ -219,10 +222,13 @@ impl Bench {
                 n: VOCAB,
                 k: HIDDEN,
             };
-            gemm.tune(&self.stream, &args, &[head.view()]).expect("tune");
+            gemm.tune(&self.stream, &args, &[head.view()], || Ok(())).expect("tune");
             let times = self.time_repeats(10, || gemm.launch(&self.stream, &args));
             total += times[0];
             self.report(&format!("lm_head m={rows}"), times, (VOCAB * HIDDEN * 2 + rows * VOCAB * 4) as f64);
+            if let Some(own) = gemm.chosen(&args) {
+                println!("    by {own:?}");
+            }
             println!("  all GEMMs of a step, m={m}: {total:.3} ms");
         }
     }

@@ -30,6 +30,25 @@ struct ExpandArgs {
   int y_stride;
 };
 
+// Two neighbouring ranks of a row of v: the splits in their order, 8 of them asked for at once.
+DEVICE void sum_splits(const float* from, const ExpandArgs& args, bool has_first, bool has_second, float& first, float& second) {
+  const int64_t step = args.split_rows * args.v_stride;
+  for (int s0 = 0; s0 < args.num_splits; s0 += 8) {
+    float a[8], b[8];
+#pragma unroll
+    for (int s = 0; s < 8; s++) {
+      const bool valid = s0 + s < args.num_splits;
+      a[s] = valid && has_first ? from[(s0 + s) * step] : 0.f;
+      b[s] = valid && has_second ? from[(s0 + s) * step + 1] : 0.f;
+    }
+#pragma unroll
+    for (int s = 0; s < 8; s++) {
+      first += a[s];
+      second += b[s];
+    }
+  }
+}
+
 // 8 neighbouring values of y.
 template <typename Y>
 struct Vector8;
@@ -115,10 +134,7 @@ DEVICE void expand(Y* y, const ExpandArgs& args) {
             float a = 0.f, b = 0.f;
             if (row < count) {
               const float* from = args.v + (item.row_start + first + row) * (int64_t)args.v_stride + rank_start + r;
-              for (int s = 0; s < args.num_splits; s++, from += args.split_rows * args.v_stride) {
-                if (r < lora_rank) a += from[0];
-                if (r + 1 < lora_rank) b += from[1];
-              }
+              sum_splits(from, args, r < lora_rank, r + 1 < lora_rank, a, b);
             }
             v_shared[row][i % 8] = pack_bf16(scaling * a, scaling * b);
           }
@@ -238,10 +254,7 @@ DEVICE void expand_gated(const bf16* gate_up, bf16* y, const ExpandArgs& args) {
             float a = 0.f, b = 0.f;
             if (row < count) {
               const float* from = args.v + (item.row_start + first + row) * (int64_t)args.v_stride + slice * ranks[0] + r;
-              for (int s = 0; s < args.num_splits; s++, from += args.split_rows * args.v_stride) {
-                if (r < rank) a += from[0];
-                if (r + 1 < rank) b += from[1];
-              }
+              sum_splits(from, args, r < rank, r + 1 < rank, a, b);
             }
             v_shared[slice][row][i % 8] = pack_bf16(scale * a, scale * b);
           }

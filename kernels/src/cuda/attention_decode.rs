@@ -216,6 +216,7 @@ impl AttentionDecode {
             grid,
             block: 32 * warps as u32,
             shared_bytes: shared_bytes(warps),
+            cluster: 1,
         };
         stream.launch(&self.kernels[by_dim][variant], config, arguments![raw])
     }

@@ -162,6 +162,7 @@ impl AttentionPrefill {
             grid: [args.tiles.len() as u32, shape.num_kv_heads as u32, 1],
             block: 128,
             shared_bytes: variant.shared_bytes(),
+            cluster: 1,
         };
         stream.launch(&variant.kernel, config, arguments![raw])
     }

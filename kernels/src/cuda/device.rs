@@ -497,6 +497,8 @@ pub struct LaunchConfig {
     pub block: u32,
     /// Dynamic shared memory of a block.
     pub shared_bytes: u32,
+    /// Neighbouring blocks in x that share their shared memory; 1: none.
+    pub cluster: u32,
 }
 
 impl LaunchConfig {
@@ -506,6 +508,7 @@ impl LaunchConfig {
             grid,
             block,
             shared_bytes: 0,
+            cluster: 1,
         }
     }
 }
@@ -638,13 +641,27 @@ impl Stream {
         if config.grid.contains(&0) {
             return Ok(());
         }
-        let mut overlap = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue {
-                programmaticStreamSerializationAllowed: 1,
-            },
-        };
+        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+        let mut attributes = [
+            attribute(
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                sys::CUlaunchAttributeValue {
+                    programmaticStreamSerializationAllowed: i32::from(self.overlap),
+                },
+            ),
+            attribute(
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+                sys::CUlaunchAttributeValue {
+                    clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+                        x: config.cluster,
+                        y: 1,
+                        z: 1,
+                    },
+                },
+            ),
+        ];
+        // Cards older than Hopper know neither.
+        let num_attributes = if config.cluster > 1 { 2 } else { u32::from(self.overlap) };
         let config = sys::CUlaunchConfig {
             gridDimX: config.grid[0],
             gridDimY: config.grid[1],
@@ -654,8 +671,8 @@ impl Stream {
             blockDimZ: 1,
             sharedMemBytes: config.shared_bytes,
             hStream: self.stream,
-            attrs: &mut overlap,
-            numAttrs: u32::from(self.overlap),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: num_attributes,
         };
         driver!(cuLaunchKernelEx(&config, kernel.function, arguments.as_mut_ptr(), std::ptr::null_mut())).map_err(|error| CudaError::Shape {
             kernel: kernel.name,
@@ -854,6 +871,35 @@ pub(super) struct Kernel {
 
 // SAFETY: handles of the context.
 unsafe impl Send for Kernel {}
+
+/// A matrix as the bulk copy engine sees it: boxes of it go to shared memory with the 128-byte swizzle. A kernel argument.
+#[repr(transparent)]
+pub(super) struct TensorMap(sys::CUtensorMap);
+
+impl TensorMap {
+    /// `[rows, columns]` bf16, row-major, in boxes of `box_rows` rows and 64 columns; what lies outside reads as zero. Columns are a multiple
+    /// of 8, the address one of 16.
+    pub(super) fn new(address: u64, rows: usize, columns: usize, box_rows: usize) -> Result<Self, CudaError> {
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        let (sizes, stride) = ([columns as u64, rows as u64], [2 * columns as u64]);
+        let (box_sizes, steps) = ([64, box_rows as u32], [1, 1]);
+        driver!(cuTensorMapEncodeTiled(
+            &mut map,
+            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            std::ptr::with_exposed_provenance_mut(address as usize),
+            sizes.as_ptr(),
+            stride.as_ptr(),
+            box_sizes.as_ptr(),
+            steps.as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ))?;
+        Ok(Self(map))
+    }
+}
 
 impl Kernel {
     pub(super) fn allow_shared_bytes(&self, bytes: u32) -> Result<(), CudaError> {

@@ -1,15 +1,11 @@
 //! Dense GEMMs: `y[m, n] = x[m, k] · w[n, k]ᵀ (+ bias)`, bf16 in, f32 sums, bf16 or f32 out, or accumulated into f32.
 //!
-//! By cuBLASLt; for few rows by a kernel of our own (`cuda/skinny_gemm.cu`) where [`Gemm::tune`] measures that it is faster on the device.
+//! By cuBLASLt; for few rows by a kernel of our own (`cuda/skinny_gemm.cu`, `cuda/stream_gemm.cu`) where [`Gemm::tune`] measures that it is
+//! faster on the device.
 //! Everything that a call of cuBLASLt needs is made once per shape and kept (a *plan*): descriptors, layouts, and the algorithm, which `tune`
 //! picks by measuring cuBLASLt's candidates.
 
-use std::{
-    collections::{HashMap, HashSet},
-    ffi::c_void,
-    ptr,
-    sync::Arc,
-};
+use std::{collections::HashMap, ffi::c_void, ptr, sync::Arc};
 
 use cudarc::cublaslt::sys::{self, cublasLtMatmulDescAttributes_t as DescAttribute, cublasStatus_t, cudaDataType_t};
 use half::bf16;
@@ -18,12 +14,13 @@ use super::{
     CudaError, Device, DeviceBuffer, Event, LaunchConfig, Stream, View, arguments,
     device::{Kernel, Module},
     dimension, images, require, require_len,
+    stream_gemm::{StreamCut, StreamGemm},
 };
 
 const NAME: &str = "gemm";
 /// What NVIDIA recommends for Hopper; smaller cards do with less.
 const WORKSPACE_BYTES: usize = 32 << 20;
-/// Most rows of the own kernel, by variant.
+/// Most rows of the skinny kernel, by variant.
 const SKINNY_ROWS: [usize; 3] = [8, 16, 32];
 /// Candidates of cuBLASLt that are timed.
 const MAX_CANDIDATES: usize = 12;
@@ -54,6 +51,15 @@ pub enum GemmBias<'a> {
     F32(View<'a, f32>),
 }
 
+impl GemmBias<'_> {
+    pub(super) fn address(self) -> u64 {
+        match self {
+            Self::Bf16(bias) => bias.address(),
+            Self::F32(bias) => bias.address(),
+        }
+    }
+}
+
 /// y of a GEMM.
 #[derive(Clone, Copy)]
 pub enum GemmOutput<'a> {
@@ -66,7 +72,7 @@ pub enum GemmOutput<'a> {
 }
 
 impl GemmOutput<'_> {
-    fn kind(self) -> OutputKind {
+    pub(super) fn kind(self) -> OutputKind {
         match self {
             Self::Bf16(_) => OutputKind::Bf16,
             Self::F32(_) => OutputKind::F32,
@@ -74,7 +80,7 @@ impl GemmOutput<'_> {
         }
     }
 
-    fn address_and_len(self) -> (u64, usize) {
+    pub(super) fn address_and_len(self) -> (u64, usize) {
         match self {
             Self::Bf16(view) => (view.address(), view.len()),
             Self::F32(view) | Self::AddF32(view) => (view.address(), view.len()),
@@ -83,7 +89,7 @@ impl GemmOutput<'_> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum OutputKind {
+pub(super) enum OutputKind {
     Bf16,
     F32,
     AddF32,
@@ -171,6 +177,15 @@ impl Drop for Plan {
     }
 }
 
+/// A kernel of our own.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum OwnGemm {
+    /// `skinny_gemm.cu`, up to 32 rows.
+    Skinny,
+    /// `stream_gemm.cu`, up to 64 rows on Hopper.
+    Stream(StreamCut),
+}
+
 /// cuBLASLt with its workspace and its plans. For one stream at a time: the workspace is shared by all calls.
 pub struct Gemm {
     handle: sys::cublasLtHandle_t,
@@ -178,8 +193,9 @@ pub struct Gemm {
     plans: HashMap<Key, Plan>,
     skinny_bf16: [Kernel; 3],
     skinny_f32: [Kernel; 3],
-    /// Shapes that the own kernel is faster for.
-    skinny: HashSet<Key>,
+    stream: Option<StreamGemm>,
+    /// Shapes that an own kernel is faster for.
+    own: HashMap<Key, OwnGemm>,
 }
 
 // SAFETY: handles may be used from any thread, one at a time (`&mut self`).
@@ -205,7 +221,8 @@ impl Gemm {
                 module.kernel("skinny_gemm_rows16_f32")?,
                 module.kernel("skinny_gemm_rows32_f32")?,
             ],
-            skinny: HashSet::new(),
+            stream: StreamGemm::load(device)?,
+            own: HashMap::new(),
             handle,
             workspace: DeviceBuffer::uninit(device, WORKSPACE_BYTES)?,
             plans: HashMap::new(),
@@ -219,8 +236,8 @@ impl Gemm {
     pub fn launch(&mut self, stream: &Stream, args: &GemmArgs<'_>) -> Result<(), CudaError> {
         args.check()?;
         let key = args.key();
-        if self.skinny.contains(&key) {
-            return self.enqueue_skinny(stream, args);
+        if let Some(own) = self.own.get(&key) {
+            return self.enqueue_own(stream, args, *own);
         }
         if !self.plans.contains_key(&key) {
             let mut plan = new_plan(key)?;
@@ -233,20 +250,34 @@ impl Gemm {
         self.enqueue(stream, &self.plans[&key], args)
     }
 
-    /// Picks the fastest algorithm for a shape by timing cuBLASLt's candidates on `weights` in turn (several, so that they come from memory
-    /// as in use, not from the cache). Returns its time in microseconds. y is left with any values.
+    /// Picks the fastest kernel or algorithm for a shape by timing the candidates on `weights` in turn (several, so that they come from memory
+    /// as in use, not from the cache), each run after `before`, as in use small kernels are what lies between GEMMs. y is left with any values.
+    /// A shape whose own kernel has been chosen for as many rows as that kernel's variant takes gets the same.
     ///
     /// # Errors
-    /// As [`Self::launch`].
-    pub fn tune(&mut self, stream: &Stream, args: &GemmArgs<'_>, weights: &[View<'_, bf16>]) -> Result<f32, CudaError> {
+    /// As [`Self::launch`], and those of `before`.
+    pub fn tune(
+        &mut self,
+        stream: &Stream,
+        args: &GemmArgs<'_>,
+        weights: &[View<'_, bf16>],
+        before: impl Fn() -> Result<(), CudaError>,
+    ) -> Result<(), CudaError> {
         args.check()?;
         let key = args.key();
+        let most_rows = self.stream.as_ref().and_then(|stream| stream.most_rows(args.m));
+        if let Some(m) = most_rows.filter(|_| key.m > 1)
+            && let Some(&own) = self.own.get(&Key { m, ..key })
+        {
+            self.own.insert(key, own);
+            return Ok(());
+        }
         let mut plan = new_plan(key)?;
         let mut best = (f32::INFINITY, None);
         for algorithm in self.candidates(&plan)? {
             plan.algorithm = algorithm;
             // A candidate that can't run after all is no candidate.
-            if let Ok(microseconds) = time(stream, args, weights, |args| self.enqueue(stream, &plan, args))
+            if let Ok(microseconds) = time(stream, args, weights, &before, |args| self.enqueue(stream, &plan, args))
                 && microseconds < best.0
             {
                 best = (microseconds, Some(algorithm));
@@ -258,23 +289,44 @@ impl Gemm {
             status: format!("no algorithm for {key:?}"),
         })?;
         self.plans.insert(key, plan);
-        if args.m <= SKINNY_ROWS[SKINNY_ROWS.len() - 1] {
-            let own = time(stream, args, weights, |args| self.enqueue_skinny(stream, args))?;
-            if own < microseconds {
-                self.skinny.insert(key);
-                microseconds = own;
+        self.own.remove(&key);
+        for own in self.own_candidates(args) {
+            let own_microseconds = time(stream, args, weights, &before, |args| self.enqueue_own(stream, args, own))?;
+            if own_microseconds < microseconds {
+                self.own.insert(key, own);
+                microseconds = own_microseconds;
             }
         }
-        Ok(microseconds)
+        Ok(())
     }
 
-    /// Enqueues the own kernel, for up to 32 rows, whatever was measured.
+    /// What a shape was given by [`Self::tune`]: an own kernel, or `None` for cuBLASLt.
+    pub fn chosen(&self, args: &GemmArgs<'_>) -> Option<OwnGemm> {
+        self.own.get(&args.key()).copied()
+    }
+
+    /// The own kernels that can do a shape, in every cut that [`Self::tune`] tries.
+    pub fn own_candidates(&self, args: &GemmArgs<'_>) -> Vec<OwnGemm> {
+        let skinny = SKINNY_ROWS.iter().any(|&rows| args.m <= rows).then_some(OwnGemm::Skinny);
+        let stream = self.stream.iter().flat_map(|stream| stream.candidates(args)).map(OwnGemm::Stream);
+        skinny.into_iter().chain(stream).collect()
+    }
+
+    /// Enqueues an own kernel, whatever was measured.
     ///
     /// # Errors
-    /// `Shape` for lengths that don't fit, and for more rows.
-    pub fn launch_skinny(&self, stream: &Stream, args: &GemmArgs<'_>) -> Result<(), CudaError> {
+    /// `Shape` for lengths that don't fit, and for more rows than the kernel's.
+    pub fn launch_own(&self, stream: &Stream, args: &GemmArgs<'_>, own: OwnGemm) -> Result<(), CudaError> {
         args.check()?;
-        self.enqueue_skinny(stream, args)
+        self.enqueue_own(stream, args, own)
+    }
+
+    fn enqueue_own(&self, stream: &Stream, args: &GemmArgs<'_>, own: OwnGemm) -> Result<(), CudaError> {
+        match (own, &self.stream) {
+            (OwnGemm::Skinny, _) => self.enqueue_skinny(stream, args),
+            (OwnGemm::Stream(cut), Some(kernels)) => kernels.launch(stream, args, cut),
+            (OwnGemm::Stream(_), None) => require(NAME, false, || "this device has no stream kernel".into()),
+        }
     }
 
     fn enqueue_skinny(&self, stream: &Stream, args: &GemmArgs<'_>) -> Result<(), CudaError> {
@@ -285,10 +337,7 @@ impl Gemm {
             OutputKind::Bf16 => &self.skinny_bf16[variant],
             OutputKind::F32 | OutputKind::AddF32 => &self.skinny_f32[variant],
         };
-        let bias = args.bias.map_or(0, |bias| match bias {
-            GemmBias::Bf16(bias) => bias.address(),
-            GemmBias::F32(bias) => bias.address(),
-        });
+        let bias = args.bias.map_or(0, GemmBias::address);
         let (x, w, (y, _)) = (args.x.address(), args.w.address(), args.y.address_and_len());
         let (m, n, k) = (args.m as i32, dimension(NAME, "n", args.n)?, dimension(NAME, "k", args.k)?);
         let add = i32::from(args.y.kind() == OutputKind::AddF32);
@@ -333,10 +382,7 @@ impl Gemm {
 
     fn enqueue(&self, stream: &Stream, plan: &Plan, args: &GemmArgs<'_>) -> Result<(), CudaError> {
         if let Some(bias) = args.bias {
-            let address = match bias {
-                GemmBias::Bf16(bias) => bias.address(),
-                GemmBias::F32(bias) => bias.address(),
-            };
+            let address = bias.address();
             let which = DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
             cublas!(cublasLtMatmulDescSetAttribute(
                 plan.operation,
@@ -382,24 +428,30 @@ fn time(
     stream: &Stream,
     args: &GemmArgs<'_>,
     weights: &[View<'_, bf16>],
+    before: impl Fn() -> Result<(), CudaError>,
     run: impl Fn(&GemmArgs<'_>) -> Result<(), CudaError>,
 ) -> Result<f32, CudaError> {
-    const ROUNDS: usize = 16;
+    const ROUNDS: usize = 8;
     // Loads the kernel, which a capture may not.
     run(args)?;
     let graph = stream.capture(|| {
         (0..ROUNDS).try_for_each(|round| {
             let w = weights.get(round % weights.len().max(1)).copied().unwrap_or(args.w);
+            before()?;
             run(&GemmArgs { w, ..*args })
         })
     })?;
     let (begin, end) = (Event::new(stream.device(), true)?, Event::new(stream.device(), true)?);
     stream.launch_graph(&graph)?;
-    begin.record(stream)?;
-    stream.launch_graph(&graph)?;
-    end.record(stream)?;
-    end.synchronize()?;
-    Ok(end.milliseconds_since(&begin)? * 1000.0 / ROUNDS as f32)
+    let mut best = f32::INFINITY;
+    for _ in 0..3 {
+        begin.record(stream)?;
+        stream.launch_graph(&graph)?;
+        end.record(stream)?;
+        end.synchronize()?;
+        best = best.min(end.milliseconds_since(&begin)?);
+    }
+    Ok(best * 1000.0 / ROUNDS as f32)
 }
 
 /// cuBLASLt is column-major: it computes yᵀ `[n, m]` = w · xᵀ, with w read as the transpose of `[k, n]`.

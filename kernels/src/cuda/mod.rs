@@ -14,6 +14,7 @@ pub mod random_fill;
 pub mod rms_norm;
 pub mod rope_kv;
 pub mod sampling;
+mod stream_gemm;
 
 pub use device::{CudaError, Device, DeviceBuffer, DeviceInfo, Event, Graph, LaunchConfig, PinnedBuffer, RegisteredMemory, Stream, View, devices};
 

@@ -158,6 +158,7 @@ impl Sampling {
             grid: [args.rows as u32, 1, 1],
             block: 1024,
             shared_bytes: MAX_CANDIDATES * 8,
+            cluster: 1,
         };
         stream.launch(
             &self.kernel,

@@ -1,7 +1,10 @@
 //! cuBLASLt's GEMMs as the engine calls them.
 
 use polylora_kernels::{
-    cuda::gemm::{Gemm, GemmArgs, GemmBias, GemmOutput},
+    cuda::{
+        View,
+        gemm::{Gemm, GemmArgs, GemmBias, GemmOutput},
+    },
     reference,
 };
 
@@ -67,7 +70,7 @@ fn tuned_gemm_is_the_same() {
         n,
         k,
     };
-    gemm.tune(&gpu.stream, &args, &[device_w.view()]).unwrap();
+    gemm.tune(&gpu.stream, &args, &[device_w.view()], || Ok(())).unwrap();
     gpu.stream.copy_to_device(y.view(), &poison_bf16(m * n)).unwrap();
     gemm.launch(&gpu.stream, &args).unwrap();
     let expected = reference::gemm(&widen(&x), m, &widen(&w), n, k, None);
@@ -75,39 +78,60 @@ fn tuned_gemm_is_the_same() {
 }
 
 #[test]
-fn skinny_gemm_agrees() {
+fn own_gemms_agree() {
     let gpu = gpu();
     let gemm = Gemm::new(&gpu.device).unwrap();
     let mut rng = Rng(23);
-    for (m, n, k) in [(1, 64, 128), (3, 37, 1032), (8, 48, 2048), (11, 16, 96), (16, 24, 1000), (32, 33, 264)] {
+    let few_rows = [(1, 64, 128), (3, 40, 1032), (8, 48, 2048), (11, 16, 96), (16, 24, 1000), (32, 136, 264)];
+    let more_rows = [(33, 1048, 2056), (48, 136, 72), (64, 4096, 512), (61, 264, 4096)];
+    for (m, n, k) in few_rows.into_iter().chain(more_rows) {
         let (x, w, bias) = (rng.bf16s(m * k, 1.0), rng.bf16s(n * k, 0.1), rng.f32s(n, 1.0));
         let (bias16, old): (Vec<_>, Vec<_>) = (bias.iter().map(|value| half::bf16::from_f32(*value)).collect(), rng.f32s(m * n, 1.0));
         let (device_x, device_w) = (gpu.stream.upload(&x).unwrap(), gpu.stream.upload(&w).unwrap());
         let (device_bias, device_bias16) = (gpu.stream.upload(&bias).unwrap(), gpu.stream.upload(&bias16).unwrap());
         for with_bias in [false, true] {
             let expected = reference::gemm(&widen(&x), m, &widen(&w), n, k, with_bias.then_some(&bias[..]));
-            let args = |y, bias| GemmArgs {
+            let all = GemmArgs {
                 x: device_x.view(),
                 w: device_w.view(),
-                bias: if with_bias { Some(bias) } else { None },
-                y,
+                bias: None,
+                y: GemmOutput::F32(View::from_address(0, m * n)),
                 m,
                 n,
                 k,
             };
-            let y = gpu.stream.upload(&poison_bf16(m * n)).unwrap();
-            let args16 = args(GemmOutput::Bf16(y.view()), GemmBias::Bf16(device_bias16.view()));
-            gemm.launch_skinny(&gpu.stream, &args16).unwrap();
-            assert_close("bf16", &widen(&gpu.stream.download(y.view()).unwrap()), &expected, TOLERANCE);
-            let y = gpu.stream.upload(&vec![f32::NAN; m * n]).unwrap();
-            gemm.launch_skinny(&gpu.stream, &args(GemmOutput::F32(y.view()), GemmBias::F32(device_bias.view())))
-                .unwrap();
-            assert_close("f32", &gpu.stream.download(y.view()).unwrap(), &expected, 1e-4);
-            let y = gpu.stream.upload(&old).unwrap();
-            gemm.launch_skinny(&gpu.stream, &args(GemmOutput::AddF32(y.view()), GemmBias::F32(device_bias.view())))
-                .unwrap();
-            let sums: Vec<f32> = expected.iter().zip(&old).map(|(a, b)| a + b).collect();
-            assert_close("add", &gpu.stream.download(y.view()).unwrap(), &sums, 1e-4);
+            let candidates = gemm.own_candidates(&all);
+            assert!(!candidates.is_empty() || m > 32, "one kernel at least for {m} rows");
+            for own in candidates {
+                let y = gpu.stream.upload(&poison_bf16(m * n)).unwrap();
+                let bias = with_bias.then(|| GemmBias::Bf16(device_bias16.view()));
+                let args16 = GemmArgs {
+                    y: GemmOutput::Bf16(y.view()),
+                    bias,
+                    ..all
+                };
+                gemm.launch_own(&gpu.stream, &args16, own).unwrap();
+                let what = format!("{m} {n} {k} {own:?}");
+                assert_close(&what, &widen(&gpu.stream.download(y.view()).unwrap()), &expected, TOLERANCE);
+                let y = gpu.stream.upload(&vec![f32::NAN; m * n]).unwrap();
+                let bias = with_bias.then(|| GemmBias::F32(device_bias.view()));
+                let args32 = GemmArgs {
+                    y: GemmOutput::F32(y.view()),
+                    bias,
+                    ..all
+                };
+                gemm.launch_own(&gpu.stream, &args32, own).unwrap();
+                assert_close(&what, &gpu.stream.download(y.view()).unwrap(), &expected, 1e-4);
+                let y = gpu.stream.upload(&old).unwrap();
+                let add = GemmArgs {
+                    y: GemmOutput::AddF32(y.view()),
+                    bias,
+                    ..all
+                };
+                gemm.launch_own(&gpu.stream, &add, own).unwrap();
+                let sums: Vec<f32> = expected.iter().zip(&old).map(|(a, b)| a + b).collect();
+                assert_close(&what, &gpu.stream.download(y.view()).unwrap(), &sums, 1e-4);
+            }
         }
     }
 }

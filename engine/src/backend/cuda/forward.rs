@@ -255,6 +255,11 @@ impl Forward<'_> {
         let Some(lora) = step.lora else {
             return self.kernels.activation.launch(self.stream, gate, from, to, step.rows, ffn);
         };
+        if !lora.is_gated {
+            let y = ExpandInto::Bf16(from);
+            self.expand(step, views, Group::GateUp, layer, self.config.hidden_size, y, &[ffn, ffn])?;
+            return self.kernels.activation.launch(self.stream, gate, from, to, step.rows, ffn);
+        }
         let units = max_items(step.rows, lora) * Lora::gated_column_tiles(ffn);
         let work = self.lora_items(
             step,
@@ -314,7 +319,9 @@ impl Forward<'_> {
         let (w, layers) = (self.workspace, &self.model.layers);
         let Some(layer) = layers.first() else { return Ok(()) };
         let weights = |of: fn(&Layer) -> View<'_, bf16>| layers.iter().map(of).collect::<Vec<_>>();
-        let tune = |gemm: &mut Gemm, args: &GemmArgs<'_>, weights: &[View<'_, bf16>]| gemm.tune(self.stream, args, weights).map(|_| ());
+        let tune = |gemm: &mut Gemm, args: &GemmArgs<'_>, weights: &[View<'_, bf16>]| {
+            gemm.tune(self.stream, args, weights, || self.norm(&layer.input_norm, rows))
+        };
         let qkv = bf16_args(&layer.qkv, w.normed.view(), w.qkv.view(), rows);
         tune(gemm, &qkv, &weights(|layer| layer.qkv.weight.view()))?;
         let o = add_args(&layer.o, w.attention_out.view(), w.residual.view(), rows);

@@ -360,7 +360,9 @@ impl CudaBackend {
             stream,
         };
         let chunks = [512, 1024, 2048, 4096, 8192].into_iter().filter(|&rows| rows <= max_rows);
-        for rows in plan::buckets(max_rows).chain(chunks) {
+        let buckets: Vec<usize> = plan::buckets(max_rows).collect();
+        // The most rows first: fewer may get what was found for them.
+        for rows in buckets.into_iter().rev().chain(chunks) {
             forward.tune(gemm, rows)?;
         }
         stream.synchronize()

@@ -8,7 +8,7 @@ use polylora_kernels::cuda::{
 };
 
 use super::{
-    adapters::{Adapters, Resident},
+    adapters::{Adapters, Group, Resident},
     staging::{Layout, Place, StageWriter},
 };
 use crate::{
@@ -20,6 +20,9 @@ use crate::{
 const BUCKETS: [usize; 24] = [
     1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256,
 ];
+
+/// Most tiles of the stack of gate and up with which the gated expand is the faster one for chunks: rank 16 in each.
+const GATED_TILES: u16 = 2;
 
 /// `rows` rounded up to what GEMM plans and graphs are made for.
 pub(super) fn bucket(rows: usize) -> usize {
@@ -50,14 +53,20 @@ pub(super) struct StepShape {
 pub(super) struct LoraShape {
     /// Items of up to 64 rows, else of up to 8.
     pub has_chunks: bool,
+    /// The expand of gate and up and the activation are one kernel; for chunks under higher ranks two are faster.
+    pub is_gated: bool,
 }
 
 impl LoraShape {
     pub fn item_rows(self) -> ItemRows {
-        match self.has_chunks {
-            true => ItemRows::UpTo64,
-            false => ItemRows::UpTo8,
-        }
+        item_rows(self.has_chunks)
+    }
+}
+
+fn item_rows(has_chunks: bool) -> ItemRows {
+    match has_chunks {
+        true => ItemRows::UpTo64,
+        false => ItemRows::UpTo8,
     }
 }
 
@@ -129,6 +138,8 @@ pub(super) struct LoraWork {
     pub shrink_items: Vec<LoraItem>,
     /// Of `shrink_items`, by group.
     pub num_shrink_items: [u32; 4],
+    /// Of 16 ranks, in the largest stack of each group.
+    largest_tiles: [u16; 4],
 }
 
 impl StepPlan {
@@ -156,11 +167,13 @@ impl StepPlan {
         plan.add_attention_work(batch, tile_rows);
         let has_chunks = !plan.prefill_tiles.is_empty();
         if !batch.lora_segments.is_empty() {
-            let shape = LoraShape { has_chunks };
-            plan.shape.lora = Some(shape);
-            let max_rows = shape.item_rows().max_rows();
+            let max_rows = item_rows(has_chunks).max_rows();
             plan.lora = LoraWork::new(&batch.lora_segments, adapters, max_rows, |resident| resident.rank_tiles);
             plan.lora.cover(rows as u32, max_rows as u32);
+            plan.shape.lora = Some(LoraShape {
+                has_chunks,
+                is_gated: !has_chunks || plan.lora.largest_tiles[Group::GateUp as usize] <= GATED_TILES,
+            });
             for segment in &batch.lora_segments {
                 let resident = adapters.get(segment.adapter).expect("the batch was checked");
                 let rows = segment.row_start as usize..(segment.row_start + segment.num_rows) as usize;
@@ -241,6 +254,7 @@ impl LoraWork {
         }
         let largest = |group: usize| tiles_of_items.iter().map(|tiles: &[u16; 4]| tiles[group]).max().unwrap_or(0);
         let by_group = [0, 1, 2, 3].map(largest);
+        work.largest_tiles = by_group;
         for rank_tile in 0..by_group.into_iter().max().unwrap_or(0) {
             let has_tile = tiles_of_items.iter().map(|tiles| tiles.iter().any(|&tiles| tiles > rank_tile));
             let items = work.expand_items.iter().zip(has_tile).filter(|(_, has_tile)| *has_tile);
