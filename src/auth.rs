@@ -70,7 +70,11 @@ pub fn read_keys_file(path: &Path) -> Result<Vec<KeyEntry>, String> {
     parse_keys(&text).map_err(|error| format!("{}: {error}", path.display()))
 }
 
-fn parse_keys(text: &str) -> Result<Vec<KeyEntry>, String> {
+/// The keys of a keys file's text.
+///
+/// # Errors
+/// As [`read_keys_file`], without the file's name.
+pub fn parse_keys(text: &str) -> Result<Vec<KeyEntry>, String> {
     let file: KeysFile = toml::from_str(text).map_err(|error| error.message().to_owned())?;
     let mut names = std::collections::BTreeSet::new();
     for key in &file.keys {

@@ -24,6 +24,8 @@ pub enum TemplateError {
     FinalMessageAltered,
 }
 
+/// Instructions that one rendering may take, so that no template can keep a thread for ever. A long conversation takes some 100 000.
+const MAX_STEPS: u64 = 50_000_000;
 /// The template for plain chat.
 const DEFAULT: &str = "default";
 /// The template that models with several use when tools are given.
@@ -70,6 +72,7 @@ impl ChatTemplates {
         // As transformers compiles them.
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.expect("the default delimiters are valid"));
+        environment.set_fuel(Some(MAX_STEPS));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", raise_exception);

@@ -655,36 +655,56 @@ fn settings_from_file(
     given: &clap::ArgMatches,
     path: &Path,
 ) -> Result<Vec<OsString>, clap::Error> {
-    let mut fail = |reason: String| command.error(clap::error::ErrorKind::Io, format!("--config {}: {reason}", path.display()));
-    let text = std::fs::read_to_string(path).map_err(|error| fail(error.to_string()))?;
-    let table: toml::Table = toml::from_str(&text).map_err(|error| fail(error.message().to_owned()))?;
+    let text = std::fs::read_to_string(path).map_err(|error| error.to_string());
+    let arguments = text.and_then(|text| settings_from_text(&text, environment, given));
+    arguments.map_err(|reason| command.error(clap::error::ErrorKind::Io, format!("--config {}: {reason}", path.display())))
+}
+
+fn settings_from_text(text: &str, environment: &Environment, given: &clap::ArgMatches) -> Result<Vec<OsString>, String> {
+    let table: toml::Table = toml::from_str(text).map_err(|error| error.message().to_owned())?;
     let serve = Cli::command();
     let serve = serve.find_subcommand("serve").expect("it is one of Cli's");
     let mut arguments = Vec::new();
     for (key, value) in &table {
         let flag = key.replace('_', "-");
         let Some(arg) = serve.get_arguments().find(|arg| arg.get_long() == Some(&flag)) else {
-            return Err(fail(format!(
+            return Err(format!(
                 "unknown setting {key:?}; settings are named like the flags of `polylora serve --help`"
-            )));
+            ));
         };
         if flag == "config" {
-            return Err(fail("a settings file can't name another".to_owned()));
+            return Err("a settings file can't name another".to_owned());
         }
         let id = arg.get_id().as_str();
         let from_environment = environment.get(&variable_of(&flag)).is_some();
         if given.value_source(id) == Some(ValueSource::CommandLine) || from_environment {
             continue;
         }
-        let values = setting_values(value).ok_or_else(|| fail(format!("{key}: a setting is a string, a number, a boolean or a list of these")))?;
+        let values = setting_values(value).ok_or_else(|| format!("{key}: a setting is a string, a number, a boolean or a list of these"))?;
         match (arg.get_action().takes_values(), value) {
             (true, _) => arguments.extend(values.iter().map(|value| format!("--{flag}={value}").into())),
             (false, toml::Value::Boolean(true)) => arguments.push(format!("--{flag}").into()),
             (false, toml::Value::Boolean(false)) => {}
-            (false, _) => return Err(fail(format!("{key}: must be true or false"))),
+            (false, _) => return Err(format!("{key}: must be true or false")),
         }
     }
     Ok(arguments)
+}
+
+/// Reads the text of a settings file as `--config` does, down to typed flags; files that it names are not looked at.
+///
+/// # Errors
+/// What is wrong, by the setting's name.
+pub fn parse_settings(text: &str) -> Result<(), String> {
+    let mut command = Cli::command();
+    let serve = ["polylora", "serve"].map(OsString::from);
+    let matches = command.try_get_matches_from_mut(serve.clone()).map_err(|error| error.to_string())?;
+    let given = matches.subcommand_matches("serve").expect("it was given");
+    let arguments = settings_from_text(text, &Environment::default(), given)?;
+    let matches = command.try_get_matches_from_mut(serve.into_iter().chain(arguments));
+    Cli::from_arg_matches(&matches.map_err(|error| plain(&error))?)
+        .map(drop)
+        .map_err(|error| error.to_string())
 }
 
 /// A TOML value as the flag's values; a table (an adapter) as JSON.

@@ -10,6 +10,8 @@ pub mod conversation;
 pub mod demo;
 pub mod error;
 pub mod extract;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod gbnf;
 pub mod generation;
 pub mod hub;

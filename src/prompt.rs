@@ -149,6 +149,20 @@ impl PromptProcessor {
     }
 }
 
+/// The chat templates of `tokenizer_config.json`; `None` if it has none.
+///
+/// # Errors
+/// `Json`; a template that is no Jinja.
+pub fn templates_from_config(tokenizer_config: &[u8]) -> Result<Option<ChatTemplates>, PromptError> {
+    let config: Value = serde_json::from_slice(tokenizer_config).map_err(|error| PromptError::Json {
+        file: "tokenizer_config.json",
+        error,
+    })?;
+    let sources = templates_of(&config);
+    let special_tokens = special_tokens(&config, &Value::Null);
+    Ok((!sources.is_empty()).then(|| ChatTemplates::new(sources, special_tokens)).transpose()?)
+}
+
 fn read(files: &FileSource, name: &'static str) -> Result<Option<Vec<u8>>, PromptError> {
     if !files.contains(name) {
         return Ok(None);

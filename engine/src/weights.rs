@@ -147,13 +147,23 @@ impl ModelWeights {
         } else {
             return Err(WeightsError::NoWeights);
         };
-        let mut files = Vec::with_capacity(names.len());
+        let open = |name: String| match source.open(&name) {
+            Ok(bytes) => Ok((name, bytes)),
+            Err(error) => Err(WeightsError::Io { file: name, error }),
+        };
+        Self::from_files(names.into_iter().map(open).collect::<Result<_, _>>()?)
+    }
+
+    /// The tensors of safetensors files, given by name and content. Reads their headers.
+    ///
+    /// # Errors
+    /// `BadFile`: damaged, or a tensor is in two of them.
+    pub fn from_files(files: Vec<(String, FileBytes)>) -> Result<Self, WeightsError> {
         let mut tensors = HashMap::new();
-        for (file_idx, name) in names.into_iter().enumerate() {
-            let bytes = source.open(&name).map_err(|error| WeightsError::Io { file: name.clone(), error })?;
+        for (file_idx, (name, bytes)) in files.iter().enumerate() {
             let bad = |reason: String| WeightsError::BadFile { file: name.clone(), reason };
             let (header_len, metadata) =
-                safetensors::SafeTensors::read_metadata(&bytes).map_err(|error| bad(format!("not a safetensors file: {error}")))?;
+                safetensors::SafeTensors::read_metadata(bytes).map_err(|error| bad(format!("not a safetensors file: {error}")))?;
             // The length of the header stands before it, in 8 bytes.
             let data_start = header_len + size_of::<u64>();
             for (tensor, info) in metadata.tensors() {
@@ -171,7 +181,6 @@ impl ModelWeights {
                     return Err(bad(format!("tensor {tensor} is in another file, too")));
                 }
             }
-            files.push((name, bytes));
         }
         Ok(Self {
             source: Source::Files { files, tensors },

@@ -214,10 +214,36 @@ pub fn load_adapter(files: &FileSource, decoder: &DecoderConfig, limits: &LoraLi
     refuse_added_tokens(files, decoder)?;
     let max_bytes = max_weight_bytes(&resolution, decoder).min(limits.max_file_bytes);
     let weights = WeightFiles::read(files, max_bytes, limits.pack_threads)?;
+    assemble(&config, &resolution, &weights, decoder, limits)
+}
+
+/// As [`load_adapter`], of an adapter that is in memory: `adapter_config.json` and `adapter_model.safetensors`.
+///
+/// # Errors
+/// As `load_adapter`.
+pub fn load_adapter_bytes(
+    config: &[u8],
+    weights: &[u8],
+    decoder: &DecoderConfig,
+    limits: &LoraLimits,
+) -> Result<(HostAdapter, CoverageReport), AdapterError> {
+    let config = PeftConfig::parse(config)?;
+    let resolution = config.resolve(decoder)?;
+    limits.check(&resolution)?;
+    assemble(&config, &resolution, &WeightFiles::from_bytes(weights), decoder, limits)
+}
+
+fn assemble(
+    config: &PeftConfig,
+    resolution: &Resolution,
+    weights: &WeightFiles,
+    decoder: &DecoderConfig,
+    limits: &LoraLimits,
+) -> Result<(HostAdapter, CoverageReport), AdapterError> {
     let mut loader = Loader {
         decoder,
         limits,
-        config: &config,
+        config,
         tensors: weights.tensors(decoder.num_layers)?,
         report: CoverageReport {
             keys_without_effect: resolution.without_effect.clone(),
@@ -227,11 +253,11 @@ pub fn load_adapter(files: &FileSource, decoder: &DecoderConfig, limits: &LoraLi
         blob_bytes: 0,
         base: None,
     };
-    let replaced = loader.plan_replaced(&resolution)?;
-    let modules = loader.plan_modules(&resolution)?;
+    let replaced = loader.plan_replaced(resolution)?;
+    let modules = loader.plan_modules(resolution)?;
     loader.check_leftovers()?;
     loader.check_packed_bytes()?;
-    loader.finish(&resolution, modules, replaced)
+    loader.finish(resolution, modules, replaced)
 }
 
 fn refuse_added_tokens(files: &FileSource, decoder: &DecoderConfig) -> Result<(), AdapterError> {

@@ -79,6 +79,16 @@ impl WeightFiles {
         Err(bad(WEIGHTS_FILE, "no such file"))
     }
 
+    /// One file that is in memory already.
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        let mut buffer = HugeBuffer::zeroed(bytes.len());
+        buffer.copy_from_slice(bytes);
+        Self {
+            files: vec![(WEIGHTS_FILE.into(), buffer)],
+            index: None,
+        }
+    }
+
     fn read_shards(source: &FileSource, max_bytes: u64, threads: usize) -> Result<Self, AdapterError> {
         let bytes = read_file(source, INDEX_FILE, MAX_HEADER_BYTES)?;
         let value: Value = serde_json::from_slice(&bytes).map_err(|error| bad(INDEX_FILE, format!("not valid JSON: {error}")))?;
