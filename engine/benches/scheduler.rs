@@ -74,6 +74,7 @@ fn measure(case: &Case) -> Vec<Duration> {
         num_blocks: (case.running + 1) * blocks_each,
         block_size,
         token_budget: 8192,
+        mixed_prefill_tokens: 8192,
         max_running_requests: case.running,
         max_loras_per_batch: case.adapters.max(1),
         prefix_caching: true,

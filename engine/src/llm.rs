@@ -38,6 +38,8 @@ pub struct EngineConfig {
     pub max_queued_requests: usize,
     /// Most rows of one step (the token budget); a longer prompt is prefilled in chunks.
     pub chunked_prefill_tokens: usize,
+    /// Most prompt tokens of a step that also decodes: what bounds the time between others' tokens while prompts come in.
+    pub mixed_prefill_tokens: usize,
     /// Whether prefixes are cached.
     pub prefix_caching: bool,
     /// `None`: adapters are refused.
@@ -174,6 +176,7 @@ impl LlmEngine {
             num_blocks: capacity.num_blocks,
             block_size: capacity.block_size,
             token_budget: config.chunked_prefill_tokens,
+            mixed_prefill_tokens: config.mixed_prefill_tokens,
             max_running_requests: config.max_running_requests,
             max_loras_per_batch: config.lora.as_ref().map_or(1, |lora| lora.max_loras_per_batch),
             prefix_caching: config.prefix_caching,
@@ -405,6 +408,7 @@ fn check_limits(config: &EngineConfig, decoder: &DecoderConfig, capacity: &Capac
         ": each of max_running_requests has a row in a step, and the device takes no more",
         config.chunked_prefill_tokens,
     )?;
+    check("mixed_prefill_tokens", 1, usize::MAX, "", config.mixed_prefill_tokens)?;
     if let Some(lora) = &config.lora {
         check(
             "max_loras_per_batch",
@@ -489,6 +493,7 @@ mod tests {
             max_running_requests: 4,
             max_queued_requests: 2,
             chunked_prefill_tokens: 16,
+            mixed_prefill_tokens: 16,
             prefix_caching: true,
             lora: Some(LoraConfig {
                 max_loras_per_batch: 2,

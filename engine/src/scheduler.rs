@@ -37,6 +37,8 @@ pub struct SchedulerConfig {
     pub block_size: usize,
     /// Most rows of one step.
     pub token_budget: usize,
+    /// Most rows of prefill in a step that also decodes: how long a prompt may hold up others' next tokens.
+    pub mixed_prefill_tokens: usize,
     /// Sequences running at once; at most `token_budget`, so that every decoding sequence has its row.
     pub max_running_requests: usize,
     /// Distinct adapters of one step, at least 1.
@@ -124,6 +126,7 @@ impl Scheduler {
             (1..=config.token_budget).contains(&config.max_running_requests),
             "each running sequence has a row in a step"
         );
+        assert!(config.mixed_prefill_tokens > 0, "a prompt could wait for ever beside others' decoding");
         assert!(config.max_loras_per_batch > 0, "a request with an adapter could never run");
         Self {
             pool: BlockPool::new(config.num_blocks),
@@ -444,6 +447,9 @@ impl Scheduler {
             }
         }
         let mut budget = self.config.token_budget - decodes.len();
+        if !decodes.is_empty() {
+            budget = budget.min(self.config.mixed_prefill_tokens);
+        }
         for (_, num_rows) in &mut prefills {
             *num_rows = (*num_rows).min(budget);
             budget -= *num_rows;
@@ -668,6 +674,7 @@ mod tests {
         num_blocks: usize,
         block_size: usize,
         token_budget: usize,
+        mixed_prefill: usize,
         max_running: usize,
         max_loras: usize,
         adapter_bytes: usize,
@@ -679,6 +686,7 @@ mod tests {
         num_blocks: 256,
         block_size: 4,
         token_budget: 64,
+        mixed_prefill: 64,
         max_running: 16,
         max_loras: 8,
         adapter_bytes: 1 << 20,
@@ -692,6 +700,7 @@ mod tests {
                 num_blocks: limits.num_blocks,
                 block_size: limits.block_size,
                 token_budget: limits.token_budget,
+                mixed_prefill_tokens: limits.mixed_prefill,
                 max_running_requests: limits.max_running,
                 max_loras_per_batch: limits.max_loras,
                 prefix_caching: limits.prefix_caching,
@@ -823,6 +832,23 @@ mod tests {
         bench.run();
         assert_eq!(bench.events[&first], expected_first);
         assert_eq!(bench.events[&second], expected_second);
+    }
+
+    #[test]
+    fn chunks_are_smaller_while_others_decode() {
+        let mut bench = Bench::new(Limits {
+            token_budget: 16,
+            mixed_prefill: 5,
+            ..ROOMY
+        });
+        bench.add(bench.request(prompt(3), 3, None));
+        bench.step();
+        bench.add(bench.request(prompt(40), 1, None));
+        let rows: Vec<Vec<u32>> = (0..4)
+            .map(|_| bench.step().expect("work").sequences.iter().map(|rows| rows.num_rows).collect())
+            .collect();
+        assert_eq!(rows, [vec![1, 5], vec![1, 5], vec![16], vec![14]]);
+        bench.run();
     }
 
     #[test]
@@ -1141,6 +1167,7 @@ mod tests {
             num_blocks: min_blocks + rng.below(2 * min_blocks),
             block_size,
             token_budget,
+            mixed_prefill: 1 + rng.below(32),
             max_running: 1 + rng.below(token_budget.min(8)),
             max_loras: 1 + rng.below(3),
             adapter_bytes: 300 + rng.below(600),

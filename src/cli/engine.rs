@@ -57,6 +57,8 @@ pub(super) struct MemoryPlan {
 const CPU_RUNNING_REQUESTS: usize = 64;
 /// Tokens of a step on the CPU, unless set.
 const CPU_CHUNKED_PREFILL: usize = 512;
+/// Prompt tokens of a step that also decodes on the CPU, unless set: a matrix is computed as fast in pieces of this size.
+const CPU_MIXED_PREFILL: usize = 128;
 /// Most bytes of KV cache on the CPU, unless set.
 const CPU_KV_BYTES: u64 = 4 << 30;
 
@@ -105,6 +107,7 @@ pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result
         max_running_requests: Some(max_batch),
         max_queued_requests: max_batch,
         chunked_prefill_size: Some(args.chunked_prefill_size.max(max_batch)),
+        mixed_prefill_size: Some(args.chunked_prefill_size.max(max_batch)),
         block_size: 16,
         prefix_caching: false,
         cuda_graph_max_bs: None,
@@ -206,7 +209,7 @@ fn weight_bytes(decoder: &DecoderConfig, compute: ComputeDtype) -> usize {
 
 fn start_on_cpu(inputs: EngineInputs<'_>, compute: ComputeDtype, memory: MemoryPlan) -> anyhow::Result<BuiltEngine> {
     let (settings, lora) = (inputs.settings, &inputs.lora);
-    let limits = StepLimits::of(settings, CPU_RUNNING_REQUESTS, CPU_CHUNKED_PREFILL);
+    let limits = StepLimits::of(settings, CPU_RUNNING_REQUESTS, CPU_CHUNKED_PREFILL, CPU_MIXED_PREFILL);
     let options = CpuOptions {
         dtype: compute,
         num_threads: settings.num_threads.unwrap_or(CpuOptions::default().num_threads),
@@ -238,15 +241,17 @@ fn start_on_cpu(inputs: EngineInputs<'_>, compute: ComputeDtype, memory: MemoryP
 struct StepLimits {
     running_requests: usize,
     tokens: usize,
+    mixed_prefill: usize,
 }
 
 impl StepLimits {
-    fn of(settings: &EngineSettings, running_requests: usize, tokens: usize) -> Self {
+    fn of(settings: &EngineSettings, running_requests: usize, tokens: usize, mixed_prefill: usize) -> Self {
         let running_requests = settings.max_running_requests.unwrap_or(running_requests);
         Self {
             running_requests,
             // Each running sequence has a row in a step.
             tokens: settings.chunked_prefill_size.unwrap_or(tokens.max(running_requests)),
+            mixed_prefill: settings.mixed_prefill_size.unwrap_or(mixed_prefill),
         }
     }
 }
@@ -301,6 +306,7 @@ fn start(inputs: EngineInputs<'_>, backend: Box<dyn Backend>, device: DeviceFact
             max_running_requests: device.limits.running_requests,
             max_queued_requests: settings.max_queued_requests,
             chunked_prefill_tokens: device.limits.tokens,
+            mixed_prefill_tokens: device.limits.mixed_prefill,
             prefix_caching: settings.prefix_caching,
             lora,
         },

@@ -170,6 +170,7 @@ pub fn start(limits: &Limits) -> Arc<LlmEngine> {
             max_running_requests: limits.max_running,
             max_queued_requests: 4096,
             chunked_prefill_tokens: limits.step_tokens,
+            mixed_prefill_tokens: limits.step_tokens,
             prefix_caching: true,
             lora: Some(lora),
         },

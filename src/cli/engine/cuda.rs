@@ -15,6 +15,8 @@ use crate::config::{Device, MemoryBudget};
 const RUNNING_REQUESTS: usize = 256;
 /// Tokens of a step, unless set.
 const CHUNKED_PREFILL: usize = 2048;
+/// Of those, prompt tokens of a step that also decodes, unless set.
+const MIXED_PREFILL: usize = 1024;
 /// Part of the memory for weights, KV cache and adapters, unless set.
 const MEMORY_FRACTION: f64 = 0.85;
 /// Of that, for adapters.
@@ -45,7 +47,7 @@ pub(super) fn start(mut inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine>
         lora.max_lora_rank.get_or_insert(MAX_LORA_RANK);
     }
     let (settings, lora) = (inputs.settings, &inputs.lora);
-    let limits = StepLimits::of(settings, RUNNING_REQUESTS, CHUNKED_PREFILL);
+    let limits = StepLimits::of(settings, RUNNING_REQUESTS, CHUNKED_PREFILL, MIXED_PREFILL);
     let adapter_fraction = if lora.is_some() { ADAPTER_FRACTION } else { 0.0 };
     let total_bytes = devices()?[0].total_bytes as f64;
     let (mem_fraction, bytes, kv_cache) = match settings.memory {
