@@ -264,8 +264,8 @@ pub struct Tool {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(remote = "Self", deny_unknown_fields)]
 pub struct FunctionDefinition {
-    /// Its name: letters, digits, `_`, `-`.
-    #[schema(example = "get_weather", pattern = "^[a-zA-Z0-9_-]{1,64}$")]
+    /// Its name: letters, digits, `_`, `-`, `.`.
+    #[schema(example = "get_weather", pattern = "^[a-zA-Z0-9_.-]{1,64}$")]
     pub name: String,
     /// What it does.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -116,8 +116,8 @@ pub struct FunctionTool {
     #[serde(rename = "type")]
     #[schema(example = "function")]
     pub kind: String,
-    /// Its name: letters, digits, `_`, `-`.
-    #[schema(example = "get_weather", pattern = "^[a-zA-Z0-9_-]{1,64}$")]
+    /// Its name: letters, digits, `_`, `-`, `.`.
+    #[schema(example = "get_weather", pattern = "^[a-zA-Z0-9_.-]{1,64}$")]
     pub name: String,
     /// What it does.
     pub description: Option<String>,

@@ -226,9 +226,9 @@ async fn grammar(state: &AppState, request: &ChatRequest, tools: &Tools) -> Resu
     let (spec, param) = match (format, required) {
         (None, None) => return Ok(None),
         (_, Some(functions)) => {
-            let lark = state
-                .tool_format
-                .grammar(&functions, tools.parallel && functions.len() == tools.offered.len(), tokenizer);
+            // A choice by name is of one call, be it the only function that is offered.
+            let is_named = matches!(request.tool_choice, Some(ToolChoice::Named(_)));
+            let lark = state.tool_format.grammar(&functions, tools.parallel && !is_named, tokenizer);
             (GrammarSpec::Lark(lark.map_err(bad_tools)?), "tools")
         }
         (Some((GrammarSpec::JsonSchema(schema), param)), None) if !tools.offered.is_empty() => {

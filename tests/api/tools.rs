@@ -181,6 +181,18 @@ async fn one_call_at_most_if_so_asked() {
 }
 
 #[tokio::test]
+async fn a_function_chosen_by_name_is_called_once_even_if_it_is_the_only_one() {
+    let server = server();
+    let call = "<tool_call>\n{\"name\": \"time\", \"arguments\": {\"zone\":\"CET\"}}\n</tool_call>";
+    server.engine.script_next(says(&format!("{call}\n{call}")));
+    let mut body = chat(json!({"tool_choice": {"type": "function", "function": {"name": "time"}}}));
+    body["tools"].as_array_mut().unwrap().retain(|tool| tool["function"]["name"] == "time");
+    assert_eq!(body["tools"].as_array().unwrap().len(), 1);
+    let body = server.post("/v1/chat/completions", body).await.json(200).await;
+    assert_eq!(calls(&body["choices"][0]["message"]).as_array().unwrap().len(), 1);
+}
+
+#[tokio::test]
 async fn calls_and_results_go_back_to_the_model() {
     let server = server();
     let messages = json!([
