@@ -18,10 +18,11 @@ def main():
     parser.add_argument("--server", required=True, help="the polylora binary")
     os.environ["POLYLORA"] = os.path.abspath(parser.parse_args().server)
     sys.path.insert(0, HERE)
-    from server import Server
+    from server import Server, keys_file
     result = unittest.TextTestRunner(verbosity=2).run(unittest.defaultTestLoader.discover(HERE))
-    with Server() as server:
-        node = subprocess.run(["node", "--test", os.path.join(HERE, "openai.test.mjs")], env={**os.environ, "POLYLORA_URL": server.url})
+    with keys_file() as keys, Server() as server, Server("--api-keys-file", keys.name) as keyed:
+        environment = {**os.environ, "POLYLORA_URL": server.url, "POLYLORA_KEYS_URL": keyed.url}
+        node = subprocess.run(["node", "--test", os.path.join(HERE, "openai.test.mjs")], env=environment)
     if not result.wasSuccessful() or node.returncode:
         sys.exit("SDK tests failed")
 

@@ -1,4 +1,5 @@
 """A polylora server as a context manager, and the golden answers of the demo model."""
+import hashlib
 import json
 import os
 import signal
@@ -13,6 +14,19 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 BINARY = os.environ.get("POLYLORA", os.path.join(ROOT, "target", "debug", "polylora"))
 DEMO = os.path.join(ROOT, "demo")
 LIST_3 = "List 3 countries and their capitals."
+KEYS = """
+[[keys]]
+name = "one-at-a-time"
+sha256 = "{one}"
+adapters = ["json"]
+base_model = false
+concurrent_requests = 1
+
+[[keys]]
+name = "few"
+sha256 = "{few}"
+requests_per_minute = 1
+"""
 
 
 def golden(adapter, kind, index=0):
@@ -33,6 +47,14 @@ def golden_for(adapter, prompt):
 
 def adapter_path(name):
     return os.path.join(DEMO, "adapters", name)
+
+
+def keys_file():
+    """A temporary file for --api-keys-file with the keys "one" (one request at a time, of one adapter) and "few" (one request a minute)."""
+    file = tempfile.NamedTemporaryFile("w", suffix=".toml")
+    file.write(KEYS.format(**{key: hashlib.sha256(key.encode()).hexdigest() for key in ("one", "few")}))
+    file.flush()
+    return file
 
 
 def free_port():

@@ -1,14 +1,27 @@
 """The official OpenAI package for Python against the demo model. Expected texts are demo/golden/'s."""
+import json
 import math
 import time
 import unittest
+from typing import Literal
 
 import openai
+import pydantic
 
-from server import LIST_3, Server, golden, golden_for
+from server import LIST_3, Server, golden, golden_for, keys_file
 
 ADAPTERS = ["lines", "table", "json", "pirate", "sql", "upper", "flags", "yaml"]
 CHAT = [{"role": "user", "content": LIST_3}]
+CAPITAL_OF = {"type": "function", "function": {"name": "capital_of", "description": "The capital of a country.", "parameters": {
+    "type": "object", "properties": {"country": {"type": "string", "enum": ["France", "Peru"]}}, "required": ["country"],
+    "additionalProperties": False}}}
+
+
+class Capital(pydantic.BaseModel):
+    """What `parse` asks for: no text that the toy model could write on and on."""
+
+    country: Literal["France", "Peru"]
+    is_large: bool
 
 
 class OpenAiPython(unittest.TestCase):
@@ -151,14 +164,72 @@ class OpenAiPython(unittest.TestCase):
                 with self.assertRaises(kind):       # a stream that can't begin is an error too, not a broken stream
                     self.client.chat.completions.create(**{"messages": CHAT, "stream": True, **arguments})
 
+    def test_tools(self):
+        for model in (self.base, f"{self.base}:json"):
+            for choice in ("required", {"type": "function", "function": {"name": "capital_of"}}):
+                with self.subTest(model=model, choice=choice):
+                    answer = self.chat(model, tools=[CAPITAL_OF], tool_choice=choice)
+                    self.assertEqual(answer.choices[0].finish_reason, "tool_calls")
+                    calls = answer.choices[0].message.tool_calls
+                    if choice != "required":
+                        self.assertEqual(len(calls), 1, "a function chosen by name is called once")
+                    for call in calls:
+                        self.assertEqual((call.type, call.function.name), ("function", "capital_of"))
+                        self.assertIn(json.loads(call.function.arguments)["country"], ["France", "Peru"])
+        told = self.chat(self.base, CHAT + [{"role": "assistant", "tool_calls": [calls[0].model_dump()]},
+                                            {"role": "tool", "tool_call_id": calls[0].id, "content": "Lima"}], tools=[CAPITAL_OF])
+        self.assertEqual(told.choices[0].message.role, "assistant")
+        # The choice is the model's, which knows no functions.
+        self.assertIsNone(self.chat(self.base, tools=[CAPITAL_OF], tool_choice="none").choices[0].message.tool_calls)
+
+    def test_tools_streamed(self):
+        asked = dict(tools=[CAPITAL_OF], tool_choice={"type": "function", "function": {"name": "capital_of"}}, temperature=0)
+        whole = self.client.chat.completions.create(model="json", messages=CHAT, **asked).choices[0].message.tool_calls[0]
+        arguments, names, finish = [], [], []
+        for chunk in self.client.chat.completions.create(model="json", messages=CHAT, stream=True, **asked):
+            for call in chunk.choices[0].delta.tool_calls or []:
+                names += [call.function.name] if call.function.name else []
+                arguments.append(call.function.arguments or "")
+            finish += [chunk.choices[0].finish_reason] if chunk.choices[0].finish_reason else []
+        self.assertEqual(("".join(arguments), names, finish), (whole.function.arguments, ["capital_of"], ["tool_calls"]))
+        self.assertGreater(len(arguments), 3, "arguments come as they are made")
+
+    def test_parse(self):
+        for model in (self.base, "json"):
+            message = self.client.chat.completions.parse(model=model, messages=CHAT, response_format=Capital, temperature=0).choices[0].message
+            self.assertIsInstance(message.parsed, Capital)
+            with self.client.chat.completions.stream(model=model, messages=CHAT, response_format=Capital, temperature=0) as stream:
+                self.assertGreater(len([event for event in stream if event.type == "content.delta"]), 3)
+                self.assertEqual(stream.get_final_completion().choices[0].message.parsed, message.parsed)
+            self.assertIsInstance(self.client.responses.parse(model=model, input=LIST_3, text_format=Capital, temperature=0).output_parsed, Capital)
+
+    def test_responses(self):
+        expected = golden("json", "chat")["output_text"]
+        asked = dict(model=f"{self.base}:json", input=LIST_3, temperature=0, store=False)
+        answer = self.client.responses.create(**asked)
+        self.assertEqual((answer.output_text, answer.status), (expected, "completed"))
+        events = list(self.client.responses.create(stream=True, **asked))
+        self.assertEqual("".join(event.delta for event in events if event.type == "response.output_text.delta"), expected)
+        self.assertEqual([event.sequence_number for event in events], list(range(len(events))))
+        self.assertEqual(events[-1].response.output_text, expected)
+        with self.assertRaises(openai.NotFoundError):
+            self.client.responses.create(**{**asked, "model": "nobody"})
+
+    def running(self):
+        status, loads = self.server.get("/v1/loads")
+        self.assertEqual(status, 200)
+        return loads["loads"][0]["num_total_reqs"]
+
     def test_cancelled_stream_ends_the_sequence(self):
         aborted = 'polylora_requests_total{adapter="yaml",outcome="abort"} 1'
         self.assertNotIn(aborted, self.server.get("/metrics")[1])
         stream = self.client.chat.completions.create(model="yaml", messages=CHAT, stream=True, max_tokens=1900, extra_body={"ignore_eos": True})
         next(iter(stream))
+        self.assertEqual(self.running(), 1)
+        self.assertEqual(self.client.models.retrieve("yaml").adapter["leases"], 1)
         stream.close()
         deadline = time.monotonic() + 20
-        while aborted not in self.server.get("/metrics")[1]:
+        while aborted not in self.server.get("/metrics")[1] or self.running() or self.client.models.retrieve("yaml").adapter["leases"]:
             self.assertLess(time.monotonic(), deadline, "the sequence of a closed stream goes on")
 
 
@@ -169,6 +240,49 @@ class Keys(unittest.TestCase):
             self.assertTrue(good.models.list().data)
             with self.assertRaises(openai.AuthenticationError):
                 openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
+
+
+class Limits(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.server = cls.enterClassContext(Server("--api-keys-file", cls.enterClassContext(keys_file()).name))
+
+    def client(self, key, **arguments):
+        return openai.OpenAI(base_url=f"{self.server.url}/v1", api_key=key, **{"max_retries": 0, **arguments})
+
+    def test_errors_of_keys_are_the_sdk_s_exceptions(self):
+        for kind, key, call in (
+            (openai.AuthenticationError, "none", lambda client: client.models.list()),
+            (openai.PermissionDeniedError, "one", lambda client: client.chat.completions.create(model="demo", messages=CHAT)),
+            (openai.NotFoundError, "one", lambda client: client.chat.completions.create(model="sql", messages=CHAT)),
+            (openai.PermissionDeniedError, "one", lambda client: client.post("/load_lora_adapter", cast_to=object, body={}))
+        ):
+            with self.subTest(key=key), self.assertRaises(kind):
+                call(self.client(key))
+
+    def test_a_limit_of_requests_is_a_rate_limit_error_that_says_when(self):
+        client = self.client("few")
+        raw = client.chat.completions.with_raw_response.create(model="demo", messages=CHAT, max_tokens=1)
+        self.assertEqual((raw.headers["x-ratelimit-limit-requests"], raw.headers["x-ratelimit-remaining-requests"]), ("1", "0"))
+        with self.assertRaises(openai.RateLimitError) as caught:
+            client.chat.completions.create(model="demo", messages=CHAT, max_tokens=1)
+        self.assertEqual(caught.exception.code, "rate_limit_exceeded")
+        self.assertGreater(int(caught.exception.response.headers["retry-after"]), 30)
+
+    def test_the_sdk_tries_again_after_429(self):
+        """Its second try succeeds, since the stream that holds the key's only place ends with the first."""
+        stream = self.client("one").chat.completions.create(model="json", messages=CHAT, stream=True, max_tokens=1900, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        answers = []
+
+        def note(response):
+            answers.append((response.status_code, response.headers.get("retry-after")))
+            stream.close()
+
+        http_client = openai.DefaultHttpxClient(event_hooks={"response": [note]})
+        answer = self.client("one", max_retries=5, http_client=http_client).chat.completions.create(model="json", messages=CHAT, temperature=0)
+        self.assertEqual(answer.choices[0].message.content, golden("json", "chat")["output_text"])
+        self.assertEqual((answers[0], answers[-1]), ((429, "1"), (200, None)))
 
 
 if __name__ == "__main__":
