@@ -134,6 +134,12 @@ pub struct ChatRequest {
     pub continue_final_message: Option<bool>,
     /// Extension. Put the model's reasoning into `reasoning_content`; the default is yes.
     pub separate_reasoning: Option<bool>,
+    /// Extension. Only `true`, which routers add: reasoning is streamed as it comes.
+    pub stream_reasoning: Option<bool>,
+    /// Extension. Only `true`, which routers add: reasoning is part of the answer.
+    pub include_reasoning: Option<bool>,
+    /// Extension. Only `false`, which routers add: hidden states are not given out.
+    pub return_hidden_states: Option<bool>,
     /// Extension. The output matches this regular expression.
     pub regex: Option<String>,
     /// Extension. The output is derived from this grammar (EBNF, in Lark's or GBNF's notation).

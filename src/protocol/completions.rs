@@ -88,6 +88,8 @@ pub struct CompletionRequest {
     pub response_format: Option<ResponseFormat>,
     /// Extension. The output is JSON of this schema: an object, or a string with one.
     pub json_schema: Option<JsonSchemaSource>,
+    /// Extension. Only `false`, which routers add: hidden states are not given out.
+    pub return_hidden_states: Option<bool>,
     /// Extension. The output matches this regular expression.
     pub regex: Option<String>,
     /// Extension. The output is derived from this grammar.

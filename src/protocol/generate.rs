@@ -41,6 +41,18 @@ pub struct GenerateRequest {
     pub rid: Option<OneOrMany<String>>,
     /// Not interpreted.
     pub no_logs: Option<bool>,
+    /// Not interpreted.
+    pub log_metrics: Option<bool>,
+    /// The served base name, which routers add; adapters are named by `lora_path`.
+    pub model: Option<String>,
+    /// Only `false`, which routers add: hidden states are not given out.
+    pub return_hidden_states: Option<bool>,
+    /// Only `false`, which routers add: requests don't outlive their connection.
+    pub background: Option<bool>,
+    /// Only `false`, which routers add: answers are text.
+    pub return_bytes: Option<bool>,
+    /// Only `false`, which routers add: entropies are not given out.
+    pub return_entropy: Option<bool>,
 }
 
 /// `OneOrMany<NativeSamplingParams>` in the document, where a generic type's parameter would be written out twice.

@@ -46,7 +46,7 @@ pub struct ResponsesRequest {
     /// Not interpreted.
     #[schema(value_type = Option<Object>)]
     pub stream_options: Option<Map<String, Value>>,
-    /// Nothing is stored; `true` is refused.
+    /// Nothing is stored, whatever this says (its default elsewhere is `true`); the answer says so by `store: false`.
     pub store: Option<bool>,
     /// Refused: nothing is stored.
     pub previous_response_id: Option<String>,
@@ -73,6 +73,18 @@ pub struct ResponsesRequest {
     pub seed: Option<i64>,
     /// Extension. An adapter's name; one in `model` wins.
     pub lora_path: Option<String>,
+    /// Extension. Only the `top_k` likeliest tokens; 0 and -1 are all.
+    #[schema(minimum = -1)]
+    pub top_k: Option<i64>,
+    /// Extension. Tokens with at least `min_p` times the likeliest one's probability.
+    #[schema(minimum = 0, maximum = 1)]
+    pub min_p: Option<f32>,
+    /// Extension. Divides positive and multiplies negative logits of tokens that occur in prompt or output.
+    #[schema(exclusive_minimum = 0, maximum = 2)]
+    pub repetition_penalty: Option<f32>,
+    /// Extension. Only 0, which routers add: requests have no priorities.
+    #[schema(minimum = 0, maximum = 0)]
+    pub priority: Option<i64>,
 }
 
 /// What the user says, or all items so far.

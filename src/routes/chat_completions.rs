@@ -96,6 +96,9 @@ fn refuse_unsupported(request: &ChatRequest) -> Result<(), ApiError> {
     refuse(request.functions.is_some(), "functions", "use `tools`")?;
     refuse(request.function_call.is_some(), "function_call", "use `tool_choice`")?;
     refuse(request.store == Some(true), "store", "nothing is stored")?;
+    refuse(request.stream_reasoning == Some(false), "stream_reasoning", "only true is")?;
+    refuse(request.include_reasoning == Some(false), "include_reasoning", "only true is")?;
+    refuse(request.return_hidden_states == Some(true), "return_hidden_states", "only false is")?;
     let verbosity = request.verbosity.as_ref().is_some_and(|verbosity| verbosity != "medium");
     refuse(verbosity, "verbosity", "the model has no such setting; ask for it in a message")?;
     let obfuscation = request.stream_options.as_ref().and_then(|options| options.include_obfuscation);

@@ -85,6 +85,7 @@ fn refuse_unsupported(request: &CompletionRequest) -> Result<(), ApiError> {
     )?;
     let suffix = request.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty());
     refuse(suffix, "suffix", "the model writes onwards only")?;
+    refuse(request.return_hidden_states == Some(true), "return_hidden_states", "only false is")?;
     let obfuscation = request.stream_options.as_ref().and_then(|options| options.include_obfuscation);
     refuse(obfuscation == Some(true), "stream_options.include_obfuscation", "chunks are not padded")?;
     if request.stream_options.is_some() && request.stream != Some(true) {

@@ -41,6 +41,7 @@ pub async fn generate(
     caller: Caller,
     NativeJson(request): NativeJson<GenerateRequest>,
 ) -> Result<Response, NativeError> {
+    refuse_unsupported(&state, &request)?;
     let streaming = request.stream.unwrap_or(false);
     let batch = Batch::read(&state, request).await?;
     let leases = leases(&state, &caller, &batch.prompts).await?;
@@ -75,6 +76,26 @@ pub async fn generate(
         response,
         leases.first().and_then(Option::as_ref).filter(|_| all_alike),
     ))
+}
+
+fn refuse_unsupported(state: &Gateway, request: &GenerateRequest) -> Result<(), ApiError> {
+    for (given, param) in [
+        (request.return_hidden_states, "return_hidden_states"),
+        (request.background, "background"),
+        (request.return_bytes, "return_bytes"),
+        (request.return_entropy, "return_entropy"),
+    ] {
+        if given == Some(true) {
+            return Err(ApiError::unsupported(param, "only false is"));
+        }
+    }
+    match &request.model {
+        Some(model) if !state.served.names.contains(model) => Err(ApiError::unsupported(
+            "model",
+            "only the base model's name is; adapters are named by `lora_path`",
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// `PUT /generate`: the same.

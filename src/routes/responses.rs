@@ -78,7 +78,7 @@ pub async fn responses(State(state): State<AppState>, caller: Caller, ApiJson(re
 
 fn refuse_unsupported(request: &ResponsesRequest) -> Result<(), ApiError> {
     let refuse = |given: bool, param, why| if given { Err(ApiError::unsupported(param, why)) } else { Ok(()) };
-    refuse(request.store == Some(true), "store", "nothing is stored; send the whole conversation")?;
+    refuse(request.priority.is_some_and(|priority| priority != 0), "priority", "only 0 is")?;
     refuse(
         request.previous_response_id.is_some(),
         "previous_response_id",
@@ -141,6 +141,9 @@ fn chat_request(request: ResponsesRequest) -> Result<ChatRequest, ApiError> {
     chat.top_p = request.top_p;
     chat.seed = request.seed;
     chat.lora_path = request.lora_path;
+    chat.top_k = request.top_k;
+    chat.min_p = request.min_p;
+    chat.repetition_penalty = request.repetition_penalty;
     chat.tools = tools;
     chat.tool_choice = request.tool_choice.map(|choice| match choice {
         ResponsesToolChoice::Mode(mode) => ToolChoice::Mode(mode),

@@ -7,6 +7,7 @@ mod completions;
 mod generate;
 mod openapi;
 mod responses;
+mod routers;
 mod server;
 mod structured;
 mod tenants;

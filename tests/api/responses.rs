@@ -161,7 +161,6 @@ async fn a_schema_is_followed_and_a_cut_is_told() {
 async fn what_cannot_be_honoured_is_refused() {
     let server = Server::new();
     for (extra, param) in [
-        (json!({"store": true}), "store"),
         (json!({"previous_response_id": "resp_1"}), "previous_response_id"),
         (json!({"background": true}), "background"),
         (json!({"truncation": "auto"}), "truncation"),
