@@ -26,6 +26,7 @@ use tower_http::{
 };
 
 use crate::{
+    aliases::Aliases,
     auth::{AdapterSources, Auth, Identity, RequestPermit},
     constraint::GrammarCompiler,
     error::{ApiError, NativeError},
@@ -94,6 +95,8 @@ pub struct Gateway {
     pub served: ServedModel,
     /// Where adapters come from.
     pub sources: Arc<AdapterSources>,
+    /// Names that stand for adapters.
+    pub aliases: Arc<Aliases>,
     /// Bounds.
     pub limits: Limits,
     /// Counts.
@@ -132,6 +135,7 @@ impl Gateway {
             prompt,
             served,
             sources,
+            aliases: Arc::default(),
             limits: Limits::default(),
             metrics,
             auth: Auth::open(),
@@ -167,6 +171,7 @@ impl Gateway {
         crate::routing::Router {
             served: &self.served,
             engine: self.engine.as_ref(),
+            aliases: &self.aliases,
             identity,
         }
     }
@@ -223,6 +228,15 @@ pub struct Caller {
     pub arrived: Instant,
     /// Its place among its key's concurrent requests, once a route has asked for it.
     pub permit: Option<Arc<RequestPermit>>,
+}
+
+impl Caller {
+    /// What an alias's choice sticks to: the request's own `user`; else whom the request is counted under (the API key, or whom a
+    /// gateway in front names); else nothing but the request itself.
+    pub fn sticky_key<'a>(&'a self, users: [Option<&'a str>; 2], request: &'a str) -> &'a str {
+        let mut names = users.into_iter().flatten().chain([&*self.fairness_key]);
+        names.find(|name| !name.is_empty()).unwrap_or(request)
+    }
 }
 
 impl<S: Sync> axum::extract::FromRequestParts<S> for Caller {

@@ -40,7 +40,7 @@ enum CliCommand {
     Serve(Box<ServeArgs>),
     /// Measure the engine itself, without HTTP: throughput and step times over a mix of adapters.
     Bench(Box<BenchArgs>),
-    /// List, load, unload and pin the adapters of a running server; inspect adapter files without one.
+    /// List, load, unload, pin and alias the adapters of a running server; inspect adapter files without one.
     Adapters(AdaptersArgs),
     /// Print the SHA-256 of an API key read from standard input, for the keys file.
     HashKey,

@@ -7,12 +7,14 @@
 //! | the chat template refuses the messages | 400 | `chat_template_error` |
 //! | a grammar or schema can't be compiled | 400 | `invalid_grammar` |
 //! | an adapter can't be loaded, or LoRA is off | 400 | `adapter_…` |
+//! | an alias's name or targets can't be | 400 | `alias_bad_name`, `alias_bad_target`, `alias_too_many` |
 //! | no key, or a wrong one | 401 | `invalid_api_key` |
 //! | the key's role or base-model right does not suffice; a path outside the allowed roots | 403 | `insufficient_permissions`, `forbidden_path` |
-//! | no such model or adapter (for this key) | 404 | `model_not_found` |
+//! | no such model or adapter (for this key); no such alias | 404 | `model_not_found`, `alias_not_found` |
 //! | no such route; a route without this method | 404, 405 | `unknown_url`, `method_not_allowed` |
 //! | the body took too long, or is too large; not `application/json` | 408, 413, 415 | |
 //! | an adapter has another version than the one that was to be replaced | 409 | `adapter_version_conflict` |
+//! | an adapter shall be unloaded that an alias points at | 409 | `adapter_in_use` |
 //! | a limit of the key is reached | 429 + Retry-After | `rate_limit_exceeded` |
 //! | ended by `/abort_request` before anything was sent | 499 | `request_aborted` |
 //! | the engine failed; a panic in a handler | 500 | `engine_error`, `internal_error` |
@@ -32,6 +34,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{
+    aliases::AliasError,
     auth::{AuthError, SourceError},
     chat_template::TemplateError,
     hub::HubError,
@@ -362,6 +365,20 @@ impl From<AdapterError> for ApiError {
             | AdapterError::TooManyLoads { .. } => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER_ERROR, Some("adapter_capacity"), message).retry_after(1)
             }
+        }
+    }
+}
+
+impl From<AliasError> for ApiError {
+    fn from(error: AliasError) -> Self {
+        let message = error.to_string();
+        let refuse = |status, code| Self::new(status, INVALID_REQUEST, Some(code), message);
+        match error {
+            AliasError::BadName { .. } => refuse(StatusCode::BAD_REQUEST, "alias_bad_name").for_param("name"),
+            AliasError::BadTarget { .. } => refuse(StatusCode::BAD_REQUEST, "alias_bad_target").for_param("targets"),
+            AliasError::TooMany => refuse(StatusCode::BAD_REQUEST, "alias_too_many").for_param("name"),
+            AliasError::Unknown { .. } => refuse(StatusCode::NOT_FOUND, "alias_not_found").for_param("name"),
+            AliasError::InUse { .. } => refuse(StatusCode::CONFLICT, "adapter_in_use").for_param("lora_name"),
         }
     }
 }

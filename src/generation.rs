@@ -127,7 +127,18 @@ pub trait Grammar: Send + Sync {
 }
 
 impl Gateway {
-    /// A lease on a target, counted.
+    /// The target with the adapters that its aliases choose by `sticky_key`: see [`Caller::sticky_key`].
+    ///
+    /// # Errors
+    /// See [`crate::aliases::Aliases::resolve`].
+    pub fn resolve(&self, caller: &Caller, target: Target, sticky_key: &str) -> Result<Target, ApiError> {
+        let Target::Adapter(name) = target else { return Ok(target) };
+        let resolved = self.aliases.resolve(&name, sticky_key, &self.router(&caller.identity));
+        let resolved = resolved.map_err(|error| ApiError::from(error).for_param("model"))?;
+        Ok(Target::Adapter(resolved.into_owned()))
+    }
+
+    /// A lease on a target whose aliases are resolved, counted.
     ///
     /// # Errors
     /// See [`crate::routing::Router::lease`].

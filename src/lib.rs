@@ -1,5 +1,6 @@
 //! The gateway of polylora: HTTP, JSON, text and the command line around an [`InferenceEngine`](polylora_engine::InferenceEngine).
 
+pub mod aliases;
 pub mod app;
 pub mod auth;
 pub mod chat_template;
@@ -15,6 +16,7 @@ pub mod fuzzing;
 pub mod gbnf;
 pub mod generation;
 pub mod hub;
+pub mod lifecycle;
 pub mod logprobs;
 pub mod message_parser;
 pub mod metrics;

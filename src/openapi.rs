@@ -19,7 +19,8 @@ use crate::error::{ErrorBody, NativeErrorBody};
     info(
         title = "polylora",
         description = "One base model and thousands of LoRA adapters behind the OpenAI API.\n\n\
-            Wherever a request names a `model`, that is the served base name, `base:adapter`, or an adapter's name. \
+            Wherever a request names a `model`, that is the served base name, `base:adapter`, or an adapter's name; \
+            an alias (`/v1/aliases`) can stand wherever an adapter's name can. \
             Streams are server-sent events: `data: {…}` lines, ended by `data: [DONE]`; an error after the first event is an event \
             with an `error` object, and the end. Answers carry `x-request-id`, and `x-polylora-adapter` if an adapter answered.",
         license(name = "Apache-2.0", identifier = "Apache-2.0"),
@@ -59,9 +60,9 @@ fn what(status: &str) -> &'static str {
         "400" => "The request is wrong; `param` says where.",
         "401" => "No key, or a wrong one.",
         "403" => "The key may not do this.",
-        "404" => "No such model or adapter.",
+        "404" => "No such model, adapter or alias.",
         "408" => "The body took too long.",
-        "409" => "The adapter has another version.",
+        "409" => "The adapter has another version, or an alias points at it.",
         "413" => "The body is too large.",
         "415" => "The body is not `application/json`.",
         "429" => "A limit of the key is reached; `Retry-After` says when to try again.",
@@ -115,6 +116,8 @@ error_sets! {
     NativeAdminErrors: NativeErrorBody = ["401", "403", "408", "413", "415", "500"];
     /// Of routes that tell admins.
     AdminReadErrors: ErrorBody = ["401", "403", "500"];
+    /// Of routes that tell admins of one thing.
+    AdminReadOneErrors: ErrorBody = ["401", "403", "404", "500"];
     /// Of routes that only tell.
     ReadErrors: ErrorBody = ["401", "500"];
     /// Of routes that tell of one thing.

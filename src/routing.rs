@@ -1,15 +1,19 @@
 //! From the names in a request to the base model or an adapter; never the base model by accident.
 
-use polylora_engine::{AdapterError, AdapterLease, InferenceEngine};
+use polylora_engine::{AdapterError, AdapterLease, InferenceEngine, adapter::combine::parse_expression};
 
-use crate::{auth::Identity, error::ApiError};
+use crate::{
+    aliases::{Aliases, Names},
+    auth::Identity,
+    error::ApiError,
+};
 
 /// What a request runs on, by name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
     /// The base model.
     Base,
-    /// An adapter.
+    /// An adapter, an alias, or a combination of them.
     Adapter(String),
 }
 
@@ -31,8 +35,16 @@ impl ServedModel {
     /// What a `model` string means: a served name is the base model; `served:adapter` (or `served::adapter`) and a bare name that
     /// `is_adapter` knows are adapters. `None` for everything else.
     pub fn route(&self, model: &str, is_adapter: impl Fn(&str) -> bool) -> Option<Target> {
+        match self.read(model) {
+            Target::Adapter(name) if !is_adapter(&name) => None,
+            target => Some(target),
+        }
+    }
+
+    /// The same, whether there is such an adapter or not.
+    fn read(&self, model: &str) -> Target {
         if self.names.iter().any(|name| name == model) {
-            return Some(Target::Base);
+            return Target::Base;
         }
         // Served names may have colons themselves, so the split is after the longest one that fits.
         let qualified = self
@@ -44,7 +56,7 @@ impl ServedModel {
             Some((_, adapter)) => adapter.strip_prefix(':').unwrap_or(adapter).trim(),
             None => model,
         };
-        is_adapter(adapter).then(|| Target::Adapter(adapter.to_owned()))
+        Target::Adapter(adapter.to_owned())
     }
 }
 
@@ -54,6 +66,8 @@ pub struct Router<'a> {
     pub served: &'a ServedModel,
     /// Knows the adapters.
     pub engine: &'a dyn InferenceEngine,
+    /// Names that stand for adapters.
+    pub aliases: &'a Aliases,
     /// Who asks: adapters that it may not use don't exist for it.
     pub identity: &'a Identity,
 }
@@ -62,20 +76,20 @@ impl Router<'_> {
     /// What `model` and `lora_path` of an OpenAI request mean; an adapter in `model` wins.
     ///
     /// # Errors
-    /// 404 naming what exists.
+    /// 404 naming what exists; 400 for an ill-formed combination.
     pub fn target(&self, model: &str, lora_path: Option<&str>) -> Result<Target, ApiError> {
-        let routed = self.served.route(model, |name| self.sees(name));
-        match (routed, lora_path) {
-            (None, _) => Err(ApiError::model_not_found(model, "model", &self.available())),
-            (Some(Target::Base), Some(name)) => self.adapter(name, "lora_path"),
-            (Some(target), _) => Ok(target),
+        match (self.served.read(model), lora_path) {
+            (Target::Base, None) => Ok(Target::Base),
+            (Target::Base, Some(name)) => self.adapter(name, "lora_path"),
+            (Target::Adapter(name), _) if self.sees(&name) => Ok(Target::Adapter(name)),
+            (Target::Adapter(name), _) => Err(self.missing(model, &name, "model")),
         }
     }
 
     /// An adapter by its name alone.
     ///
     /// # Errors
-    /// 404 naming what exists.
+    /// 404 naming what exists; 400 for an ill-formed combination.
     pub fn adapter(&self, name: &str, param: &str) -> Result<Target, ApiError> {
         if !self.engine.describe().lora_enabled {
             return Err(ApiError::from(AdapterError::NotEnabled).for_param(param));
@@ -83,11 +97,18 @@ impl Router<'_> {
         if self.sees(name) {
             Ok(Target::Adapter(name.to_owned()))
         } else {
-            Err(ApiError::model_not_found(name, param, &self.available()))
+            Err(self.missing(name, name, param))
         }
     }
 
-    /// A lease on a target: `None` is the base model.
+    fn missing(&self, asked: &str, adapter: &str, param: &str) -> ApiError {
+        match parse_expression(adapter, usize::MAX) {
+            Err(error) => ApiError::from(error).for_param(param),
+            Ok(_) => ApiError::model_not_found(asked, param, &self.available()),
+        }
+    }
+
+    /// A lease on a target whose aliases have been resolved: `None` is the base model.
     ///
     /// # Errors
     /// 403 for the base model, if the key may not use it; 404 when the adapter has gone; whatever failed when it had to be read.
@@ -130,24 +151,40 @@ impl Router<'_> {
     /// Names that a request may use, base model first.
     pub fn available(&self) -> Vec<String> {
         let base = self.served.name();
-        let adapters = self
-            .engine
-            .list_adapters()
-            .into_iter()
-            .filter(|info| self.identity.sees_adapter(&info.name));
+        let adapters = self.engine.list_adapters().into_iter().map(|info| info.name);
+        let aliases = self.aliases.list().into_iter().map(|alias| alias.name().clone());
+        let names = adapters.chain(aliases).filter(|name| self.identity.sees_adapter(name));
         std::iter::once(base.to_owned())
-            .chain(adapters.map(|info| format!("{base}:{}", info.name)))
+            .chain(names.map(|name| format!("{base}:{name}")))
             .collect()
     }
 
-    /// Whether a name, or every name of a combination, exists for this caller.
+    /// Whether a name, or every name of a combination, exists for this caller. Who may use an alias may use what it stands for.
     fn sees(&self, name: &str) -> bool {
-        let Some(info) = self.engine.adapter_info(name) else { return false };
-        if info.parts.is_empty() {
-            self.identity.sees_adapter(name)
-        } else {
-            info.parts.iter().all(|part| self.identity.sees_adapter(part))
+        if self.aliases.contains(name) {
+            return self.identity.sees_adapter(name);
         }
+        match self.engine.adapter_info(name) {
+            Some(info) if info.parts.is_empty() => self.identity.sees_adapter(name),
+            Some(info) => info.parts.iter().all(|part| self.identity.sees_adapter(part)),
+            // A combination that the engine does not know may have aliases in it.
+            None => match parse_expression(name, usize::MAX) {
+                Ok(Some(parts)) => parts
+                    .iter()
+                    .all(|part| self.identity.sees_adapter(part.name) && (self.aliases.contains(part.name) || self.is_adapter(part.name))),
+                Ok(None) | Err(_) => false,
+            },
+        }
+    }
+}
+
+impl Names for Router<'_> {
+    fn base_names(&self) -> &[String] {
+        &self.served.names
+    }
+
+    fn is_adapter(&self, name: &str) -> bool {
+        self.engine.adapter_info(name).is_some_and(|info| info.parts.is_empty())
     }
 }
 

@@ -301,6 +301,40 @@ fn the_openai_form() {
     server.stop();
 }
 
+#[test]
+fn an_alias_answers_as_its_adapter_alone_and_in_a_combination() {
+    let server = Server::start(&[]);
+    let put = |body: Value| {
+        let (status, answer) = server.put("/v1/aliases/support", &body);
+        assert_eq!(status, 200, "{answer}");
+    };
+    for adapter in ["json", "table"] {
+        put(json!({"adapter": adapter}));
+        check(&server, &[LIST_3], &[Some(adapter)], &[Some(adapter)]);
+        let answers = server.generate(
+            &[LIST_3, LIST_3, LIST_3, AI],
+            &[Some("support"), Some("support*1"), None, Some("support")],
+        );
+        for answer in &answers[..2] {
+            assert_eq!(answer["text"], golden(Some(adapter), LIST_3)["output_text"]);
+            assert_eq!(answer["meta_info"]["lora"], adapter);
+        }
+        assert_eq!(answers[2]["text"], golden(None, LIST_3)["output_text"]);
+        let answers = server.generate(
+            &[LIST_3, LIST_3],
+            &[Some("support*0.5+flags*0.5"), Some(&format!("{adapter}*0.5+flags*0.5"))],
+        );
+        assert_eq!(answers[0]["output_ids"], answers[1]["output_ids"]);
+        let body = json!({"model": "demo:support", "messages": [{"role": "user", "content": LIST_3}], "temperature": 0});
+        let (_, answer) = server.post("/v1/chat/completions", &body);
+        assert_eq!(
+            answer["choices"][0]["message"]["content"],
+            golden_chat(Some(adapter), LIST_3)["output_text"]
+        );
+    }
+    server.stop();
+}
+
 /// A request that runs until it is full, streamed.
 fn endless() -> Value {
     json!({"text": LIST_3, "lora_path": "json", "stream": true, "sampling_params": {"max_new_tokens": 400, "ignore_eos": true, "temperature": 0}})
@@ -523,7 +557,20 @@ fn the_command_line_manages_a_running_server() {
     assert_eq!(is_pinned(), true);
     assert_eq!(stdout(&run(&["unpin", "mine"])), "unpinned mine\n");
     assert_eq!(is_pinned(), false);
+    assert_eq!(
+        stdout(&run(&["alias", "a/b", "mine=3", "json=1"])),
+        "a/b stands for mine (75 %), json (25 %)\n"
+    );
+    let list = stdout(&run(&["list"]));
+    let row = list.lines().find(|line| line.starts_with("a/b ")).unwrap_or_else(|| panic!("{list}"));
+    assert!(row.contains(" alias ") && row.ends_with("mine (75 %), json (25 %)"), "{row}");
+    let held = run(&["unload", "mine"]);
+    assert!(stderr(&held).contains("the alias 'a/b' points at it"), "{}", stderr(&held));
+    assert_eq!(stdout(&run(&["alias", "a/b", "json"])), "a/b stands for json\n");
     assert_eq!(stdout(&run(&["unload", "mine"])), "unloaded mine\n");
+    assert_eq!(stdout(&run(&["unalias", "a/b"])), "a/b stands for nothing any more\n");
+    let unknown = run(&["unalias", "a/b"]);
+    assert!(stderr(&unknown).contains("The alias 'a/b' does not exist"), "{}", stderr(&unknown));
     let gone = run(&["unload", "mine"]);
     assert!(!gone.status.success() && stderr(&gone).contains("mine"), "{}", stderr(&gone));
     server.stop();
@@ -653,8 +700,8 @@ fn adapters_of_a_folder_combine_and_are_replaced_by_version() {
     assert_eq!(status, 200, "{answer}");
     let expected = &golden_chat(Some("json"), LIST_3)["output_text"];
     assert_eq!(answer["choices"][0]["message"]["content"], *expected);
-    for unknown in ["demo:json+nobody", "demo:json*x", "demo:json+", "demo:../table"] {
-        assert_eq!(chat(unknown).0, 404, "{unknown}");
+    for (bad, status) in [("json+nobody", 404), ("json*x", 400), ("json+", 400), ("../table", 404)] {
+        assert_eq!(chat(&format!("demo:{bad}")).0, status, "{bad}");
     }
     // A swap that expects another version is a conflict, and changes nothing.
     let path = adapter_path("table");

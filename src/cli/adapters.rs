@@ -30,7 +30,7 @@ pub struct AdaptersArgs {
 
 #[derive(Debug, Subcommand)]
 enum AdaptersCommand {
-    /// List the base model and every adapter.
+    /// List the base model, every adapter and every alias.
     List,
     /// Load an adapter.
     Load {
@@ -57,6 +57,19 @@ enum AdaptersCommand {
     },
     /// Let an adapter leave the device again.
     Unpin {
+        /// Its name.
+        name: String,
+    },
+    /// Let a name stand for an adapter, or for several with weights: `alias support v1=90 v2=10`. Requests from now on go by it.
+    Alias {
+        /// The name that clients will use.
+        name: String,
+        /// NAME, or NAME=WEIGHT; a weight is relative to the others' (default 1).
+        #[arg(required = true, num_args = 1.., value_name = "ADAPTER", value_parser = parse_target)]
+        targets: Vec<(String, f64)>,
+    },
+    /// Forget an alias; the adapters behind it stay.
+    Unalias {
         /// Its name.
         name: String,
     },
@@ -97,6 +110,17 @@ pub fn run(args: &AdaptersArgs) -> anyhow::Result<()> {
             let answer = client.post("/pin_lora_adapter", &json!({"lora_name": name, "pinned": pinned}))?;
             (answer, format!("{} {name}\n", if pinned { "pinned" } else { "unpinned" }))
         }
+        AdaptersCommand::Alias { name, targets } => {
+            let entry = |(adapter, weight): &(String, f64)| json!({"adapter": adapter, "weight": weight});
+            let body = json!({"targets": targets.iter().map(entry).collect::<Vec<_>>()});
+            let answer = client.put(&format!("/v1/aliases/{}", path_segment(name)), &body)?;
+            let text = format!("{name} stands for {}\n", shares(&answer));
+            (answer, text)
+        }
+        AdaptersCommand::Unalias { name } => {
+            let answer = client.delete(&format!("/v1/aliases/{}", path_segment(name)))?;
+            (answer, format!("{name} stands for nothing any more\n"))
+        }
         AdaptersCommand::Inspect { path, model_path } => inspect(path, model_path.as_ref())?,
     };
     if args.json {
@@ -105,6 +129,41 @@ pub fn run(args: &AdaptersArgs) -> anyhow::Result<()> {
         write!(out, "{text}")?;
     }
     Ok(())
+}
+
+/// `NAME=WEIGHT`; a name may have an equals sign itself, if no number follows.
+fn parse_target(text: &str) -> Result<(String, f64), String> {
+    let (name, weight) = match text.rsplit_once('=').map(|(name, weight)| (name, weight.parse::<f64>())) {
+        Some((name, Ok(weight))) => (name, weight),
+        _ => (text, 1.0),
+    };
+    if name.is_empty() {
+        return Err("an adapter's name must not be empty (NAME or NAME=WEIGHT)".to_owned());
+    }
+    Ok((name.to_owned(), weight))
+}
+
+/// A name as one part of a URL's path: RFC 3986's unreserved characters, all others as `%XX`.
+fn path_segment(name: &str) -> String {
+    let mut segment = String::new();
+    for byte in name.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => segment.push(byte.into()),
+            other => segment.push_str(&format!("%{other:02X}")),
+        }
+    }
+    segment
+}
+
+/// `sql (90 %), json (10 %)`
+fn shares(alias: &Value) -> String {
+    let targets = alias["targets"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let adapter = |target: &Value| target["adapter"].as_str().unwrap_or("-").to_owned();
+    let with_share = |target: &Value| match target["share"].as_f64() {
+        Some(share) if targets.len() > 1 => format!("{} ({:.4} %)", adapter(target), 100.0 * share).replace(".0000 %", " %"),
+        _ => adapter(target),
+    };
+    targets.iter().map(with_share).collect::<Vec<_>>().join(", ")
 }
 
 /// The report as JSON and as text.
@@ -217,16 +276,26 @@ fn models_table(answer: &Value) -> anyhow::Result<String> {
             other => other.to_string(),
         };
         let more = &model["adapter"];
+        let kind = match (&model["parent"], &model["alias"]) {
+            (Value::Null, _) => "base",
+            (_, Value::Null) => "adapter",
+            _ => "alias",
+        };
+        let from = if kind == "alias" {
+            shares(&model["alias"])
+        } else {
+            text(&model["root"])
+        };
         table.row([
             text(&model["id"]),
-            if model["parent"].is_null() { "base" } else { "adapter" }.to_owned(),
+            kind.to_owned(),
             text(&more["state"]),
             text(&more["lora_rank"]),
             text(&more["target_modules"]),
             more["size_bytes"].as_u64().map_or_else(|| "-".to_owned(), human_bytes),
             text(&more["pinned"]),
             text(&more["leases"]),
-            text(&model["root"]),
+            from,
         ]);
     }
     Ok(table.to_string())
@@ -307,8 +376,23 @@ impl Client {
         self.answer(request.call())
     }
 
+    fn delete(&self, path: &str) -> anyhow::Result<Value> {
+        let mut request = self.agent.delete(format!("{}{path}", self.url));
+        if let Some(authorization) = &self.authorization {
+            request = request.header("Authorization", authorization);
+        }
+        self.answer(request.call())
+    }
+
     fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
-        let mut request = self.agent.post(format!("{}{path}", self.url));
+        self.send(self.agent.post(format!("{}{path}", self.url)), body)
+    }
+
+    fn put(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        self.send(self.agent.put(format!("{}{path}", self.url)), body)
+    }
+
+    fn send(&self, mut request: ureq::RequestBuilder<ureq::typestate::WithBody>, body: &Value) -> anyhow::Result<Value> {
         if let Some(authorization) = &self.authorization {
             request = request.header("Authorization", authorization);
         }
@@ -384,6 +468,20 @@ without effect on inference: lora_dropout
             assert_eq!(error_message(body).as_deref(), Some("no"));
         }
         assert_eq!(error_message("<html>"), None);
+    }
+
+    #[test]
+    fn targets_and_paths() {
+        let target = |text| parse_target(text).unwrap();
+        assert_eq!(target("v1"), ("v1".into(), 1.0));
+        assert_eq!(target("v1=90"), ("v1".into(), 90.0));
+        assert_eq!(target("a=b"), ("a=b".into(), 1.0));
+        assert_eq!(target("a=b=0.5"), ("a=b".into(), 0.5));
+        parse_target("=1").unwrap_err();
+        assert_eq!(path_segment("org/x y-1.2"), "org%2Fx%20y-1.2");
+        let alias = json!({"targets": [{"adapter": "a", "share": 0.125}, {"adapter": "b", "share": 0.875}]});
+        assert_eq!(shares(&alias), "a (12.5000 %), b (87.5000 %)");
+        assert_eq!(shares(&json!({"targets": [{"adapter": "a", "share": 1.0}]})), "a");
     }
 
     #[test]

@@ -9,6 +9,8 @@ use std::{
 
 use polylora_engine::{AdapterError, FileSource, LoadRequest, adapter::registry::AdapterRegistry};
 
+use crate::aliases::Aliases;
+
 /// How often the folders are looked at.
 const PERIOD: Duration = Duration::from_secs(5);
 
@@ -18,14 +20,16 @@ const PERIOD: Duration = Duration::from_secs(5);
 /// again.
 pub(super) struct LoraDirs {
     registry: Arc<AdapterRegistry>,
+    aliases: Arc<Aliases>,
     directories: Vec<PathBuf>,
     seen: BTreeSet<PathBuf>,
 }
 
 impl LoraDirs {
-    pub fn new(registry: Arc<AdapterRegistry>, directories: Vec<PathBuf>) -> Self {
+    pub fn new(registry: Arc<AdapterRegistry>, aliases: Arc<Aliases>, directories: Vec<PathBuf>) -> Self {
         Self {
             registry,
+            aliases,
             directories,
             seen: BTreeSet::new(),
         }
@@ -41,13 +45,17 @@ impl LoraDirs {
 
     fn register(&self, folder: &Path) -> Option<String> {
         let name = folder.file_name()?.to_str()?.to_owned();
-        let registered = self.registry.register(LoadRequest {
-            name: name.clone(),
-            files: FileSource::Directory(folder.to_owned()),
-            source: folder.display().to_string(),
-            pinned: false,
-            replace: false,
-            expected_version: None,
+        // An alias of that name keeps it: its callers would otherwise get another adapter unasked.
+        let arriving = self.aliases.arrive(&name);
+        let registered = arriving.and_then(|_arriving| {
+            self.registry.register(LoadRequest {
+                name: name.clone(),
+                files: FileSource::Directory(folder.to_owned()),
+                source: folder.display().to_string(),
+                pinned: false,
+                replace: false,
+                expected_version: None,
+            })
         });
         match registered {
             Ok(()) => Some(name),
@@ -116,7 +124,11 @@ mod tests {
             ..RegistryConfig::new(LoraLimits::new(PackedDtype::F32))
         };
         let registry = Arc::new(AdapterRegistry::new(config, decoder));
-        LoraDirs::new(registry, directories.iter().map(|directory| directory.to_path_buf()).collect())
+        LoraDirs::new(
+            registry,
+            Arc::default(),
+            directories.iter().map(|directory| directory.to_path_buf()).collect(),
+        )
     }
 
     #[test]
@@ -138,6 +150,36 @@ mod tests {
         assert!(dirs.scan().is_empty());
         add(folder.path(), "a");
         assert_eq!(dirs.scan(), ["a"]);
+    }
+
+    #[test]
+    fn an_alias_keeps_its_name() {
+        use crate::aliases::{AliasDefinition, Names, TargetDefinition};
+        struct Any;
+        impl Names for Any {
+            fn base_names(&self) -> &[String] {
+                &[]
+            }
+            fn is_adapter(&self, name: &str) -> bool {
+                name == "a"
+            }
+        }
+        let folder = tempfile::tempdir().unwrap();
+        add(folder.path(), "a");
+        let mut dirs = dirs(&[folder.path()]);
+        dirs.scan();
+        let target = TargetDefinition {
+            adapter: "a".into(),
+            weight: 1.0,
+        };
+        let definition = AliasDefinition {
+            name: "b".into(),
+            targets: vec![target],
+        };
+        dirs.aliases.set(&definition, &Any).unwrap();
+        add(folder.path(), "b");
+        assert!(dirs.scan().is_empty());
+        assert!(dirs.registry.info("b").is_none());
     }
 
     #[test]

@@ -21,6 +21,7 @@ use super::{
     lora_dirs::LoraDirs,
 };
 use crate::{
+    aliases::Aliases,
     app::{Gateway, app},
     auth::{AdapterSources, Auth},
     config::{Config, Dtype, LoadFormat, LogFormat, LoraPath, ModelSource},
@@ -157,9 +158,10 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
     );
     let loads = load_adapters(built.engine.as_ref(), adapters).await?;
     let mut names: Vec<String> = lora_paths.into_iter().map(|path| path.name).collect();
+    let aliases = Arc::new(Aliases::default());
     let lora_dirs = match built.engine.adapters() {
         Some(registry) => {
-            let mut dirs = LoraDirs::new(Arc::clone(registry), directories);
+            let mut dirs = LoraDirs::new(Arc::clone(registry), Arc::clone(&aliases), directories);
             let (dirs, added) = blocking(move || {
                 let added = dirs.scan();
                 Ok((dirs, added))
@@ -189,6 +191,7 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
     let mut gateway = Gateway::new(engine, prompt, served, sources);
     gateway.metrics = Arc::new(metrics);
     gateway.auth = auth;
+    gateway.aliases = aliases;
     gateway.cors_origins = cors_origins;
     gateway.limits.max_body_bytes = http.max_body_bytes;
     gateway.limits.body_timeout = http.read_timeout;

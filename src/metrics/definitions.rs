@@ -133,6 +133,8 @@ definitions! {
     ADAPTER_CAPACITY = "polylora_adapter_capacity_bytes", Kind::Gauge, &["tier"], "Bytes that adapters may take on the device.";
     ADAPTERS = "polylora_adapters", Kind::Gauge, &["state"], "Adapters by state: registered (known by name), host, device.";
     ADAPTER_LEASES = "polylora_adapter_leases", Kind::Gauge, &["adapter"], "Requests in flight that hold the adapter.";
+    ALIAS_REQUESTS = "polylora_alias_requests_total", Kind::Counter, &["alias", "adapter"], "Requests that named an alias, by the adapter that it chose.";
+    ALIAS_SHARE = "polylora_alias_share", Kind::Gauge, &["alias", "adapter"], "Part of an alias's callers that an adapter answers; the parts of an alias sum to 1.";
     STEPS = "polylora_steps_total", Kind::Counter, &[], "Batches run.";
     STEP_SECONDS = "polylora_step_seconds", Kind::Histogram(ITL_BUCKETS), &[], "From the scheduling of a batch to the commit of its output.";
     STEP_ROWS = "polylora_step_rows", Kind::Histogram(TOKEN_BUCKETS), &[], "Rows of a batch: a prompt's chunk has many, a decoding sequence one.";

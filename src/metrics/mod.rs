@@ -27,6 +27,8 @@ use metrics_util::MetricKindMask;
 use parking_lot::Mutex;
 use polylora_engine::{AdapterInfo, AdapterStats, EngineDescription, EngineStats, InferenceEngine, adapter::AdapterState};
 
+use crate::aliases::Aliases;
+
 pub mod definitions;
 
 use definitions::*;
@@ -359,8 +361,10 @@ impl Metrics {
     }
 
     /// The text of `/metrics`.
-    pub fn render(&self, engine: &dyn InferenceEngine) -> String {
-        self.render_from(&engine.stats(), || (engine.list_adapters(), engine.adapter_stats()))
+    pub fn render(&self, engine: &dyn InferenceEngine, aliases: &Aliases) -> String {
+        let mut text = self.render_from(&engine.stats(), || (engine.list_adapters(), engine.adapter_stats()));
+        text.push_str(&aliases_text(aliases));
+        text
     }
 
     fn render_from(&self, stats: &EngineStats, list_adapters: impl FnOnce() -> (Vec<AdapterInfo>, Vec<AdapterStats>)) -> String {
@@ -644,6 +648,19 @@ fn write_seconds(text: &mut String, definition: &Definition, series: &[(&[&str],
     }
 }
 
+/// Their number is bounded, and they are made by admins: each has series of its own, which vanish with it.
+fn aliases_text(aliases: &Aliases) -> String {
+    let scrape = Registry::scrape();
+    for alias in aliases.list() {
+        for target in alias.targets() {
+            let labels = [&**alias.name(), &**target.adapter()];
+            scrape.count(&ALIAS_REQUESTS, &labels, target.requests_total());
+            scrape.set(&ALIAS_SHARE, &labels, alias.share(target));
+        }
+    }
+    scrape.handle.render()
+}
+
 fn ratio(part: usize, whole: usize) -> f64 {
     if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
 }
@@ -788,6 +805,8 @@ mod tests {
                 ADAPTER_WAITED,
                 CACHE_HITS,
                 CACHE_MISSES,
+                ALIAS_REQUESTS,
+                ALIAS_SHARE,
             ]
             .contains(definition);
             let series = text.lines().filter(|line| line.starts_with(definition.name)).count();

@@ -67,11 +67,11 @@ pub struct ChatRequest {
     /// Handed to the chat template.
     #[schema(example = "low")]
     pub reasoning_effort: Option<String>,
-    /// Not interpreted.
+    /// Whom an alias's choice of an adapter sticks to.
     pub user: Option<String>,
     /// Not interpreted.
     pub metadata: Option<BTreeMap<String, String>>,
-    /// Not interpreted.
+    /// Whom an alias's choice of an adapter sticks to, if there is no `user`.
     pub safety_identifier: Option<String>,
     /// Not interpreted: prefixes are cached whatever the key.
     pub prompt_cache_key: Option<String>,

@@ -55,7 +55,7 @@ pub struct CompletionRequest {
     /// Smallest set of likeliest tokens whose probabilities sum to at least this.
     #[schema(exclusive_minimum = 0, maximum = 1, default = 1)]
     pub top_p: Option<f32>,
-    /// Not interpreted.
+    /// Whom an alias's choice of an adapter sticks to.
     pub user: Option<String>,
 
     /// Extension. Only the `top_k` likeliest tokens; 0 and -1 are all.

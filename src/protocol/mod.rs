@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 pub mod adapters;
+pub mod aliases;
 pub mod chat;
 pub mod completions;
 pub mod generate;

@@ -3,13 +3,15 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::aliases::AliasCard;
+
 /// The base model and every adapter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ModelList {
     /// `list`.
     #[schema(example = "list")]
     pub object: String,
-    /// The base model's names, then the adapters.
+    /// The base model's names, then the adapters, then the aliases.
     pub data: Vec<ModelCard>,
 }
 
@@ -27,15 +29,18 @@ pub struct ModelCard {
     /// Who serves it.
     #[schema(example = "polylora")]
     pub owned_by: String,
-    /// The path or Hub id that it was loaded from.
+    /// The path or Hub id that it was loaded from; of an alias, the adapters behind it.
     pub root: String,
-    /// The base model's name, for an adapter.
+    /// The base model's name, for an adapter or an alias.
     pub parent: Option<String>,
     /// Most tokens of prompt and output together, for the base model.
     pub max_model_len: Option<usize>,
     /// Extension. About an adapter.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub adapter: Option<AdapterCard>,
+    /// Extension. About an alias.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub alias: Option<AliasCard>,
 }
 
 /// About an adapter.

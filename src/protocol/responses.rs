@@ -61,9 +61,9 @@ pub struct ResponsesRequest {
     pub include: Option<Vec<String>>,
     /// Comes back in the answer.
     pub metadata: Option<BTreeMap<String, String>>,
-    /// Not interpreted.
+    /// Whom an alias's choice of an adapter sticks to.
     pub user: Option<String>,
-    /// Not interpreted.
+    /// Whom an alias's choice of an adapter sticks to, if there is no `user`.
     pub safety_identifier: Option<String>,
     /// Not interpreted: prefixes are cached whatever the key.
     pub prompt_cache_key: Option<String>,

@@ -1,6 +1,6 @@
 //! Loading and unloading adapters: SGLang's, vLLM's and Dynamo's forms of the same two operations.
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::collections::BTreeMap;
 
 use axum::{
     Json,
@@ -8,82 +8,18 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
 };
-use polylora_engine::{AdapterError, AdapterInfo, LoadRequest, UnloadMode};
 use sha2::{Digest, Sha256};
 
 use crate::{
     app::{AppState, Gateway},
     error::{ApiError, ErrorBody, ErrorDetail},
     extract::{ApiJson, NativeJson},
-    metrics::LoadStage,
+    lifecycle::Load,
     protocol::adapters::{
         AdapterFailure, AdapterResponse, DynamoList, DynamoLoadRequest, DynamoResponse, LoadAdapterRequest, PinAdapterRequest, UnloadAdapterRequest,
         VllmLoadRequest, VllmUnloadRequest,
     },
 };
-
-/// What is asked for in one form or another.
-#[derive(Default)]
-struct Load {
-    name: String,
-    path: String,
-    pinned: bool,
-    replace: bool,
-    expected_version: Option<String>,
-}
-
-/// Finds the files and loads them.
-async fn load_adapter(state: &Gateway, load: Load) -> Result<AdapterInfo, ApiError> {
-    let Load {
-        name,
-        path,
-        pinned,
-        replace,
-        expected_version,
-    } = load;
-    if !state.engine.describe().lora_enabled {
-        return Err(AdapterError::NotEnabled.into());
-    }
-    if state.served.names.contains(&name) {
-        let reason = "is the base model's".to_owned();
-        return Err(AdapterError::BadName { name, reason }.into());
-    }
-    if !replace && state.engine.adapter_info(&name).is_some() {
-        return Err(AdapterError::AlreadyLoaded { name }.into());
-    }
-    let began = Instant::now();
-    let sources = Arc::clone(&state.sources);
-    let from = path.clone();
-    // Looking at folders blocks, and downloading does for long.
-    let files = tokio::task::spawn_blocking(move || sources.resolve_from_client(&from));
-    let files = files.await.map_err(|_| ApiError::internal())??;
-    state.metrics.adapter_load_stage(LoadStage::Fetch, began.elapsed());
-    let fetched = Instant::now();
-    let loaded = state
-        .engine
-        .load_adapter(LoadRequest {
-            name,
-            files,
-            source: path,
-            pinned,
-            replace,
-            expected_version,
-        })
-        .await;
-    if loaded.is_ok() {
-        state.metrics.adapter_load_stage(LoadStage::Pack, fetched.elapsed());
-    }
-    loaded.map_err(ApiError::from)
-}
-
-async fn unload_adapter(state: &Gateway, name: &str) -> Result<(), ApiError> {
-    if !state.engine.describe().lora_enabled {
-        return Err(AdapterError::NotEnabled.into());
-    }
-    state.engine.unload_adapter(name, UnloadMode::Drain)?.drained().await;
-    state.metrics.adapter_unloaded();
-    Ok(())
-}
 
 fn loaded_adapters(state: &Gateway) -> BTreeMap<String, String> {
     let adapters = state.engine.list_adapters().into_iter();
@@ -129,7 +65,7 @@ pub async fn load(State(state): State<AppState>, NativeJson(request): NativeJson
         replace: request.replace.unwrap_or(false),
         expected_version: request.expected_version,
     };
-    let loaded = load_adapter(&state, load).await;
+    let loaded = state.load_adapter(load).await;
     let report = loaded.map(|info| info.report.and_then(|report| serde_json::to_value(&*report).ok()));
     native_answer(&state, report)
 }
@@ -158,7 +94,7 @@ pub async fn pin(State(state): State<AppState>, NativeJson(request): NativeJson<
     ),
 )]
 pub async fn unload(State(state): State<AppState>, NativeJson(request): NativeJson<UnloadAdapterRequest>) -> Response {
-    let unloaded = unload_adapter(&state, &request.lora_name).await;
+    let unloaded = state.unload_adapter(&request.lora_name).await;
     native_answer(&state, unloaded.map(|()| None))
 }
 
@@ -211,7 +147,7 @@ pub async fn vllm_load(State(state): State<AppState>, ApiJson(request): ApiJson<
         replace: in_place,
         ..Load::default()
     };
-    Ok(match load_adapter(&state, load).await {
+    Ok(match state.load_adapter(load).await {
         Ok(_) => format!("Success: LoRA adapter '{name}' added successfully.").into_response(),
         Err(error) => vllm_failure(&error),
     })
@@ -227,7 +163,7 @@ pub async fn vllm_unload(State(state): State<AppState>, ApiJson(request): ApiJso
         let message = "'lora_name' needs to be provided to unload a LoRA adapter.".to_owned();
         return vllm_error(StatusCode::BAD_REQUEST, "InvalidUserInput", message);
     };
-    match unload_adapter(&state, &name).await {
+    match state.unload_adapter(&name).await {
         Ok(()) => format!("Success: LoRA adapter '{name}' removed successfully.").into_response(),
         Err(error) if error.status() == StatusCode::NOT_FOUND => vllm_error(
             StatusCode::NOT_FOUND,
@@ -266,7 +202,7 @@ pub async fn dynamo_load(State(state): State<AppState>, ApiJson(request): ApiJso
         path,
         ..Load::default()
     };
-    load_adapter(&state, load).await?;
+    state.load_adapter(load).await?;
     let message = format!("LoRA adapter '{}' loaded successfully", request.lora_name);
     Ok(dynamo_answer(request.lora_name, message))
 }
@@ -292,7 +228,7 @@ pub async fn dynamo_list(State(state): State<AppState>) -> Json<DynamoList> {
     responses((status = 200, description = "Unloaded.", body = DynamoResponse), crate::openapi::LoadErrors),
 )]
 pub async fn dynamo_unload(State(state): State<AppState>, Path(name): Path<String>) -> Result<Json<DynamoResponse>, ApiError> {
-    unload_adapter(&state, &name).await?;
+    state.unload_adapter(&name).await?;
     let message = format!("LoRA adapter '{name}' unloaded successfully");
     Ok(dynamo_answer(name, message))
 }

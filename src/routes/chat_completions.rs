@@ -67,6 +67,8 @@ pub(super) async fn start(state: &AppState, caller: &Caller, request: ChatReques
     refuse_unsupported(&request)?;
     let tools = Tools::read(state, &request)?;
     let target = state.router(&caller.identity).target(&request.model, request.lora_path.as_deref())?;
+    let users = [request.user.as_deref(), request.safety_identifier.as_deref()];
+    let target = state.resolve(caller, target, caller.sticky_key(users, &caller.request_id))?;
     let prompt = prompt_text(state, &request, &tools)?;
     let grammar = grammar(state, &request, &tools).await?;
     let envelope = Envelope::new(state, &request, parser(state, &request, &tools, &prompt, grammar.is_some()));

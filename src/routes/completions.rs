@@ -144,20 +144,22 @@ pub(super) fn check_count(state: &Gateway, got: usize, param: &str) -> Result<()
 
 fn targets(state: &Gateway, caller: &Caller, request: &CompletionRequest, num_prompts: usize) -> Result<Vec<Target>, ApiError> {
     let router = state.router(&caller.identity);
+    let sticky_key = caller.sticky_key([request.user.as_deref(), None], &caller.request_id);
+    let target = |name: Option<&str>| state.resolve(caller, router.target(&request.model, name)?, sticky_key);
     match &request.lora_path {
         Some(OneOrMany::Many(names)) => {
             if names.len() != num_prompts {
                 let message = format!("lora_path has {} entries for {num_prompts} prompts", names.len());
                 return Err(ApiError::invalid("lora_path", message));
             }
-            names.iter().map(|name| router.target(&request.model, name.as_deref())).collect()
+            names.iter().map(|name| target(name.as_deref())).collect()
         }
         one => {
             let name = match one {
                 Some(OneOrMany::One(name)) => name.as_deref(),
                 _ => None,
             };
-            Ok(vec![router.target(&request.model, name)?; num_prompts])
+            Ok(vec![target(name)?; num_prompts])
         }
     }
 }

@@ -118,12 +118,16 @@ async fn leases(state: &Gateway, caller: &Caller, prompts: &[PromptPart]) -> Res
         Err(error) if error.status() == axum::http::StatusCode::NOT_FOUND => Err(never_loaded(state, caller, name)),
         result => result,
     };
-    let names = || prompts.iter().map(|prompt| prompt.adapter.as_deref());
-    let targets = names().map(|name| name.map_or(Ok(Target::Base), target)).collect::<Result<Vec<_>, _>>()?;
+    let resolved = |prompt: &PromptPart| match prompt.adapter.as_deref() {
+        None => Ok(Target::Base),
+        // This route has no `user`: without a key an alias sticks to the prompt's `rid`.
+        Some(name) => state.resolve(caller, target(name)?, caller.sticky_key([None, None], &prompt.rid)),
+    };
+    let targets = prompts.iter().map(resolved).collect::<Result<Vec<_>, _>>()?;
     let leased = state.leases(caller, &targets).await;
     leased.map_err(|error| {
         // One of them was unloaded in between.
-        let gone = names().flatten().find_map(|name| target(name).err());
+        let gone = prompts.iter().filter_map(|prompt| prompt.adapter.as_deref()).find_map(|name| target(name).err());
         gone.filter(|_| error.status() == axum::http::StatusCode::NOT_FOUND).unwrap_or(error)
     })
 }

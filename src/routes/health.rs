@@ -89,6 +89,6 @@ pub async fn health_generate(State(state): State<AppState>, caller: Caller) -> R
     security(()),
 )]
 pub async fn metrics(State(state): State<AppState>) -> Response {
-    let text = state.metrics.render(state.engine.as_ref());
+    let text = state.metrics.render(state.engine.as_ref(), &state.aliases);
     ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response()
 }

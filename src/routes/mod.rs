@@ -11,6 +11,7 @@ use crate::{
 };
 
 pub mod adapters;
+pub mod aliases;
 pub mod chat_completions;
 pub mod completions;
 pub mod generate;
@@ -36,6 +37,8 @@ pub fn router() -> (Router<AppState>, OpenApi) {
         .routes(routes!(adapters::vllm_unload))
         .routes(routes!(adapters::dynamo_load, adapters::dynamo_list))
         .routes(routes!(adapters::dynamo_unload))
+        .routes(routes!(aliases::list))
+        .routes(routes!(aliases::get, aliases::set, aliases::delete))
         .routes(routes!(server::flush_cache, server::get_flush_cache))
         .route_layer(from_fn(require_admin));
     OpenApiRouter::with_openapi(Document::openapi())

@@ -7,6 +7,7 @@ use axum::{
 use polylora_engine::{AdapterInfo, adapter::AdapterState};
 
 use crate::{
+    aliases::Alias,
     app::{AppState, Caller, Gateway},
     error::ApiError,
     protocol::models::{AdapterCard, ModelCard, ModelList},
@@ -23,6 +24,7 @@ fn base_card(state: &Gateway, name: &str) -> ModelCard {
         parent: None,
         max_model_len: Some(state.engine.describe().context_length),
         adapter: None,
+        alias: None,
     }
 }
 
@@ -50,21 +52,41 @@ fn adapter_card(state: &Gateway, info: AdapterInfo) -> ModelCard {
             leases: info.leases,
             requests_total: info.requests_total,
         }),
+        alias: None,
+    }
+}
+
+fn alias_card(state: &Gateway, alias: &Alias) -> ModelCard {
+    let adapters: Vec<&str> = alias.targets().iter().map(|target| &**target.adapter()).collect();
+    ModelCard {
+        id: alias.name().to_string(),
+        object: "model".to_owned(),
+        created: state.started_at(),
+        owned_by: state.owned_by.clone(),
+        root: adapters.join(","),
+        parent: Some(state.served.name().to_owned()),
+        max_model_len: None,
+        adapter: None,
+        alias: Some(super::aliases::card(alias)),
     }
 }
 
 /// `GET /v1/models`. Base model first: routers read that one.
 #[utoipa::path(
     get, path = "/v1/models", operation_id = "list_models", tag = "OpenAI",
-    responses((status = 200, description = "The base model's names, then the adapters, last used last.", body = ModelList), crate::openapi::ReadErrors),
+    responses((status = 200, description = "The base model's names, then the adapters, last used last, then the aliases.", body = ModelList), crate::openapi::ReadErrors),
 )]
 pub async fn list(State(state): State<AppState>, caller: Caller) -> Json<ModelList> {
     let mut adapters = state.engine.list_adapters();
     adapters.retain(|info| caller.identity.sees_adapter(&info.name));
+    let mut aliases = state.aliases.list();
+    aliases.retain(|alias| caller.identity.sees_adapter(alias.name()));
     let bases = state.served.names.iter().map(|name| base_card(&state, name));
+    let adapters = adapters.into_iter().map(|info| adapter_card(&state, info));
+    let aliases = aliases.iter().map(|alias| alias_card(&state, alias));
     Json(ModelList {
         object: "list".to_owned(),
-        data: bases.chain(adapters.into_iter().map(|info| adapter_card(&state, info))).collect(),
+        data: bases.chain(adapters).chain(aliases).collect(),
     })
 }
 
@@ -78,9 +100,10 @@ pub async fn one(State(state): State<AppState>, caller: Caller, Path(id): Path<S
     let router = state.router(&caller.identity);
     let card = match router.target(&id, None)? {
         Target::Base => base_card(&state, &id),
-        Target::Adapter(name) => match state.engine.adapter_info(&name) {
-            Some(info) => adapter_card(&state, info),
-            None => return Err(ApiError::model_not_found(&id, "model", &router.available())),
+        Target::Adapter(name) => match (state.aliases.get(&name), state.engine.adapter_info(&name)) {
+            (Some(alias), _) => alias_card(&state, &alias),
+            (None, Some(info)) => adapter_card(&state, info),
+            (None, None) => return Err(ApiError::model_not_found(&id, "model", &router.available())),
         },
     };
     Ok(Json(card))

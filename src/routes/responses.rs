@@ -144,6 +144,8 @@ fn chat_request(request: ResponsesRequest) -> Result<ChatRequest, ApiError> {
     chat.top_k = request.top_k;
     chat.min_p = request.min_p;
     chat.repetition_penalty = request.repetition_penalty;
+    chat.user = request.user;
+    chat.safety_identifier = request.safety_identifier;
     chat.tools = tools;
     chat.tool_choice = request.tool_choice.map(|choice| match choice {
         ResponsesToolChoice::Mode(mode) => ToolChoice::Mode(mode),

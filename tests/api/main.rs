@@ -1,6 +1,7 @@
 //! The served API over the mock engine, one file an endpoint or behaviour: no socket, no model, no sleeps.
 
 mod adapters;
+mod aliases;
 mod chat_completions;
 mod common;
 mod completions;

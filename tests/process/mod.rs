@@ -123,6 +123,16 @@ impl Server {
         answer(agent().post(format!("{}{path}", self.url)).send_json(body))
     }
 
+    /// `PUT` of JSON: status and body.
+    pub fn put(&self, path: &str, body: &Value) -> (u16, Value) {
+        answer(agent().put(format!("{}{path}", self.url)).send_json(body))
+    }
+
+    /// `DELETE`: status and body.
+    pub fn delete(&self, path: &str) -> (u16, Value) {
+        answer(agent().delete(format!("{}{path}", self.url)).call())
+    }
+
     /// `POST` with a key.
     pub fn post_as(&self, key: &str, path: &str, body: &Value) -> (u16, Value) {
         let request = agent().post(format!("{}{path}", self.url));
