@@ -30,11 +30,14 @@ use crate::{
     auth::{AdapterSources, Auth, Identity, RequestPermit},
     constraint::GrammarCompiler,
     error::{ApiError, NativeError},
+    lifecycle::NameLocks,
     metrics::{Metrics, MetricsConfig},
     prompt::PromptProcessor,
+    pushed::{DEFAULT_MAX_PUSH_BYTES, PushedAdapters},
     requests::RunningRequests,
     routes,
     routing::ServedModel,
+    state_dir::RuntimeState,
     tool_calls::ToolFormat,
 };
 
@@ -97,6 +100,12 @@ pub struct Gateway {
     pub sources: Arc<AdapterSources>,
     /// Names that stand for adapters.
     pub aliases: Arc<Aliases>,
+    /// What was changed at run time.
+    pub runtime: Arc<RuntimeState>,
+    /// Adapters that clients sent.
+    pub pushed: Arc<PushedAdapters>,
+    /// One change of a name at a time.
+    pub name_locks: NameLocks,
     /// Bounds.
     pub limits: Limits,
     /// Counts.
@@ -136,6 +145,9 @@ impl Gateway {
             served,
             sources,
             aliases: Arc::default(),
+            runtime: Arc::default(),
+            pushed: Arc::new(PushedAdapters::temporary(DEFAULT_MAX_PUSH_BYTES)),
+            name_locks: NameLocks::default(),
             limits: Limits::default(),
             metrics,
             auth: Auth::open(),

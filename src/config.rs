@@ -161,6 +161,13 @@ struct ServeArgs {
     /// while serving.
     #[arg(long, value_name = "DIR", help_heading = "LoRA")]
     lora_dir: Vec<PathBuf>,
+    /// A folder that keeps what is changed at run time: adapters that were loaded or pushed, pins, aliases. They are there again after a
+    /// restart, in place of what --lora-paths and --lora-dir say of the same names. Unset: they are forgotten.
+    #[arg(long, value_name = "DIR", help_heading = "LoRA")]
+    state_dir: Option<PathBuf>,
+    /// Largest weights of an adapter that a client may push (POST /v1/adapters/NAME).
+    #[arg(long, default_value = "2GiB", value_name = "SIZE", help_heading = "LoRA")]
+    max_push_size: ByteSize,
     /// Distinct adapters that one batch may have; the base model takes no place. At most one less may be pinned.
     #[arg(long, default_value_t = 8, value_name = "N", help_heading = "LoRA")]
     max_loras_per_batch: usize,
@@ -273,6 +280,10 @@ pub struct Config {
     pub source_policy: SourcePolicy,
     /// Adapters; `None` is off.
     pub lora: Option<LoraSettings>,
+    /// Keeps what is changed at run time.
+    pub state_dir: Option<PathBuf>,
+    /// Largest weights of a pushed adapter.
+    pub max_push_bytes: u64,
     /// The engine.
     pub engine: EngineSettings,
     /// The Hub.
@@ -760,6 +771,8 @@ impl Config {
             dtype: args.dtype,
             context_length: args.context_length,
             chat_template: args.chat_template.clone(),
+            state_dir: args.state_dir.clone(),
+            max_push_bytes: args.max_push_size.0,
             http: HttpConfig::from_args(args)?,
             auth,
             source_policy,

@@ -19,7 +19,10 @@
 //! | ended by `/abort_request` before anything was sent | 499 | `request_aborted` |
 //! | the engine failed; a panic in a handler | 500 | `engine_error`, `internal_error` |
 //! | the model gave logits that are not finite | 500 | `not_finite` |
+//! | a change at run time is in effect, but not in `--state-dir` | 500 | `state_not_saved` |
 //! | the queue is full; the server is stopping; no room for another adapter now | 503 + Retry-After | `queue_full`, `shutting_down`, `adapter_capacity` |
+//! | other adapters are being pushed | 503 + Retry-After | `too_many_pushes` |
+//! | no room on the disk for a pushed adapter | 507 | `storage_full` |
 //!
 //! After the first byte of a stream the status is spent: the same body goes out as an event, and the stream ends without a
 //! finish reason.
@@ -106,6 +109,7 @@ pub struct ApiError {
 const INVALID_REQUEST: &str = "invalid_request_error";
 const SERVER_ERROR: &str = "server_error";
 const QUEUE_FULL: &str = "queue_full";
+const STATE_NOT_SAVED: &str = "state_not_saved";
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> Self {
@@ -144,6 +148,12 @@ impl ApiError {
         }
         let message = format!("The model '{name}' does not exist. Available: {list}");
         Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, Some("model_not_found"), message).for_param(param)
+    }
+
+    /// 404 for an adapter that an admin names.
+    pub fn no_such_adapter(name: &str) -> Self {
+        let message = format!("There is no adapter '{name}'.");
+        Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, Some("model_not_found"), message).for_param("name")
     }
 
     /// 404 for a path.
@@ -186,6 +196,33 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER_ERROR, Some("internal_error"), message)
     }
 
+    /// 500 for a change that a restart would lose.
+    pub fn state_not_saved(error: &std::io::Error) -> Self {
+        tracing::error!(%error, "a change could not be written to --state-dir");
+        let message = "The change is in effect, but it could not be written to --state-dir: a restart would lose it. Any later change that \
+                       is written brings it along.";
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER_ERROR, Some(STATE_NOT_SAVED), message)
+    }
+
+    /// 503 for one push too many.
+    pub fn too_many_uploads(limit: usize) -> Self {
+        let message = format!("{limit} adapters are being pushed, more at once are not possible.");
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER_ERROR, Some("too_many_pushes"), message).retry_after(1)
+    }
+
+    /// 507 for a full disk, 500 for anything else that it says.
+    pub fn storage(error: &std::io::Error) -> Self {
+        use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        tracing::error!(%error, "a pushed adapter could not be stored");
+        match error.kind() {
+            StorageFull | QuotaExceeded | FileTooLarge => {
+                let message = "There is no room for the adapter on the server's disk.";
+                Self::new(StatusCode::INSUFFICIENT_STORAGE, SERVER_ERROR, Some("storage_full"), message)
+            }
+            _ => Self::internal(),
+        }
+    }
+
     /// 503 for a server that is not well.
     pub fn unhealthy(message: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER_ERROR, Some("unhealthy"), message)
@@ -218,6 +255,11 @@ impl ApiError {
     /// Whether it says that the queue is full.
     pub fn is_queue_full(&self) -> bool {
         self.code == Some(QUEUE_FULL)
+    }
+
+    /// Whether it says that a change is in effect, but not kept.
+    pub fn is_state_not_saved(&self) -> bool {
+        self.code == Some(STATE_NOT_SAVED)
     }
 
     /// The sentence.

@@ -1,9 +1,9 @@
-//! JSON bodies, with errors that say which field is wrong.
+//! JSON bodies and queries, with errors that say which field is wrong.
 
 use axum::{
     body::Bytes,
-    extract::{FromRequest, Request},
-    http::{HeaderMap, StatusCode, header::CONTENT_TYPE},
+    extract::{FromRequest, FromRequestParts, Query, Request},
+    http::{HeaderMap, StatusCode, header::CONTENT_TYPE, request::Parts},
 };
 use serde::de::DeserializeOwned;
 
@@ -41,13 +41,27 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for NativeJson<T> {
     }
 }
 
+/// The query of a URL; its errors have OpenAI's form.
+pub struct ApiQuery<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for ApiQuery<T> {
+    type Rejection = ApiError;
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, ApiError> {
+        match Query::try_from_uri(&parts.uri) {
+            Ok(Query(value)) => Ok(Self(value)),
+            Err(rejection) => Err(ApiError::bad_request(rejection.body_text())),
+        }
+    }
+}
+
 fn is_json(headers: &HeaderMap) -> bool {
     let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let media_type = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     media_type == "application/json" || (media_type.starts_with("application/") && media_type.ends_with("+json"))
 }
 
-fn is_timeout(error: &(dyn std::error::Error + 'static)) -> bool {
+/// Whether an error of a body is that it took too long.
+pub fn is_timeout(error: &(dyn std::error::Error + 'static)) -> bool {
     error.is::<tower_http::timeout::TimeoutError>() || error.source().is_some_and(is_timeout)
 }
 

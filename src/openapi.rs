@@ -64,11 +64,12 @@ fn what(status: &str) -> &'static str {
         "408" => "The body took too long.",
         "409" => "The adapter has another version, or an alias points at it.",
         "413" => "The body is too large.",
-        "415" => "The body is not `application/json`.",
+        "415" => "The body has another media type.",
         "429" => "A limit of the key is reached; `Retry-After` says when to try again.",
         "499" => "Ended by `/abort_request`.",
         "500" => "The server failed.",
         "503" => "The queue is full, the engine has failed, or the server is stopping; try again after `Retry-After`.",
+        "507" => "There is no room on the disk.",
         _ => "An error.",
     }
 }
@@ -112,6 +113,10 @@ error_sets! {
     NativeBodyErrors: NativeErrorBody = ["400", "401", "403", "408", "413", "415", "500"];
     /// Of routes that load adapters.
     LoadErrors: ErrorBody = ["400", "401", "403", "404", "408", "409", "413", "415", "500", "503"];
+    /// Of routes that receive adapters.
+    PushErrors: ErrorBody = ["400", "401", "403", "408", "409", "413", "415", "500", "503", "507"];
+    /// Of routes that unload adapters.
+    UnloadErrors: ErrorBody = ["400", "401", "403", "404", "409", "500"];
     /// Of native routes for admins, beside what they say themselves.
     NativeAdminErrors: NativeErrorBody = ["401", "403", "408", "413", "415", "500"];
     /// Of routes that tell admins.

@@ -335,6 +335,179 @@ fn an_alias_answers_as_its_adapter_alone_and_in_a_combination() {
     server.stop();
 }
 
+fn ids<'a>(list: &'a Value, field: &str) -> Vec<&'a str> {
+    list["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|entry| entry[field].as_str().unwrap())
+        .collect()
+}
+
+#[test]
+fn what_was_changed_at_run_time_is_there_after_a_kill() {
+    let folder = tempfile::tempdir().unwrap();
+    let flags = ["--state-dir", folder.path().to_str().unwrap()];
+    let mut server = Server::start(&flags);
+    assert_loaded(server.load("zz-mine", &adapter_path("pirate"), true), &DEMO_AND_MINE);
+    let (status, answer) = server.push("zz-pushed", "table").unwrap();
+    assert_eq!(status, 200, "{answer}");
+    check(&server, &[LIST_3], &[Some("table")], &[Some("zz-pushed")]);
+    // One of the command line's is replaced, one pinned, one unloaded.
+    let (status, answer) = server.push("yaml", "json").unwrap();
+    assert_eq!(status, 200, "{answer}");
+    assert_eq!(server.post("/pin_lora_adapter", &json!({"lora_name": "sql", "pinned": true})).0, 200);
+    assert_eq!(server.unload("flags").0, 200);
+    let targets = json!({"targets": [{"adapter": "zz-mine", "weight": 3}, {"adapter": "zz-pushed"}]});
+    assert_eq!(server.put("/v1/aliases/support", &targets).0, 200);
+    let aliases = server.get("/v1/aliases").1;
+    let before = server.generate(&[LIST_3; 4], &[Some("support"); 4]);
+    server.kill();
+    server.wait();
+
+    let server = Server::start(&flags);
+    let adapters = ["pirate", "table", "json", "flags"];
+    let names = [Some("zz-mine"), Some("zz-pushed"), Some("yaml"), Some("flags")];
+    check(&server, &[LIST_3; 4], &adapters.map(Some), &names);
+    assert_eq!(server.get("/v1/aliases").1["data"][0]["name"], aliases["data"][0]["name"]);
+    assert_eq!(server.get("/v1/aliases").1["data"][0]["targets"][0]["share"], 0.75);
+    assert!(
+        before
+            .iter()
+            .all(|answer| ["zz-mine", "zz-pushed"].contains(&answer["meta_info"]["lora"].as_str().unwrap()))
+    );
+    let list = server.get("/v1/adapters").1;
+    let entries = list["data"].as_array().unwrap();
+    let pinned: Vec<_> = entries
+        .iter()
+        .filter(|entry| entry["pinned"] == true)
+        .map(|entry| &entry["name"])
+        .collect();
+    assert_eq!(pinned.len(), 2, "{pinned:?}");
+    assert!(pinned.contains(&&json!("zz-mine")) && pinned.contains(&&json!("sql")), "{pinned:?}");
+    // The new ones can be changed like any other.
+    let entry = entries.iter().find(|entry| entry["name"] == "zz-pushed").unwrap();
+    let expected = entry["version"].as_str().unwrap();
+    let (status, answer) = server.push(&format!("zz-pushed?expected_version={expected}"), "pirate").unwrap();
+    assert_eq!(status, 200, "{answer}");
+    check(&server, &[LIST_3], &[Some("pirate")], &[Some("zz-pushed")]);
+    server.stop();
+
+    // Another server can't have the folder meanwhile; a damaged state is set aside.
+    let server = Server::start(&flags);
+    let output = polylora(&[&["serve", "--port", "0"][..], &flags].concat());
+    assert!(stderr(&output).contains("another server uses it"), "{}", stderr(&output));
+    server.stop();
+    let state = folder.path().join("state");
+    let bytes = std::fs::read(&state).unwrap();
+    std::fs::write(&state, &bytes[..bytes.len() / 2]).unwrap();
+    let mut server = Server::start(&flags);
+    assert_eq!(ids(&server.get("/v1/adapters").1, "name").len(), 8);
+    assert_eq!(server.get("/v1/aliases").1["data"], json!([]));
+    check(&server, &[LIST_3], &[Some("yaml")], &[Some("yaml")]);
+    server.signal("TERM");
+    assert!(server.wait().success());
+    assert!(
+        server.log().contains("the state is damaged") && server.log().contains("moved to"),
+        "{}",
+        server.log()
+    );
+}
+
+const DEMO_AND_MINE: [&str; 9] = ["flags", "json", "lines", "pirate", "sql", "table", "upper", "yaml", "zz-mine"];
+
+/// What a client of the loop below has made of a server.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Made {
+    adapters: std::collections::BTreeSet<String>,
+    aliases: std::collections::BTreeSet<String>,
+}
+
+impl Made {
+    fn seen(server: &Server) -> Self {
+        let own = |path: &str| {
+            let (status, list) = server.get(path);
+            assert_eq!(status, 200, "{list}");
+            let names = ids(&list, "name").into_iter().map(str::to_owned);
+            names.filter(|name| name.starts_with("n-")).collect()
+        };
+        Self {
+            adapters: own("/v1/adapters"),
+            aliases: own("/v1/aliases"),
+        }
+    }
+
+    /// Asks for the `step`-th change; what is there if it is carried out, and whether it was answered.
+    fn change(&self, server: &Server, step: usize) -> (Self, bool) {
+        let (mut after, name) = (self.clone(), format!("n-{step:04}"));
+        let agent = ureq::Agent::config_builder().http_status_as_error(false).build().new_agent();
+        let status = match step % 6 {
+            0 | 1 => {
+                after.adapters.insert(name.clone());
+                server.push(&name, "json").ok().map(|answer| answer.0)
+            }
+            2 => {
+                after.adapters.insert(name.clone());
+                server.try_post("/load_lora_adapter", &json!({"lora_name": name, "lora_path": "demo:sql"}))
+            }
+            3 | 4 => {
+                after.aliases.insert(name.clone());
+                let request = agent.put(format!("{}/v1/aliases/{name}", server.url));
+                let response = request.send_json(json!({"adapter": "table"}));
+                response.ok().map(|response| response.status().as_u16())
+            }
+            _ => {
+                let first = after.adapters.pop_first().unwrap();
+                server.try_post("/unload_lora_adapter", &json!({"lora_name": first}))
+            }
+        };
+        assert!(status.is_none_or(|status| status == 200), "step {step}: {status:?}");
+        (after, status.is_some())
+    }
+}
+
+#[test]
+fn a_kill_at_any_moment_loses_nothing_that_was_answered() {
+    let folder = tempfile::tempdir().unwrap();
+    let flags = ["--state-dir", folder.path().to_str().unwrap()];
+    let (mut made, mut step) = (Made::default(), 0);
+    for round in 0..6 {
+        let server = Server::start(&flags);
+        assert_eq!(Made::seen(&server), made, "round {round}");
+        let (answered, is_answered) = std::sync::mpsc::channel();
+        let (last, next) = std::thread::scope(|scope| {
+            let client = scope.spawn(|| {
+                loop {
+                    let (after, is_answered) = made.change(&server, step);
+                    step += 1;
+                    if !is_answered {
+                        return (made.clone(), after);
+                    }
+                    made = after;
+                    let _ = answered.send(());
+                }
+            });
+            // While the one after these is on its way.
+            is_answered.iter().take(3 * round + 2).for_each(drop);
+            server.kill();
+            client.join().unwrap()
+        });
+        drop(server);
+        // The one that was on its way has happened whole or not at all.
+        let server = Server::start(&flags);
+        made = Made::seen(&server);
+        assert!(made == last || made == next, "round {round}: {made:?} is neither {last:?} nor {next:?}");
+        for name in &made.adapters {
+            let (status, answer) = server.post("/generate", &json!({"text": LIST_3, "lora_path": name, "sampling_params": greedy()}));
+            assert_eq!(status, 200, "{answer}");
+        }
+        server.stop();
+        let folders = std::fs::read_dir(folder.path().join("adapters")).unwrap().count();
+        assert!(folders <= made.adapters.len(), "round {round}: {folders} folders of {:?}", made.adapters);
+    }
+    assert!(step > 30, "{step}");
+}
+
 /// A request that runs until it is full, streamed.
 fn endless() -> Value {
     json!({"text": LIST_3, "lora_path": "json", "stream": true, "sampling_params": {"max_new_tokens": 400, "ignore_eos": true, "temperature": 0}})
@@ -547,6 +720,24 @@ fn the_command_line_manages_a_running_server() {
     assert!(!again.status.success() && stderr(&again).contains("already loaded"), "{}", stderr(&again));
     assert_eq!(stdout(&run(&["load", "mine", "demo:json", "--replace"])), "loaded mine from demo:json\n");
     check(&server, &[LIST_3], &[Some("json")], &[Some("mine")]);
+    let pushed = stdout(&run(&["push", "mine", &adapter_path("table")]));
+    let version = pushed.trim_end().strip_prefix("pushed mine, version ").unwrap();
+    check(&server, &[LIST_3], &[Some("table")], &[Some("mine")]);
+    let list = stdout(&run(&["list"]));
+    let row = list.lines().find(|line| line.starts_with("mine ")).unwrap();
+    assert!(
+        row.contains(&version[..12]) && row.contains(" s ago ") && row.contains(" pushed:"),
+        "{row}"
+    );
+    let conflict = run(&["replace", "mine", "demo:json", "--expected-version", "00"]);
+    assert!(stderr(&conflict).contains("has version"), "{}", stderr(&conflict));
+    assert_eq!(
+        stdout(&run(&["replace", "mine", "demo:json", "--expected-version", version])),
+        "replaced mine by demo:json\n"
+    );
+    let missing = run(&["push", "mine", "/does/not/exist"]);
+    assert!(stderr(&missing).contains("/does/not/exist/adapter_config.json"), "{}", stderr(&missing));
+    check(&server, &[LIST_3], &[Some("json")], &[Some("mine")]);
     let is_pinned = || {
         let list: Value = serde_json::from_str(&stdout(&run(&["list", "--json"]))).unwrap();
         let cards = list["data"].as_array().unwrap();
@@ -567,7 +758,7 @@ fn the_command_line_manages_a_running_server() {
     let held = run(&["unload", "mine"]);
     assert!(stderr(&held).contains("the alias 'a/b' points at it"), "{}", stderr(&held));
     assert_eq!(stdout(&run(&["alias", "a/b", "json"])), "a/b stands for json\n");
-    assert_eq!(stdout(&run(&["unload", "mine"])), "unloaded mine\n");
+    assert_eq!(stdout(&run(&["unload", "mine", "--force", "--timeout", "5"])), "unloaded mine\n");
     assert_eq!(stdout(&run(&["unalias", "a/b"])), "a/b stands for nothing any more\n");
     let unknown = run(&["unalias", "a/b"]);
     assert!(stderr(&unknown).contains("The alias 'a/b' does not exist"), "{}", stderr(&unknown));

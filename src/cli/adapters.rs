@@ -1,12 +1,23 @@
 //! `polylora adapters`: a client of a running server, and `inspect`, which needs none.
 
-use std::{io::Write, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fs::File,
+    io::{Cursor, Read, Write},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use polylora_engine::{
     FileSource,
-    adapter::{CoverageReport, LoraLimits, PackedDtype, load::checkpoint_opener, load_adapter},
+    adapter::{
+        CoverageReport, LoraLimits, PackedDtype,
+        config::CONFIG_FILE,
+        load::{checkpoint_opener, load_adapter},
+        tensors::WEIGHTS_FILE,
+    },
     backend::cpu::CpuBackend,
     decoder::DecoderConfig,
 };
@@ -45,10 +56,36 @@ enum AdaptersCommand {
         #[arg(long)]
         replace: bool,
     },
+    /// Load an adapter in the place of one of the same name; requests in flight end on the old one.
+    Replace {
+        /// The name.
+        name: String,
+        /// A folder on the server's machine, org/name[@revision] on the Hub, or demo:NAME.
+        path: String,
+        /// Only if the name has this version (hex) now.
+        #[arg(long, value_name = "VERSION")]
+        expected_version: Option<String>,
+    },
+    /// Send an adapter's files to the server; a name that is taken gets them as its new version.
+    Push {
+        /// The name that clients will use.
+        name: String,
+        /// A folder on this machine with adapter_config.json and adapter_model.safetensors.
+        folder: PathBuf,
+        /// Only if the name has this version (hex) now.
+        #[arg(long, value_name = "VERSION")]
+        expected_version: Option<String>,
+    },
     /// Unload an adapter; returns when the last request on it has ended.
     Unload {
         /// Its name.
         name: String,
+        /// End the requests that still run on it.
+        #[arg(long)]
+        force: bool,
+        /// Wait no longer than this.
+        #[arg(long, value_name = "SECONDS")]
+        timeout: Option<f64>,
     },
     /// Keep an adapter on the device.
     Pin {
@@ -101,9 +138,29 @@ pub fn run(args: &AdaptersArgs) -> anyhow::Result<()> {
             let answer = client.post("/load_lora_adapter", &body)?;
             (answer, format!("loaded {name} from {path}\n"))
         }
-        AdaptersCommand::Unload { name } => {
-            let answer = client.post("/unload_lora_adapter", &json!({"lora_name": name}))?;
-            (answer, format!("unloaded {name}\n"))
+        AdaptersCommand::Replace {
+            name,
+            path,
+            expected_version,
+        } => {
+            let body = json!({"lora_name": name, "lora_path": path, "replace": true, "expected_version": expected_version});
+            let answer = client.post("/load_lora_adapter", &body)?;
+            (answer, format!("replaced {name} by {path}\n"))
+        }
+        AdaptersCommand::Push {
+            name,
+            folder,
+            expected_version,
+        } => {
+            let answer = client.push(name, folder, expected_version.as_deref())?;
+            let version = answer["adapter"]["version"].as_str().unwrap_or("-").to_owned();
+            (answer, format!("pushed {name}, version {version}\n"))
+        }
+        AdaptersCommand::Unload { name, force, timeout } => {
+            let timeout = timeout.map_or_else(String::new, |seconds| format!("&timeout_seconds={seconds}"));
+            let answer = client.delete(&format!("/v1/adapters/{}?force={force}{timeout}", path_segment(name)))?;
+            let text = unloaded_text(&answer);
+            (answer, text)
         }
         AdaptersCommand::Pin { name } | AdaptersCommand::Unpin { name } => {
             let pinned = matches!(args.command, AdaptersCommand::Pin { .. });
@@ -129,6 +186,19 @@ pub fn run(args: &AdaptersArgs) -> anyhow::Result<()> {
         write!(out, "{text}")?;
     }
     Ok(())
+}
+
+/// What became of an unload.
+fn unloaded_text(answer: &Value) -> String {
+    let name = answer["name"].as_str().unwrap_or("-");
+    let (waited_for, still_running) = (answer["waited_for"].as_u64().unwrap_or(0), answer["still_running"].as_u64().unwrap_or(0));
+    let requests = if waited_for == 1 { "request" } else { "requests" };
+    let what = if answer["aborted"] == true { "aborted" } else { "waited for" };
+    match (waited_for, still_running) {
+        (0, _) => format!("unloaded {name}\n"),
+        (_, 0) => format!("unloaded {name}, {what} {waited_for} {requests}\n"),
+        _ => format!("unloaded {name}, {what} {waited_for} {requests}: {still_running} still run\n"),
+    }
 }
 
 /// `NAME=WEIGHT`; a name may have an equals sign itself, if no number follows.
@@ -267,7 +337,10 @@ fn layer_ranges(layers: &[u16]) -> String {
 /// The answer of `/v1/models` as a table.
 fn models_table(answer: &Value) -> anyhow::Result<String> {
     let models = answer["data"].as_array().context("the server's list has no `data`")?;
-    let mut table = Table::new(&["name", "kind", "state", "rank", "modules", "bytes", "pinned", "leases", "from"]);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+    let mut table = Table::new(&[
+        "name", "kind", "state", "version", "rank", "modules", "bytes", "pinned", "leases", "requests", "hits", "last use", "from",
+    ]);
     for model in models {
         let text = |value: &Value| match value {
             Value::String(text) => text.clone(),
@@ -290,15 +363,31 @@ fn models_table(answer: &Value) -> anyhow::Result<String> {
             text(&model["id"]),
             kind.to_owned(),
             text(&more["state"]),
+            // Enough to tell versions apart; --json has all of it.
+            text(&more["version"]).chars().take(12).collect(),
             text(&more["lora_rank"]),
             text(&more["target_modules"]),
             more["size_bytes"].as_u64().map_or_else(|| "-".to_owned(), human_bytes),
             text(&more["pinned"]),
             text(&more["leases"]),
+            text(&more["requests_total"]),
+            text(&more["hits_total"]),
+            more["last_used"].as_f64().map_or_else(|| "-".to_owned(), |at| age(now - at)),
             from,
         ]);
     }
     Ok(table.to_string())
+}
+
+/// `12 s ago`, `3 h ago`
+fn age(seconds: f64) -> String {
+    let seconds = seconds.max(0.0) as u64;
+    match seconds {
+        0..120 => format!("{seconds} s ago"),
+        120..7_200 => format!("{} min ago", seconds / 60),
+        7_200..172_800 => format!("{} h ago", seconds / 3600),
+        _ => format!("{} d ago", seconds / 86_400),
+    }
 }
 
 /// `1.5 MiB`
@@ -382,6 +471,26 @@ impl Client {
             request = request.header("Authorization", authorization);
         }
         self.answer(request.call())
+    }
+
+    /// Sends a folder's two files as `multipart/form-data`, as they are read.
+    fn push(&self, name: &str, folder: &Path, expected_version: Option<&str>) -> anyhow::Result<Value> {
+        let boundary = uuid::Uuid::new_v4().simple().to_string();
+        let mut body: Box<dyn Read> = Box::new(std::io::empty());
+        for (part, file) in [("config", CONFIG_FILE), ("weights", WEIGHTS_FILE)] {
+            let path = folder.join(file);
+            let file = File::open(&path).with_context(|| path.display().to_string())?;
+            let head = format!("--{boundary}\r\nContent-Disposition: form-data; name=\"{part}\"; filename=\"{part}\"\r\n\r\n");
+            body = Box::new(body.chain(Cursor::new(head)).chain(file).chain(&b"\r\n"[..]));
+        }
+        let mut body = body.chain(Cursor::new(format!("--{boundary}--\r\n")));
+        let query = expected_version.map_or_else(String::new, |version| format!("?expected_version={}", path_segment(version)));
+        let request = self.agent.post(format!("{}/v1/adapters/{}{query}", self.url, path_segment(name)));
+        let mut request = request.header("Content-Type", format!("multipart/form-data; boundary={boundary}"));
+        if let Some(authorization) = &self.authorization {
+            request = request.header("Authorization", authorization);
+        }
+        self.answer(request.send(ureq::SendBody::from_reader(&mut body)))
     }
 
     fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
@@ -482,6 +591,19 @@ without effect on inference: lora_dropout
         let alias = json!({"targets": [{"adapter": "a", "share": 0.125}, {"adapter": "b", "share": 0.875}]});
         assert_eq!(shares(&alias), "a (12.5000 %), b (87.5000 %)");
         assert_eq!(shares(&json!({"targets": [{"adapter": "a", "share": 1.0}]})), "a");
+    }
+
+    #[test]
+    fn unloads_and_ages_for_people() {
+        let text = |waited_for, still_running, aborted| {
+            unloaded_text(&json!({"name": "a", "waited_for": waited_for, "still_running": still_running, "aborted": aborted}))
+        };
+        assert_eq!(text(0, 0, true), "unloaded a\n");
+        assert_eq!(text(1, 0, false), "unloaded a, waited for 1 request\n");
+        assert_eq!(text(3, 0, true), "unloaded a, aborted 3 requests\n");
+        assert_eq!(text(3, 2, false), "unloaded a, waited for 3 requests: 2 still run\n");
+        let ages = [-5.0, 119.9, 120.0, 7_200.0, 172_800.0].map(age);
+        assert_eq!(ages, ["0 s ago", "119 s ago", "2 min ago", "2 h ago", "2 d ago"]);
     }
 
     #[test]

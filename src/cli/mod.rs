@@ -3,6 +3,7 @@
 pub mod adapters;
 pub mod bench;
 mod engine;
+mod kept;
 mod lora_dirs;
 pub mod serve;
 

@@ -3,6 +3,7 @@
 use std::{
     io::{IsTerminal, Write},
     net::SocketAddr,
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -18,6 +19,7 @@ use tracing_subscriber::EnvFilter;
 
 use super::{
     engine::{BuiltEngine, EngineInputs, build},
+    kept::{RegisteredNames, changed_paths, restore_adapters, restore_aliases, restore_pins},
     lora_dirs::LoraDirs,
 };
 use crate::{
@@ -29,8 +31,10 @@ use crate::{
     hub::{Hub, HubId},
     metrics::{LoadStage, Metrics, MetricsConfig},
     prompt::PromptProcessor,
+    pushed::PushedAdapters,
     routing::ServedModel,
     server::{ServerSettings, bind, load_tls, serve},
+    state_dir::{Changes, RuntimeState},
 };
 
 /// More than any machine has loader threads: none of them is idle at the start.
@@ -97,6 +101,8 @@ struct Loaded {
 
 async fn load(config: Config) -> anyhow::Result<Loaded> {
     let sources = Arc::new(AdapterSources::new(Hub::new(config.hub.clone()), config.source_policy.clone()));
+    let (runtime, max_push_bytes) = (open_state(config.state_dir.clone()).await?, config.max_push_bytes);
+    let changes = runtime.changes();
     let hub = Hub::new(config.hub.clone());
     let model = config.model.clone();
     let files = blocking(move || model_files(&model, &hub)).await?;
@@ -107,6 +113,7 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
     let prompt = blocking(move || Ok(PromptProcessor::from_files(&prompt_files, chat_template.as_deref())?)).await?;
 
     let lora_paths = config.lora.as_ref().map(|lora| lora.paths.clone()).unwrap_or_default();
+    let lora_paths = changed_paths(lora_paths, &changes);
     let directories = config.lora.as_ref().map(|lora| lora.directories.clone()).unwrap_or_default();
     let (paths, by) = (lora_paths.clone(), Arc::clone(&sources));
     // Before the model is loaded, which may take minutes.
@@ -159,18 +166,36 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
     let loads = load_adapters(built.engine.as_ref(), adapters).await?;
     let mut names: Vec<String> = lora_paths.into_iter().map(|path| path.name).collect();
     let aliases = Arc::new(Aliases::default());
+    let pushed = Arc::new(match runtime.pushed_adapters() {
+        Some(folder) => PushedAdapters::in_folder(folder, max_push_bytes),
+        None => PushedAdapters::temporary(max_push_bytes),
+    });
     let lora_dirs = match built.engine.adapters() {
         Some(registry) => {
             let mut dirs = LoraDirs::new(Arc::clone(registry), Arc::clone(&aliases), directories);
+            let (registry, sources, runtime) = (Arc::clone(registry), Arc::clone(&sources), Arc::clone(&runtime));
+            let (aliases, base_names) = (Arc::clone(&aliases), served.names.clone());
             let (dirs, added) = blocking(move || {
-                let added = dirs.scan();
+                let mut added = restore_adapters(&registry, &changes, &sources, runtime.pushed_adapters().as_deref());
+                added.extend(dirs.scan());
+                restore_pins(&registry, &changes);
+                let names = RegisteredNames {
+                    registry: &registry,
+                    base_names: &base_names,
+                };
+                restore_aliases(&aliases, &changes, &names);
                 Ok((dirs, added))
             })
             .await?;
             names.extend(added);
             Some(dirs)
         }
-        None => None,
+        None => {
+            if changes != Changes::default() {
+                tracing::warn!("LoRA is off: the adapters of --state-dir are not served");
+            }
+            None
+        }
     };
 
     let engine: Arc<dyn InferenceEngine> = built.engine;
@@ -192,6 +217,8 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
     gateway.metrics = Arc::new(metrics);
     gateway.auth = auth;
     gateway.aliases = aliases;
+    gateway.runtime = runtime;
+    gateway.pushed = pushed;
     gateway.cors_origins = cors_origins;
     gateway.limits.max_body_bytes = http.max_body_bytes;
     gateway.limits.body_timeout = http.read_timeout;
@@ -203,6 +230,18 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
         lora_dirs,
         is_demo,
     })
+}
+
+/// What was changed at run time before.
+async fn open_state(directory: Option<PathBuf>) -> anyhow::Result<Arc<RuntimeState>> {
+    let Some(directory) = directory else {
+        return Ok(Arc::default());
+    };
+    let (state, damage) = blocking(move || Ok(RuntimeState::open(&directory)?)).await?;
+    if let Some(damage) = damage {
+        tracing::warn!(damage, "the state is damaged: nothing of it is used");
+    }
+    Ok(Arc::new(state))
 }
 
 /// Runs what blocks where it may.

@@ -1,4 +1,4 @@
-//! Loading and unloading adapters: SGLang's, vLLM's and Dynamo's forms.
+//! Loading and unloading adapters: SGLang's, vLLM's, Dynamo's and polylora's forms.
 
 use std::collections::BTreeMap;
 
@@ -42,6 +42,11 @@ pub struct PinAdapterRequest {
 pub struct UnloadAdapterRequest {
     /// The name.
     pub lora_name: String,
+    /// Extension. Requests that still run on it are ended; otherwise they go on to their ends.
+    pub force: Option<bool>,
+    /// Extension. How long to wait for them. Unset: as long as it takes.
+    #[schema(minimum = 0)]
+    pub timeout_seconds: Option<f64>,
 }
 
 /// The answer of both, good or bad.
@@ -55,7 +60,8 @@ pub struct AdapterResponse {
     pub error_message: String,
     /// Name and path of every adapter, afterwards.
     pub loaded_adapters: BTreeMap<String, String>,
-    /// Extension, after a load. What was read: modules and layers, rank and scale of each, configuration keys without effect.
+    /// Extension. After a load what was read: modules and layers, rank and scale of each, configuration keys without effect. After an
+    /// unload an `AdapterUnloaded`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(value_type = Option<Object>)]
     pub report: Option<serde_json::Value>,
@@ -136,4 +142,126 @@ pub struct DynamoList {
     pub loras: BTreeMap<String, u32>,
     /// How many.
     pub count: usize,
+}
+
+/// An adapter with all that is known of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct AdapterEntry {
+    /// `adapter`.
+    #[schema(example = "adapter")]
+    pub object: String,
+    /// Its name.
+    #[schema(example = "sql")]
+    pub name: String,
+    /// The path or Hub id that it was loaded from; `pushed:…` if its files were sent.
+    pub source: String,
+    /// `registered` (known by name), `host` (in memory) or `device` (usable at once).
+    #[schema(example = "device")]
+    pub state: String,
+    /// A hash of its configuration and weights; null before it is read.
+    pub version: Option<String>,
+    /// Largest rank of its modules.
+    pub lora_rank: u32,
+    /// The modules that it changes.
+    pub target_modules: Vec<String>,
+    /// Bytes of its weights.
+    pub size_bytes: usize,
+    /// Whether it is never evicted.
+    pub pinned: bool,
+    /// Requests that use it now.
+    pub leases: usize,
+    /// Requests that asked for it since it was loaded.
+    pub requests_total: u64,
+    /// Of those, the ones that found it in memory.
+    pub hits_total: u64,
+    /// Unix time of the last of them, in seconds.
+    pub last_used: Option<f64>,
+    /// Aliases that point at it.
+    pub aliases: Vec<String>,
+}
+
+/// Every adapter.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct AdapterEntryList {
+    /// `list`.
+    #[schema(example = "list")]
+    pub object: String,
+    /// Last used last.
+    pub data: Vec<AdapterEntry>,
+}
+
+/// How an adapter is pushed.
+#[derive(Clone, Debug, Default, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct PushQuery {
+    /// Never evicted. Unset: as the adapter whose place it takes.
+    pub pinned: Option<bool>,
+    /// Whether a name that is taken gets the new version (the default) or is refused.
+    pub replace: Option<bool>,
+    /// Only if the name has this version (hex) now; 409 otherwise.
+    pub expected_version: Option<String>,
+}
+
+/// The files of an adapter.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "read part by part; this describes it")]
+pub struct PushBody {
+    /// `adapter_config.json`.
+    #[schema(value_type = String, format = Binary)]
+    config: Vec<u8>,
+    /// `adapter_model.safetensors`.
+    #[schema(value_type = String, format = Binary)]
+    weights: Vec<u8>,
+}
+
+/// A pushed adapter.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct AdapterPushed {
+    /// As it is served now.
+    pub adapter: AdapterEntry,
+    /// What was read: modules and layers, rank and scale of each, configuration keys without effect.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(value_type = Option<Object>)]
+    pub report: Option<serde_json::Value>,
+}
+
+/// How an adapter is unloaded.
+#[derive(Clone, Debug, Default, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct UnloadQuery {
+    /// Requests that still run on it are ended; otherwise they go on to their ends.
+    pub force: Option<bool>,
+    /// How long to wait for them. Unset: as long as it takes.
+    #[param(minimum = 0)]
+    pub timeout_seconds: Option<f64>,
+}
+
+/// What became of an unload. The name is unknown from its beginning on, however it ends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct AdapterUnloaded {
+    /// The name.
+    #[schema(example = "sql")]
+    pub name: String,
+    /// Requests that ran on it when its name was forgotten.
+    pub waited_for: usize,
+    /// Of those, the ones that still run: the time was up.
+    pub still_running: usize,
+    /// Whether they were told to end.
+    pub aborted: bool,
+    /// From the unload to the answer.
+    pub waited_seconds: f64,
+}
+
+impl From<polylora_engine::UnloadReport> for AdapterUnloaded {
+    fn from(report: polylora_engine::UnloadReport) -> Self {
+        Self {
+            name: report.name,
+            waited_for: report.waited_for,
+            still_running: report.still_running,
+            aborted: report.aborted,
+            waited_seconds: report.waited.as_secs_f64(),
+        }
+    }
 }

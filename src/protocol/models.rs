@@ -63,4 +63,8 @@ pub struct AdapterCard {
     pub leases: usize,
     /// Requests that asked for it since it was loaded.
     pub requests_total: u64,
+    /// Of those, the ones that found it in memory.
+    pub hits_total: u64,
+    /// Unix time of the last of them, in seconds.
+    pub last_used: Option<f64>,
 }

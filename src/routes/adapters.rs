@@ -1,6 +1,6 @@
 //! Loading and unloading adapters: SGLang's, vLLM's and Dynamo's forms of the same two operations.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use axum::{
     Json,
@@ -8,6 +8,7 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
 };
+use polylora_engine::UnloadMode;
 use sha2::{Digest, Sha256};
 
 use crate::{
@@ -16,10 +17,21 @@ use crate::{
     extract::{ApiJson, NativeJson},
     lifecycle::Load,
     protocol::adapters::{
-        AdapterFailure, AdapterResponse, DynamoList, DynamoLoadRequest, DynamoResponse, LoadAdapterRequest, PinAdapterRequest, UnloadAdapterRequest,
-        VllmLoadRequest, VllmUnloadRequest,
+        AdapterFailure, AdapterResponse, AdapterUnloaded, DynamoList, DynamoLoadRequest, DynamoResponse, LoadAdapterRequest, PinAdapterRequest,
+        UnloadAdapterRequest, VllmLoadRequest, VllmUnloadRequest,
     },
 };
+
+/// What `force` of an unload means.
+pub(super) fn unload_mode(force: Option<bool>) -> UnloadMode {
+    if force == Some(true) { UnloadMode::Abort } else { UnloadMode::Drain }
+}
+
+/// How long an unload waits, from a number of seconds.
+pub(super) fn drain_timeout(seconds: Option<f64>, param: &str) -> Result<Option<Duration>, ApiError> {
+    let timeout = seconds.map(Duration::try_from_secs_f64).transpose();
+    timeout.map_err(|error| ApiError::invalid(param, format!("{param} is a number of seconds: {error}")))
+}
 
 fn loaded_adapters(state: &Gateway) -> BTreeMap<String, String> {
     let adapters = state.engine.list_adapters().into_iter();
@@ -80,8 +92,8 @@ pub async fn load(State(state): State<AppState>, NativeJson(request): NativeJson
     ),
 )]
 pub async fn pin(State(state): State<AppState>, NativeJson(request): NativeJson<PinAdapterRequest>) -> Response {
-    let pinned = state.engine.pin_adapter(&request.lora_name, request.pinned);
-    native_answer(&state, pinned.map(|()| None).map_err(ApiError::from))
+    let pinned = state.pin_adapter(&request.lora_name, request.pinned).await;
+    native_answer(&state, pinned.map(|()| None))
 }
 
 /// `POST /unload_lora_adapter`.
@@ -94,8 +106,13 @@ pub async fn pin(State(state): State<AppState>, NativeJson(request): NativeJson<
     ),
 )]
 pub async fn unload(State(state): State<AppState>, NativeJson(request): NativeJson<UnloadAdapterRequest>) -> Response {
-    let unloaded = state.unload_adapter(&request.lora_name).await;
-    native_answer(&state, unloaded.map(|()| None))
+    let mode = unload_mode(request.force);
+    let unloaded = match drain_timeout(request.timeout_seconds, "timeout_seconds") {
+        Ok(timeout) => state.unload_adapter(&request.lora_name, mode, timeout).await,
+        Err(error) => Err(error),
+    };
+    let report = unloaded.map(|report| serde_json::to_value(AdapterUnloaded::from(report)).ok());
+    native_answer(&state, report)
 }
 
 /// An error in vLLM's words; its clients look at `type`.
@@ -163,8 +180,8 @@ pub async fn vllm_unload(State(state): State<AppState>, ApiJson(request): ApiJso
         let message = "'lora_name' needs to be provided to unload a LoRA adapter.".to_owned();
         return vllm_error(StatusCode::BAD_REQUEST, "InvalidUserInput", message);
     };
-    match state.unload_adapter(&name).await {
-        Ok(()) => format!("Success: LoRA adapter '{name}' removed successfully.").into_response(),
+    match state.unload_adapter(&name, UnloadMode::Drain, None).await {
+        Ok(_) => format!("Success: LoRA adapter '{name}' removed successfully.").into_response(),
         Err(error) if error.status() == StatusCode::NOT_FOUND => vllm_error(
             StatusCode::NOT_FOUND,
             "NotFoundError",
@@ -228,7 +245,7 @@ pub async fn dynamo_list(State(state): State<AppState>) -> Json<DynamoList> {
     responses((status = 200, description = "Unloaded.", body = DynamoResponse), crate::openapi::LoadErrors),
 )]
 pub async fn dynamo_unload(State(state): State<AppState>, Path(name): Path<String>) -> Result<Json<DynamoResponse>, ApiError> {
-    state.unload_adapter(&name).await?;
+    state.unload_adapter(&name, UnloadMode::Drain, None).await?;
     let message = format!("LoRA adapter '{name}' unloaded successfully");
     Ok(dynamo_answer(name, message))
 }

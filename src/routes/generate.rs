@@ -127,7 +127,10 @@ async fn leases(state: &Gateway, caller: &Caller, prompts: &[PromptPart]) -> Res
     let leased = state.leases(caller, &targets).await;
     leased.map_err(|error| {
         // One of them was unloaded in between.
-        let gone = prompts.iter().filter_map(|prompt| prompt.adapter.as_deref()).find_map(|name| target(name).err());
+        let gone = prompts
+            .iter()
+            .filter_map(|prompt| prompt.adapter.as_deref())
+            .find_map(|name| target(name).err());
         gone.filter(|_| error.status() == axum::http::StatusCode::NOT_FOUND).unwrap_or(error)
     })
 }

@@ -10,6 +10,7 @@ use crate::{
     openapi::Document,
 };
 
+pub mod adapter_resources;
 pub mod adapters;
 pub mod aliases;
 pub mod chat_completions;
@@ -37,6 +38,8 @@ pub fn router() -> (Router<AppState>, OpenApi) {
         .routes(routes!(adapters::vllm_unload))
         .routes(routes!(adapters::dynamo_load, adapters::dynamo_list))
         .routes(routes!(adapters::dynamo_unload))
+        .routes(routes!(adapter_resources::list))
+        .routes(routes!(adapter_resources::get, adapter_resources::push, adapter_resources::unload))
         .routes(routes!(aliases::list))
         .routes(routes!(aliases::get, aliases::set, aliases::delete))
         .routes(routes!(server::flush_cache, server::get_flush_cache))

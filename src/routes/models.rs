@@ -1,5 +1,7 @@
 //! `GET /v1/models`: the base model and every adapter that the caller may use.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use axum::{
     Json,
     extract::{Path, State},
@@ -28,6 +30,20 @@ fn base_card(state: &Gateway, name: &str) -> ModelCard {
     }
 }
 
+/// The wire's word for where an adapter is.
+pub(super) fn state_name(state: AdapterState) -> &'static str {
+    match state {
+        AdapterState::Registered => "registered",
+        AdapterState::Host => "host",
+        AdapterState::Device => "device",
+    }
+}
+
+/// Seconds since 1970, with their fraction.
+pub(super) fn unix_time(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}
+
 fn adapter_card(state: &Gateway, info: AdapterInfo) -> ModelCard {
     ModelCard {
         id: info.name.to_string(),
@@ -41,16 +57,13 @@ fn adapter_card(state: &Gateway, info: AdapterInfo) -> ModelCard {
             lora_rank: info.max_lora_rank,
             target_modules: info.target_modules,
             pinned: info.pinned,
-            state: match info.state {
-                AdapterState::Registered => "registered",
-                AdapterState::Host => "host",
-                AdapterState::Device => "device",
-            }
-            .to_owned(),
+            state: state_name(info.state).to_owned(),
             size_bytes: info.bytes,
             version: info.version,
             leases: info.leases,
             requests_total: info.requests_total,
+            hits_total: info.hits_total,
+            last_used: info.last_used.map(unix_time),
         }),
         alias: None,
     }

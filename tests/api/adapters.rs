@@ -239,3 +239,61 @@ async fn models_list_what_a_request_may_name() {
     assert_eq!(server.get("/v1/models/nope").await.error(404).await["code"], "model_not_found");
     assert_eq!(server.get("/v1/models/a%2Fb").await.error(404).await["code"], "model_not_found");
 }
+
+#[tokio::test]
+async fn an_unload_waits_as_long_as_it_is_told_or_aborts() {
+    let server = Server::new();
+    let gate = Gate::new();
+    let held = || Script::tokens(tokens("a")).then(Step::Wait(gate.clone())).then_tokens(tokens("b"));
+    let delete = |target: &str| {
+        let request = axum::http::Request::delete(format!("/v1/adapters/{target}"));
+        server.send(request.body(axum::body::Body::empty()).unwrap())
+    };
+    let begin = async |adapter: &str| {
+        server.engine.script_next(held());
+        let mut answer = server.post("/generate", json!({"text": "a", "lora_path": adapter, "stream": true})).await;
+        assert_eq!(answer.json_event().await["text"], "a");
+        answer
+    };
+    // The time is up at once: the name is gone, the request goes on.
+    let mut running = begin("sql").await;
+    let report = delete("sql?timeout_seconds=0").await.json(200).await;
+    assert_eq!(
+        (&report["waited_for"], &report["still_running"], &report["aborted"]),
+        (&json!(1), &json!(1), &json!(false))
+    );
+    assert_eq!(delete("sql").await.error(404).await["code"], "model_not_found");
+    // Aborted: it ends without the rest.
+    let mut aborted = begin("json").await;
+    let report = delete("json?force=true").await.json(200).await;
+    assert_eq!(
+        (&report["waited_for"], &report["still_running"], &report["aborted"]),
+        (&json!(1), &json!(0), &json!(true))
+    );
+    let last = aborted.json_events().await.pop().unwrap();
+    assert_eq!(
+        (&last["text"], &last["meta_info"]["finish_reason"]["type"]),
+        (&json!("a"), &json!("abort"))
+    );
+    gate.open();
+    assert_eq!(running.json_events().await.last().unwrap()["text"], "ab");
+    for model in ["sql", "demo:json"] {
+        server
+            .post("/v1/completions", json!({"model": model, "prompt": "a"}))
+            .await
+            .error(404)
+            .await;
+    }
+    // Natively the same.
+    server
+        .post("/load_lora_adapter", json!({"lora_name": "x", "lora_path": folder()}))
+        .await
+        .json(200)
+        .await;
+    let body = json!({"lora_name": "x", "force": true, "timeout_seconds": 5});
+    let answer = server.post("/unload_lora_adapter", body).await.json(200).await;
+    assert_eq!((&answer["report"]["name"], &answer["report"]["waited_for"]), (&json!("x"), &json!(0)));
+    for bad in ["-1", "soon"] {
+        delete(&format!("x?timeout_seconds={bad}")).await.error(400).await;
+    }
+}

@@ -7,6 +7,7 @@ mod common;
 mod completions;
 mod generate;
 mod openapi;
+mod push;
 mod responses;
 mod routers;
 mod server;

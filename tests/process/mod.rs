@@ -133,6 +133,32 @@ impl Server {
         answer(agent().delete(format!("{}{path}", self.url)).call())
     }
 
+    /// `POST /v1/adapters/{name}` with the files of a demo adapter.
+    pub fn push(&self, name: &str, adapter: &str) -> Result<(u16, Value), ureq::Error> {
+        let mut body = Vec::new();
+        for (part, file) in [("config", "adapter_config.json"), ("weights", "adapter_model.safetensors")] {
+            let head = format!("--XX\r\nContent-Disposition: form-data; name=\"{part}\"; filename=\"{file}\"\r\n\r\n");
+            body.extend_from_slice(head.as_bytes());
+            body.extend_from_slice(&std::fs::read(Path::new(&adapter_path(adapter)).join(file)).unwrap());
+            body.extend_from_slice(b"\r\n");
+        }
+        body.extend_from_slice(b"--XX--\r\n");
+        let request = agent().post(format!("{}/v1/adapters/{name}", self.url));
+        let response = request.header("Content-Type", "multipart/form-data; boundary=XX").send(&body[..])?;
+        Ok(answer(Ok(response)))
+    }
+
+    /// `POST` of JSON to a server that may die meanwhile; `None` if it did.
+    pub fn try_post(&self, path: &str, body: &Value) -> Option<u16> {
+        let response = agent().post(format!("{}{path}", self.url)).send_json(body);
+        response.ok().map(|response| response.status().as_u16())
+    }
+
+    /// SIGKILL: whatever it is at, it ends.
+    pub fn kill(&self) {
+        self.signal("KILL");
+    }
+
     /// `POST` with a key.
     pub fn post_as(&self, key: &str, path: &str, body: &Value) -> (u16, Value) {
         let request = agent().post(format!("{}{path}", self.url));

@@ -1,0 +1,137 @@
+//! `/v1/adapters`: adapters as resources, polylora's own form: list, push, unload.
+
+use std::{collections::HashMap, time::Instant};
+
+use axum::{
+    Json,
+    body::Body,
+    extract::{Path, State},
+    http::HeaderMap,
+};
+use polylora_engine::AdapterInfo;
+
+use super::{
+    adapters::{drain_timeout, unload_mode},
+    models::{state_name, unix_time},
+};
+use crate::{
+    app::{AppState, Gateway},
+    error::ApiError,
+    extract::ApiQuery,
+    lifecycle::Load,
+    protocol::adapters::{AdapterEntry, AdapterEntryList, AdapterPushed, AdapterUnloaded, PushBody, PushQuery, UnloadQuery},
+};
+
+/// Which aliases point at each adapter.
+fn aliases_by_adapter(state: &Gateway) -> HashMap<String, Vec<String>> {
+    let mut by_adapter: HashMap<String, Vec<String>> = HashMap::new();
+    for alias in state.aliases.list() {
+        for target in alias.targets() {
+            by_adapter.entry(target.adapter().to_string()).or_default().push(alias.name().to_string());
+        }
+    }
+    by_adapter
+}
+
+fn entry(info: AdapterInfo, aliases: &mut HashMap<String, Vec<String>>) -> AdapterEntry {
+    AdapterEntry {
+        object: "adapter".to_owned(),
+        aliases: aliases.remove(&*info.name).unwrap_or_default(),
+        name: info.name.to_string(),
+        source: info.source,
+        state: state_name(info.state).to_owned(),
+        version: info.version,
+        lora_rank: info.max_lora_rank,
+        target_modules: info.target_modules,
+        size_bytes: info.bytes,
+        pinned: info.pinned,
+        leases: info.leases,
+        requests_total: info.requests_total,
+        hits_total: info.hits_total,
+        last_used: info.last_used.map(unix_time),
+    }
+}
+
+/// `GET /v1/adapters`: every adapter, with all that is known of it.
+#[utoipa::path(
+    get, path = "/v1/adapters", operation_id = "list_adapters", tag = "Adapters",
+    responses((status = 200, description = "Every adapter, last used last.", body = AdapterEntryList), crate::openapi::AdminReadErrors),
+)]
+pub async fn list(State(state): State<AppState>) -> Json<AdapterEntryList> {
+    let mut aliases = aliases_by_adapter(&state);
+    let adapters = state.engine.list_adapters().into_iter();
+    Json(AdapterEntryList {
+        object: "list".to_owned(),
+        data: adapters.map(|info| entry(info, &mut aliases)).collect(),
+    })
+}
+
+/// `GET /v1/adapters/{name}`: one adapter.
+#[utoipa::path(
+    get, path = "/v1/adapters/{name}", operation_id = "get_adapter", tag = "Adapters",
+    params(("name" = String, Path, description = "The adapter's name; a slash in it as `%2F`.", example = "sql")),
+    responses((status = 200, description = "About it.", body = AdapterEntry), crate::openapi::AdminReadOneErrors),
+)]
+pub async fn get(State(state): State<AppState>, Path(name): Path<String>) -> Result<Json<AdapterEntry>, ApiError> {
+    match state.adapter_named(&name) {
+        Some(info) => Ok(Json(entry(info, &mut aliases_by_adapter(&state)))),
+        None => Err(ApiError::no_such_adapter(&name)),
+    }
+}
+
+/// `POST /v1/adapters/{name}`: receives an adapter's files and serves them under this name at once.
+///
+/// The body is `multipart/form-data` with two parts: `config`, the bytes of `adapter_config.json`, and `weights`, those of
+/// `adapter_model.safetensors`. They are stored as they come (in `--state-dir`, or in a temporary folder) and checked like every other
+/// adapter. A name that is taken gets the new version atomically: requests in flight end on the old one, later ones use the new.
+/// With an error nothing has changed, and nothing of the body is left.
+#[utoipa::path(
+    post, path = "/v1/adapters/{name}", operation_id = "push_adapter", tag = "Adapters",
+    params(("name" = String, Path, description = "The name to serve it under; a slash in it as `%2F`.", example = "summary"), PushQuery),
+    request_body(content = PushBody, content_type = "multipart/form-data"),
+    responses((status = 200, description = "It is served.", body = AdapterPushed), crate::openapi::PushErrors),
+)]
+pub async fn push(
+    State(state): State<AppState>,
+    Path(name): Path<String>,
+    ApiQuery(query): ApiQuery<PushQuery>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<AdapterPushed>, ApiError> {
+    let load = Load {
+        name,
+        path: String::new(),
+        pinned: query.pinned.unwrap_or(false),
+        replace: query.replace.unwrap_or(true),
+        expected_version: query.expected_version,
+    };
+    // Refused before a gigabyte is received, where that is possible.
+    state.check_load(&load)?;
+    let began = Instant::now();
+    let upload = state.pushed.receive(&headers, body).await?;
+    let info = state.push_adapter(load, upload, began).await?;
+    let report = info.report.as_ref().and_then(|report| serde_json::to_value(&**report).ok());
+    Ok(Json(AdapterPushed {
+        adapter: entry(info, &mut aliases_by_adapter(&state)),
+        report,
+    }))
+}
+
+/// `DELETE /v1/adapters/{name}`: unloads an adapter.
+///
+/// The name is unknown at once. The answer comes when the last request on it has ended, of itself or, with `force`, aborted; or when
+/// the time is up.
+#[utoipa::path(
+    delete, path = "/v1/adapters/{name}", operation_id = "unload_adapter", tag = "Adapters",
+    params(("name" = String, Path, description = "The adapter's name; a slash in it as `%2F`.", example = "summary"), UnloadQuery),
+    responses((status = 200, description = "Unloaded.", body = AdapterUnloaded), crate::openapi::UnloadErrors),
+)]
+pub async fn unload(
+    State(state): State<AppState>,
+    Path(name): Path<String>,
+    ApiQuery(query): ApiQuery<UnloadQuery>,
+) -> Result<Json<AdapterUnloaded>, ApiError> {
+    let timeout = drain_timeout(query.timeout_seconds, "timeout_seconds")?;
+    let report = state.unload_adapter(&name, unload_mode(query.force), timeout).await?;
+    Ok(Json(report.into()))
+}
