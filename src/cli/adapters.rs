@@ -134,7 +134,7 @@ pub fn run(args: &AdaptersArgs) -> anyhow::Result<()> {
             (answer, table)
         }
         AdaptersCommand::Load { name, path, pin, replace } => {
-            let body = json!({"lora_name": name, "lora_path": path, "pinned": pin, "replace": replace});
+            let body = json!({"lora_name": name, "lora_path": for_the_server(path), "pinned": pin, "replace": replace});
             let answer = client.post("/load_lora_adapter", &body)?;
             (answer, format!("loaded {name} from {path}\n"))
         }
@@ -335,6 +335,15 @@ fn layer_ranges(layers: &[u16]) -> String {
 }
 
 /// The answer of `/v1/models` as a table.
+/// A folder that is here is named from the root: the server need not run in the folder where the command does.
+fn for_the_server(path: &str) -> String {
+    let is_here = std::path::Path::new(path).is_dir();
+    let absolute = std::path::absolute(path).ok().filter(|_| is_here);
+    absolute
+        .and_then(|path| path.into_os_string().into_string().ok())
+        .unwrap_or_else(|| path.to_owned())
+}
+
 fn models_table(answer: &Value) -> anyhow::Result<String> {
     let models = answer["data"].as_array().context("the server's list has no `data`")?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
