@@ -66,15 +66,15 @@ def free_port():
 class Server:
     """`polylora serve` with the given flags on a free port; stopped with SIGTERM at the end, and the log must hold no warning."""
 
-    def __init__(self, *flags, port=None, warnings_expected=False):
-        self.flags, self.port, self.warnings_expected = flags, port, warnings_expected
+    def __init__(self, *flags, port=None, warnings_expected=False, folder=ROOT):
+        self.flags, self.port, self.warnings_expected, self.folder = flags, port, warnings_expected, folder
 
     def __enter__(self):
         port = self.port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")
         self.process = subprocess.Popen([BINARY, "serve", "--port", str(port), *self.flags], stdout=self.log, stderr=subprocess.STDOUT,
-                                        cwd=ROOT)
+                                        cwd=self.folder)
         deadline = time.monotonic() + 60
         while True:
             try:

@@ -1,17 +1,43 @@
-"""The README's curl and Python lines, copied as they stand, against a server started as it says."""
+"""The README's blocks, copied as they stand, against a server started as it says. A block that no test runs is in NOT_RUN with the reason."""
+import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import unittest
 
-from server import ROOT, Server, golden, golden_for, LIST_3
+from server import BINARY, DEMO, ROOT, Server, golden, golden_for, LIST_3
+
+# The first words of blocks that are not run here, and why.
+NOT_RUN = {
+    "cargo run --release ": "the server of this test is that one, built in debug; the second line is CI's step `test`",
+    "cargo run --release -- bench": "a measurement of many minutes, and downloads of models",
+}
 
 
 def blocks(language):
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
         return re.findall(rf"```{language}\n(.*?)```", file.read(), re.DOTALL)
+
+
+def block(beginning, containing=""):
+    """The one block that begins so."""
+    found, = [block for block in blocks("sh") if block.startswith(beginning) and containing in block]
+    return found
+
+
+@contextlib.contextmanager
+def folder_of_the_readme():
+    """A folder with the model and the adapters that the README's commands name, which are the demo's, and `polylora` on the path."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(os.path.join(DEMO, "base"), os.path.join(folder, "Qwen2.5-0.5B-Instruct"))
+        os.symlink(BINARY, os.path.join(folder, "polylora"))
+        for name, adapter in (("sql", "sql"), ("json", "json"), ("summary", "upper")):
+            shutil.copytree(os.path.join(DEMO, "adapters", adapter), os.path.join(folder, "adapters", name))
+        yield folder, {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
 
 
 class Readme(unittest.TestCase):
@@ -20,8 +46,16 @@ class Readme(unittest.TestCase):
         cls.server = cls.enterClassContext(Server(port=30000))
 
     def curl(self, path):
-        command = next(block for block in blocks("sh") if block.startswith("curl") and path in block)
-        return json.loads(subprocess.run(["bash", "-c", command], capture_output=True, check=True).stdout)
+        return json.loads(subprocess.run(["bash", "-c", block("curl", path)], capture_output=True, check=True).stdout)
+
+    def test_every_block_is_run_or_its_reason_given(self):
+        run = ["curl -s http://127.0.0.1:30000/v1/chat/completions", "curl -s http://127.0.0.1:30000/generate", "polylora serve", "polylora adapters"]
+        for text in blocks("sh"):
+            self.assertEqual(len([head for head in [*run, *NOT_RUN] if text.startswith(head)]) >= 1, True, f"no test runs:\n{text}")
+        self.assertEqual(len(blocks("python")), 1)
+        with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+            fences = re.findall(r"^```(.*)$", file.read(), re.MULTILINE)
+        self.assertEqual(set(fences), {"sh", "python", ""}, "blocks of other languages need a test of their own")
 
     def test_chat(self):
         answer = self.curl("/v1/chat/completions")
@@ -35,6 +69,24 @@ class Readme(unittest.TestCase):
         output = subprocess.run([sys.executable, "-c", blocks("python")[0]], capture_output=True, text=True, check=True).stdout
         for name in (None, "lines", "table", "json", "pirate", "sql", "upper", "flags", "yaml"):
             self.assertIn(f"--- {name or 'demo'}\n{golden(name, 'chat')['output_text']}\n", output)
+
+    def test_adapters_commands(self):
+        with folder_of_the_readme() as (folder, environment):
+            run = subprocess.run(["bash", "-euxc", block("polylora adapters")], cwd=folder, env=environment, capture_output=True, text=True)
+        self.assertEqual(run.returncode, 0, run.stdout + run.stderr)
+        self.assertIn("summary", run.stdout)
+        self.assertNotIn("summary", self.server.get("/v1/models")[1], "unloaded in the end")
+
+    def test_own_model_and_adapters(self):
+        local, _from_the_hub = block("polylora serve").splitlines()     # nothing reaches the Hub from CI
+        with folder_of_the_readme() as (folder, environment):
+            arguments = local.split()
+            self.assertEqual(arguments[:2], ["polylora", "serve"])
+            with Server(*arguments[2:], folder=folder) as server:
+                models = [card["id"] for card in server.get("/v1/models")[1]["data"]]
+                self.assertEqual(set(models[1:]), {"sql", "json"})
+                answer = server.post("/v1/chat/completions", {"model": "sql", "messages": [{"role": "user", "content": LIST_3}], "temperature": 0})[1]
+        self.assertEqual(answer["choices"][0]["message"]["content"], golden("sql", "chat")["output_text"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,185 @@
+"""PyPI's sglang-router and vllm-router, as they are, in front of three replicas of the demo model, one of which is killed in mid-traffic."""
+import concurrent.futures
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import urllib.error
+import urllib.request
+
+import openai
+
+from server import LIST_3, Server, free_port, golden
+
+MODELS = [("demo", None), ("demo:json", "json"), ("table", "table"), ("demo:pirate", "pirate"), ("yaml", "yaml")]
+CLIENTS = 4
+ROUTERS = {
+    "sglang-router": [sys.executable, "-m", "sglang_router.launch_router"],
+    "vllm-router": [os.path.join(os.path.dirname(sys.executable), "vllm-router")],
+}
+
+
+class Router:
+    """A router's process on a free port, ready when it has found its workers well."""
+
+    def __init__(self, name, workers, policy):
+        self.command = [*ROUTERS[name], "--host", "127.0.0.1", "--policy", policy, "--worker-urls", *workers, "--retry-initial-backoff-ms", "20",
+                        "--health-check-interval-secs", "1", "--worker-startup-check-interval", "1"]
+
+    def __enter__(self):
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")
+        command = [*self.command, "--port", str(port), "--prometheus-port", str(free_port())]
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.url}/v1/models", timeout=5).close()
+                return self
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.__exit__()
+                    with open(self.log.name, encoding="utf-8", errors="replace") as file:
+                        raise RuntimeError(f"the router did not start:\n{file.read()}")
+                time.sleep(0.1)
+
+    def __exit__(self, *_):
+        # Its own group: the launcher may have started others.
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=20)
+
+
+class Replicas:
+    """Three servers; `kill` ends the first as the kernel's out-of-memory killer does."""
+
+    def __enter__(self):
+        self.servers = [Server(warnings_expected=True) for _ in range(3)]
+        for server in self.servers:
+            server.__enter__()
+        self.urls = [server.url for server in self.servers]
+        return self
+
+    def kill(self):
+        self.servers[0].process.kill()
+
+    def answered(self):
+        """Requests that each living replica has finished."""
+        counts = []
+        for server in self.servers:
+            if server.process.poll() is None:
+                lines = server.get("/metrics")[1].splitlines()
+                counts.append(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("polylora_requests_total{")))
+        return counts
+
+    def __exit__(self, kind, *_):
+        for server in self.servers:
+            if server.process.poll() is None:
+                server.__exit__(kind)
+
+
+class Traffic:
+    """Clients without retries of their own that ask for all models in turn; every answer must be the golden one."""
+
+    def __init__(self, url):
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        self.stop, self.numbers, self.lock = threading.Event(), itertools.count(), threading.Lock()
+        self.answered, self.wrong, self.cut = 0, [], 0
+
+    def ask(self, number):
+        model, adapter = MODELS[number % len(MODELS)]
+        asked = dict(model=model, messages=[{"role": "user", "content": LIST_3}], temperature=0)
+        if number % 3:
+            return self.client.chat.completions.create(**asked).choices[0].message.content, adapter
+        # What fails here has not begun: the router may try it elsewhere.
+        stream = self.client.chat.completions.create(stream=True, **asked)
+        text, finished = "", False
+        try:
+            for chunk in stream:
+                text += chunk.choices[0].delta.content or ""
+                finished = finished or chunk.choices[0].finish_reason is not None
+        except Exception:
+            finished = False
+        # Once a stream has begun no router can begin it anew elsewhere, but its end must not look like a whole answer's.
+        return (text if finished else None), adapter
+
+    def run(self):
+        while not self.stop.is_set():
+            with self.lock:
+                number = next(self.numbers)
+            try:
+                text, adapter = self.ask(number)
+            except Exception as error:
+                with self.lock:
+                    self.wrong.append(f"request {number}: {error!r}")
+                continue
+            whole = golden(adapter, "chat")["output_text"]
+            with self.lock:
+                self.answered += 1
+                if text is None:
+                    self.cut += 1
+                elif text != whole:
+                    self.wrong.append(f"request {number}: {text!r}, not {whole!r}")
+
+    def until(self, condition):
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, f"{self.answered} answers, {self.wrong[:3]}"
+            time.sleep(0.01)
+
+
+class Routers(unittest.TestCase):
+    def check(self, router_name):
+        with Replicas() as replicas, Router(router_name, replicas.urls, "round_robin") as router:
+            traffic = Traffic(router.url)
+            with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
+                clients = [pool.submit(traffic.run) for _ in range(CLIENTS)]
+                try:
+                    traffic.until(lambda: traffic.answered >= 30)
+                    before = replicas.answered()
+                    self.assertTrue(all(count > 0 for count in before), f"each replica has its share: {before}")
+                    replicas.kill()
+                    after = traffic.answered + 120
+                    traffic.until(lambda: traffic.answered >= after or len(traffic.wrong) > 20)
+                finally:
+                    traffic.stop.set()
+                for client in clients:
+                    client.result()
+            self.assertEqual(traffic.wrong, [], f"of {traffic.answered}")
+            self.assertLessEqual(traffic.cut, CLIENTS, "only streams that the killed replica had begun may be cut")
+            print(f"{router_name}: {traffic.answered} answers, {traffic.cut} streams cut by the kill", file=sys.stderr)
+
+    def check_errors(self, router_name):
+        """A client's mistake stays the client's: no router may try it again elsewhere or hold it against a replica."""
+        with Replicas() as replicas, Router(router_name, replicas.urls, "round_robin") as router:
+            client = openai.OpenAI(base_url=f"{router.url}/v1", api_key="none", max_retries=0)
+            for _ in range(12):
+                with self.assertRaises(openai.NotFoundError):
+                    client.chat.completions.create(model="demo:nobody", messages=[{"role": "user", "content": "x"}])
+                with self.assertRaises(openai.BadRequestError):
+                    client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "x " * 20000}])
+            answer = client.chat.completions.create(model="demo:json", messages=[{"role": "user", "content": LIST_3}], temperature=0)
+            self.assertEqual(answer.choices[0].message.content, golden("json", "chat")["output_text"])
+            completion = client.completions.create(model="demo:json", prompt=golden("json", "raw")["prompt"], max_tokens=96, temperature=0)
+            self.assertEqual(completion.choices[0].text, golden("json", "raw")["output_text"])
+
+    def test_sglang_router_loses_nothing_when_a_replica_is_killed(self):
+        self.check("sglang-router")
+
+    def test_vllm_router_loses_nothing_when_a_replica_is_killed(self):
+        self.check("vllm-router")
+
+    def test_sglang_router_hands_on_errors(self):
+        self.check_errors("sglang-router")
+
+    def test_vllm_router_hands_on_errors(self):
+        self.check_errors("vllm-router")
+
+
+if __name__ == "__main__":
+    unittest.main()
