@@ -555,6 +555,9 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
 }
 
+/// Most rows of one step.
+const MAX_STEP_ROWS: usize = 1 << 20;
+
 /// The modules that an adapter can change.
 const TARGET_MODULES: [&str; 9] = [
     "q_proj",
@@ -744,6 +747,8 @@ impl Config {
     /// Checks what clap can't: relations between settings, files, ranges.
     fn from_args(args: ServeArgs, environment: &Environment) -> Result<Self, String> {
         let model = args.model_path.clone().map_or(ModelSource::Demo, ModelSource::Path);
+        require(args.model_path.as_deref() != Some(""), || "--model-path must not be empty".to_owned())?;
+        check_log_level(&args.log_level)?;
         let served_model_name = served_model_name(&args, &model)?;
         let keys = args.api_keys_file.as_deref().map_or(Ok(Vec::new()), read_keys_file);
         let keys = keys.map_err(|error| format!("--api-keys-file {error}"))?;
@@ -786,6 +791,20 @@ impl Config {
 
 fn require(holds: bool, message: impl FnOnce() -> String) -> Result<(), String> {
     if holds { Ok(()) } else { Err(message()) }
+}
+
+/// A filter's parts are levels, or targets with a level: a word that is neither would silence the log.
+fn check_log_level(filter: &str) -> Result<(), String> {
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    let is_level = |part: &str| LEVELS.contains(&part.trim().to_ascii_lowercase().as_str());
+    let wrong = filter.split(',').find(|part| !part.contains(['=', '[', ']', '}']) && !is_level(part));
+    match wrong {
+        None => Ok(()),
+        Some(part) => Err(format!(
+            "--log-level: {part:?} is none of {}, and no filter such as polylora=debug",
+            LEVELS.join(", ")
+        )),
+    }
 }
 
 fn served_model_name(args: &ServeArgs, model: &ModelSource) -> Result<String, String> {
@@ -974,6 +993,19 @@ impl EngineSettings {
             ("--cuda-graph-max-bs", args.cuda_graph_max_bs),
         ] {
             require(value != Some(0), || format!("{flag} must be at least 1"))?;
+        }
+        for (flag, value) in [
+            ("--max-running-requests", args.max_running_requests),
+            ("--chunked-prefill-size", args.chunked_prefill_size),
+        ] {
+            require(value.is_none_or(|value| value <= MAX_STEP_ROWS), || {
+                format!("{flag} must be at most {MAX_STEP_ROWS}, got {}", value.unwrap_or_default())
+            })?;
+        }
+        if let (Some(running), Some(chunk)) = (args.max_running_requests, args.chunked_prefill_size) {
+            require(running <= chunk, || {
+                format!("--chunked-prefill-size ({chunk}) must be at least --max-running-requests ({running}): each has a row in a step")
+            })?;
         }
         let block_size = args.block_size;
         require(block_size.is_power_of_two() && block_size <= 256, || {
@@ -1253,6 +1285,14 @@ mod tests {
             (&["--load-format", "dummy"], "--load-format"),
             (&["--context-length", "0"], "--context-length"),
             (&["--max-running-requests", "0"], "--max-running-requests"),
+            (&["--max-running-requests", "2000000"], "--max-running-requests must be at most 1048576"),
+            (
+                &["--max-running-requests", "9", "--chunked-prefill-size", "8"],
+                "--chunked-prefill-size (8) must be at least --max-running-requests (9)",
+            ),
+            (&["--model-path", ""], "--model-path must not be empty"),
+            (&["--log-level", "verbose"], "--log-level: \"verbose\" is none of off"),
+            (&["--log-level", "info,polylora"], "--log-level: \"polylora\""),
             (&["--chunked-prefill-size", "0"], "--chunked-prefill-size"),
             (&["--mixed-prefill-size", "0"], "--mixed-prefill-size"),
             (&["--block-size", "24"], "--block-size 24"),

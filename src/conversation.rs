@@ -36,8 +36,12 @@ fn template_message(index: usize, message: &ChatMessage, knows_developer: bool) 
     }
     let content = match &message.content {
         Some(MessageContent::Text(text)) => text.clone(),
+        Some(MessageContent::Parts(parts)) if parts.is_empty() => {
+            let param = format!("messages[{index}].content");
+            return Err(ApiError::invalid(param.clone(), format!("{param} must not be an empty list")));
+        }
         Some(MessageContent::Parts(parts)) => text_of_parts(index, parts)?,
-        None => message.refusal.clone().unwrap_or_default(),
+        None => without_content(index, message)?,
     };
     let role = match message.role {
         Role::Developer if !knows_developer => Role::System,
@@ -71,6 +75,17 @@ fn template_message(index: usize, message: &ChatMessage, knows_developer: bool) 
             .collect();
     }
     Ok(rendered)
+}
+
+/// Only an assistant's message may have no content, if it has something in its place.
+fn without_content(index: usize, message: &ChatMessage) -> Result<String, ApiError> {
+    let calls = message.tool_calls.as_ref().is_some_and(|calls| !calls.is_empty());
+    let thinks = message.reasoning_content.is_some() || message.reasoning.is_some();
+    if message.role == Role::Assistant && (calls || thinks || message.refusal.is_some()) {
+        return Ok(message.refusal.clone().unwrap_or_default());
+    }
+    let param = format!("messages[{index}].content");
+    Err(ApiError::invalid(param.clone(), format!("Missing required parameter: '{param}'.")))
 }
 
 fn text_of_parts(index: usize, parts: &[ContentPart]) -> Result<String, ApiError> {
@@ -131,6 +146,16 @@ mod tests {
 
     #[test]
     fn what_cannot_be_honoured_is_named() {
+        for message in [
+            json!({"role": "user"}),
+            json!({"role": "user", "content": null}),
+            json!({"role": "user", "content": []}),
+            json!({"role": "tool", "tool_call_id": "c1"}),
+            json!({"role": "assistant", "content": null, "tool_calls": []}),
+        ] {
+            let error = messages(json!([{"role": "user", "content": "x"}, message])).unwrap_err();
+            assert_eq!(error.param(), Some("messages[1].content"), "{message}");
+        }
         let image = json!([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]);
         assert_eq!(messages(image).unwrap_err().param(), Some("messages[0].content[0].type"));
         assert_eq!(messages(json!([])).unwrap_err().param(), Some("messages"));

@@ -88,6 +88,7 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
 fn field_error(path: &str, message: &str) -> ApiError {
     // serde_json adds the place in the text; the path says it better.
     let message = message.rsplit_once(" at line ").map_or(message, |(message, _)| message);
+    let message = &json_words(message);
     let quoted = |prefix: &str| message.strip_prefix(prefix)?.split('`').next();
     let parent = path.rsplit_once('.').map_or("", |(parent, _)| parent);
     let join = |parent: &str, name: &str| {
@@ -117,6 +118,22 @@ fn field_error(path: &str, message: &str) -> ApiError {
     }
 }
 
+/// What serde expected, in JSON's words instead of Rust's.
+fn json_words(message: &str) -> String {
+    let Some((got, expected)) = message.rsplit_once(", expected ") else {
+        return message.to_owned();
+    };
+    let expected = match expected {
+        "u32" => "an integer from 0 to 4294967295",
+        "u64" | "usize" => "an integer of at least 0",
+        "i32" | "i64" => "an integer",
+        "f32" | "f64" => "a number",
+        name if name.starts_with("struct ") => "an object",
+        other => other,
+    };
+    format!("{got}, expected {expected}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,7 +153,12 @@ mod tests {
                 Some("foo"),
                 "Unrecognized request argument supplied: foo",
             ),
-            (r#"{"model": "m", "messages": [], "max_tokens": -1}"#, Some("max_tokens"), "integer `-1`"),
+            (
+                r#"{"model": "m", "messages": [], "max_tokens": -1}"#,
+                Some("max_tokens"),
+                "integer `-1`, expected an integer from 0 to",
+            ),
+            ("null", None, "null, expected an object"),
             (r#"{"model": "m", "messages": [], "stop": [1]}"#, Some("stop[0]"), "integer `1`"),
             (
                 r#"{"model": "m", "messages": [], "stream_options": {"x": 1}}"#,

@@ -575,11 +575,6 @@ fn what_stops_the_start_is_said_in_a_sentence() {
             1,
             "--context-length 1000000: the model was made for".to_owned(),
         ),
-        (
-            vec!["--chunked-prefill-size", "2000000"],
-            1,
-            "--chunked-prefill-size: expected from 1".to_owned(),
-        ),
         (vec!["--device", "cuda"], 1, "without the `cuda` feature".to_owned()),
         (vec!["--log-level", "a=b=c"], 1, "--log-level".to_owned()),
         (

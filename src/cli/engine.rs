@@ -246,10 +246,11 @@ struct StepLimits {
 
 impl StepLimits {
     fn of(settings: &EngineSettings, running_requests: usize, tokens: usize, mixed_prefill: usize) -> Self {
-        let running_requests = settings.max_running_requests.unwrap_or(running_requests);
+        // Each running sequence has a row in a step.
+        let fitting = running_requests.min(settings.chunked_prefill_size.unwrap_or(usize::MAX));
+        let running_requests = settings.max_running_requests.unwrap_or(fitting);
         Self {
             running_requests,
-            // Each running sequence has a row in a step.
             tokens: settings.chunked_prefill_size.unwrap_or(tokens.max(running_requests)),
             mixed_prefill: settings.mixed_prefill_size.unwrap_or(mixed_prefill),
         }

@@ -309,6 +309,8 @@ fn spread<T: Clone>(value: Option<OneOrMany<T>>, param: &str, len: usize, is_bat
 }
 
 fn rids(rid: Option<OneOrMany<String>>, len: usize, is_batch: bool) -> Result<Vec<Arc<str>>, ApiError> {
+    // An empty id is no id: nobody could abort by it.
+    let rid = rid.filter(|rid| !matches!(rid, OneOrMany::One(rid) if rid.is_empty()));
     let parts = |rid: &str| (0..len).map(|index| format!("{rid}_{index}").into()).collect();
     match rid {
         None if is_batch => Ok(parts(&new_id(""))),

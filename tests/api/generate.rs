@@ -274,3 +274,10 @@ async fn no_tokens_at_all_is_possible() {
     assert_eq!(answer["meta_info"]["finish_reason"], json!({"type": "length", "length": 0}));
     assert_eq!(answer["meta_info"]["input_token_logprobs"].as_array().unwrap().len(), 2);
 }
+
+#[tokio::test]
+async fn an_empty_rid_is_none() {
+    let answer = Server::new().post(PATH, json!({"text": "a", "rid": ""})).await.json(200).await;
+    let id = answer["meta_info"]["id"].as_str().unwrap().to_owned();
+    assert!(!id.is_empty(), "{answer}");
+}
