@@ -178,6 +178,7 @@ impl Bench {
                 .collect();
             made.into_iter().map(|host| host.join().expect("an adapter")).collect()
         });
+        hosts.iter().for_each(|host| (self.backend.page_locker())(host));
         let started = Instant::now();
         let bytes: usize = hosts.iter().map(|host| host.bytes()).sum();
         let handles: Vec<AdapterHandle> = hosts.iter().map(|host| self.backend.begin_upload(host).expect("room")).collect();

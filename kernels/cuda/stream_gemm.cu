@@ -198,7 +198,6 @@ DEVICE void stream_gemm(const TensorMap& w_map, const TensorMap& x_map, const St
     }
     __syncwarp();
     wait_for_previous_kernel();
-    __syncthreads();
   } else {
     float acc[PARTS][ROWS / 2] = {};
     const int warpgroup = warp / 4;
@@ -244,8 +243,8 @@ DEVICE void stream_gemm(const TensorMap& w_map, const TensorMap& x_map, const St
         to[STRIDE + 8] = acc[part][4 * j + 3];
       }
     }
-    __syncthreads();
   }
+  __syncthreads();
 
   // Every block of the cluster writes its rows of the sum.
   if (num_splits > 1) cluster_barrier();

@@ -8,7 +8,7 @@ use polylora_engine::{
     adapter::{
         LoraLimits, PackedDtype,
         load::{checkpoint_opener, inspect_config},
-        registry::{AdapterRegistry, RegistryConfig},
+        registry::{AdapterRegistry, PrepareHost, RegistryConfig},
     },
     backend::{
         Backend,
@@ -232,6 +232,7 @@ fn start_on_cpu(inputs: EngineInputs<'_>, compute: ComputeDtype, memory: MemoryP
                 ComputeDtype::Bfloat16 => PackedDtype::Bf16,
             })
         },
+        prepare: None,
     };
     start(inputs, Box::new(backend), device)
 }
@@ -264,6 +265,7 @@ struct DeviceFacts {
     weight_bytes: usize,
     limits: StepLimits,
     lora_limits: LoraLimits,
+    prepare: Option<PrepareHost>,
 }
 
 /// Starts the engine over a device that holds the model.
@@ -293,6 +295,7 @@ fn start(inputs: EngineInputs<'_>, backend: Box<dyn Backend>, device: DeviceFact
         };
         let config = RegistryConfig {
             base_names,
+            prepare: device.prepare,
             ..lora.registry_config(limits)
         };
         Arc::new(AdapterRegistry::new(config, Arc::clone(&decoder)))

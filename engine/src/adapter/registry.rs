@@ -103,6 +103,17 @@ pub struct AdapterInfo {
     pub parts: Vec<Arc<str>>,
 }
 
+/// What a device does with an adapter's host memory before anyone may ask for the adapter, on a loader's thread: it locks the pages that it
+/// will copy from.
+#[derive(Clone)]
+pub struct PrepareHost(pub Arc<dyn Fn(&HostAdapter) + Send + Sync>);
+
+impl std::fmt::Debug for PrepareHost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("PrepareHost")
+    }
+}
+
 /// Limits and policies of a registry.
 #[derive(Clone, Debug)]
 pub struct RegistryConfig {
@@ -128,6 +139,8 @@ pub struct RegistryConfig {
     pub max_combined: usize,
     /// Combinations in host memory, beside the adapters: those in use, and those kept for the next request.
     pub max_combinations: usize,
+    /// Run on every adapter and combination that is packed.
+    pub prepare: Option<PrepareHost>,
 }
 
 impl RegistryConfig {
@@ -145,6 +158,13 @@ impl RegistryConfig {
             room_timeout: Duration::from_secs(60),
             max_combined: 4,
             max_combinations: 64,
+            prepare: None,
+        }
+    }
+
+    fn prepare(&self, weights: &HostAdapter) {
+        if let Some(PrepareHost(prepare)) = &self.prepare {
+            prepare(weights);
         }
     }
 }
@@ -1122,7 +1142,7 @@ impl Shared {
             return;
         };
         let borrowed = borrow_parts(&work.parts);
-        let make = || combine(&borrowed, self.config.limits.max_combined_rank);
+        let make = || combine(&borrowed, self.config.limits.max_combined_rank).inspect(|combined| self.config.prepare(combined));
         let combined = std::panic::catch_unwind(std::panic::AssertUnwindSafe(make)).unwrap_or_else(|panic| Err(panicked(&*panic)));
         match combined {
             Ok(combined) => self.finish_combine(work, deadline, combined),
@@ -1176,7 +1196,7 @@ impl Shared {
     /// Reads and packs; a panic is an error like another.
     fn read(&self, files: &FileSource) -> Result<(HostAdapter, Facts), AdapterError> {
         let start = Instant::now();
-        let load = || load_adapter(files, &self.decoder, &self.config.limits);
+        let load = || load_adapter(files, &self.decoder, &self.config.limits).inspect(|(weights, _)| self.config.prepare(weights));
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(load)).unwrap_or_else(|panic| Err(panicked(&*panic)));
         self.state.lock().load_time += start.elapsed();
         result.map(|(weights, report)| {

@@ -1,7 +1,9 @@
 //! The engine on a CUDA device.
 
+use std::sync::Arc;
+
 use polylora_engine::{
-    adapter::{LoraLimits, PackedDtype},
+    adapter::{LoraLimits, PackedDtype, registry::PrepareHost},
     backend::{
         cpu::KvBudget,
         cuda::{CudaBackend, CudaOptions, devices},
@@ -87,6 +89,7 @@ pub(super) fn start(mut inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine>
             max_combined_rank: Some(options.max_lora_rank as u32),
             ..LoraLimits::new(PackedDtype::Bf16)
         },
+        prepare: Some(PrepareHost(Arc::new(backend.page_locker()))),
     };
     super::start(inputs, Box::new(backend), device)
 }

@@ -424,7 +424,7 @@ impl Placer<'_> {
     }
 }
 
-/// The thread that uploads, on a stream of its own: straight from the adapter's memory once that is page-locked.
+/// The thread that uploads, on a stream of its own: straight from the adapter's memory where that is page-locked.
 struct Uploader {
     device: Arc<Device>,
     stream: Stream,
@@ -454,7 +454,7 @@ impl Uploader {
     }
 
     fn upload(&mut self, job: &Job) -> Result<(), CudaError> {
-        let is_direct = job.host.dtype == PackedDtype::Bf16 && self.page_lock(&job.host);
+        let is_direct = page_lock(&self.device, &job.host);
         for (from, to) in &job.placement.pieces {
             let bytes = &job.host.blob.as_bytes()[from.clone()];
             match is_direct {
@@ -467,21 +467,6 @@ impl Uploader {
         }
         self.stream.copy_to_device(View::from_address(job.address, job.table.len()), &job.table)?;
         self.stream.synchronize()
-    }
-
-    /// Locks the adapter's memory, the first time that it is uploaded; it stays so for as long as the host keeps it. Where that is not possible
-    /// (a limit on locked memory), copies go through a stage.
-    fn page_lock(&self, host: &HostAdapter) -> bool {
-        host.blob.hold_with(|memory| {
-            // SAFETY: what is held is dropped before the memory.
-            match unsafe { RegisteredMemory::new(&self.device, memory) } {
-                Ok(registered) => Some(Box::new(registered)),
-                Err(error) => {
-                    tracing::debug!(%error, "an adapter's memory is not page-locked");
-                    None
-                }
-            }
-        })
     }
 
     /// Copies through pinned memory, rounding f32 on the way.
@@ -505,4 +490,20 @@ impl Uploader {
         }
         Ok(())
     }
+}
+
+/// Locks an adapter's memory, unless it is; it stays so for as long as the host keeps it. False where that is not possible (a limit on locked
+/// memory) or of no use, since f32 has to be rounded on the way: copies then go through a stage.
+pub(super) fn page_lock(device: &Arc<Device>, host: &HostAdapter) -> bool {
+    let lock = |memory: &[u8]| {
+        // SAFETY: what is held is dropped before the memory.
+        match unsafe { RegisteredMemory::new(device, memory) } {
+            Ok(registered) => Some(Box::new(registered) as Box<dyn Send + Sync>),
+            Err(error) => {
+                tracing::debug!(%error, "an adapter's memory is not page-locked");
+                None
+            }
+        }
+    };
+    host.dtype == PackedDtype::Bf16 && host.blob.hold_with(lock)
 }

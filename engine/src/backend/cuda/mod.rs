@@ -374,6 +374,14 @@ impl CudaBackend {
         format!("cuda:{} ({})", info.ordinal, info.name)
     }
 
+    /// Locks the memory of adapters, so that their first upload finds it locked. For any thread.
+    pub fn page_locker(&self) -> impl Fn(&HostAdapter) + Send + Sync + 'static {
+        let device = self.device.clone();
+        move |host| {
+            adapters::page_lock(&device, host);
+        }
+    }
+
     /// Bytes of the base model's weights on the device.
     pub fn weight_bytes(&self) -> usize {
         self.model.bytes()
