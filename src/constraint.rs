@@ -25,7 +25,9 @@ use crate::{
     error::ApiError,
     generation::Grammar,
     protocol::{JsonSchemaSource, chat::ResponseFormat},
+    reasoning,
     tokenizer::TextTokenizer,
+    tool_calls::tag,
 };
 
 /// Whitespace between JSON's tokens: bounded, or a weak model might write nothing else for ever.
@@ -44,6 +46,13 @@ pub enum GrammarSpec {
     Ebnf(String),
     /// Lark that this server wrote, for tool calls.
     Lark(String),
+    /// One of the others, for what follows the model's reasoning.
+    AfterReasoning {
+        /// The prompt has opened the reasoning; otherwise the model may.
+        opened: bool,
+        /// What follows.
+        answer: Box<GrammarSpec>,
+    },
 }
 
 impl GrammarSpec {
@@ -60,11 +69,21 @@ impl GrammarSpec {
     fn text(&self) -> &str {
         match self {
             Self::JsonSchema(text) | Self::Regex(text) | Self::Ebnf(text) | Self::Lark(text) => text,
+            Self::AfterReasoning { answer, .. } => answer.text(),
         }
     }
 
-    fn compile(&self) -> Result<TopLevelGrammar, String> {
+    fn compile(&self, tokenizer: &TextTokenizer) -> Result<TopLevelGrammar, String> {
         match self {
+            Self::AfterReasoning { opened, answer } => {
+                let mut grammar = TopLevelGrammar::from_lark(reasoning_lark(*opened, tokenizer));
+                let mut answer = answer.compile(tokenizer)?;
+                // The first is the one that the others serve.
+                let first = answer.grammars.first_mut().ok_or("a grammar without a beginning")?;
+                first.name = Some("answer".to_owned());
+                grammar.grammars.append(&mut answer.grammars);
+                Ok(grammar)
+            }
             Self::JsonSchema(text) => {
                 let schema: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
                 Ok(TopLevelGrammar::from_json_schema(guided_schema(schema)?))
@@ -73,6 +92,23 @@ impl GrammarSpec {
             Self::Ebnf(text) if text.contains("::=") => crate::gbnf::to_lark(text).map(TopLevelGrammar::from_lark),
             Self::Ebnf(text) | Self::Lark(text) => Ok(TopLevelGrammar::from_lark(text.clone())),
         }
+    }
+}
+
+/// Thoughts, closed, then the grammar `answer`.
+fn reasoning_lark(opened: bool, tokenizer: &TextTokenizer) -> String {
+    let [open, close] = [reasoning::OPEN, reasoning::CLOSE].map(|text| tag(text, tokenizer));
+    let thoughts = if close.starts_with('<') {
+        format!("thoughts: THOUGHTS? {close}\nTHOUGHTS: /(.|\\n)+/")
+    } else {
+        format!("thoughts[lazy]: /(.|\\n)*{}/", reasoning::CLOSE.replace('/', "\\/"))
+    };
+    // The line breaks are no part of the answer.
+    let thoughts = format!("{thoughts}\nGAP: /\\n{{1,2}}/");
+    if opened {
+        format!("start: thoughts GAP? @answer\n{thoughts}")
+    } else {
+        format!("start: (GAP? {open} thoughts GAP?)? @answer\n{thoughts}")
     }
 }
 
@@ -190,7 +226,7 @@ impl GrammarCompiler {
     }
 
     fn compile_now(&self, spec: GrammarSpec) -> Result<Arc<CompiledGrammar>, String> {
-        let grammar = spec.compile()?;
+        let grammar = spec.compile(&self.tokenizer)?;
         let factory = self.factory.get_or_init(|| self.factory()).clone()?;
         let mut matcher = Matcher::new(factory.create_parser(grammar));
         if let Some(reason) = matcher.get_error() {

@@ -58,6 +58,11 @@ impl MessageParser {
         self.tools.is_some()
     }
 
+    /// Whether reasoning is looked for.
+    pub fn reads_reasoning(&self) -> bool {
+        self.reasoning.is_some()
+    }
+
     /// Whether there may be anything but content.
     pub fn reads_parts(&self) -> bool {
         self.tools.is_some() || self.reasoning.is_some()

@@ -1,9 +1,11 @@
 //! Splits what a model thinks (`<think>…</think>`) from what it answers, in text that comes in pieces.
 
-use crate::chat_template::ChatTemplates;
+use crate::{chat_template::ChatTemplates, tokenizer::TextTokenizer};
 
-const OPEN: &str = "<think>";
-const CLOSE: &str = "</think>";
+/// Begins what a model thinks.
+pub const OPEN: &str = "<think>";
+/// Ends it.
+pub const CLOSE: &str = "</think>";
 
 /// Text of the answer, or of the reasoning before it.
 #[derive(Clone, Debug, PartialEq)]
@@ -136,6 +138,11 @@ impl ReasoningSplitter {
             }
         }
     }
+}
+
+/// Special tokens that are the tags: they have to show in the text.
+pub fn shown_tokens(tokenizer: &TextTokenizer) -> impl Iterator<Item = u32> {
+    [OPEN, CLOSE].into_iter().filter_map(|tag| tokenizer.token_to_id(tag))
 }
 
 /// How many bytes at the end of `text` may be the beginning of `tag`.

@@ -69,6 +69,82 @@ impl ToolFormat {
     /// # Errors
     /// A schema that is none.
     pub fn grammar(self, tools: &[&Tool], parallel: bool, tokenizer: &TextTokenizer) -> Result<String, String> {
+        let call = self.call("call", tokenizer);
+        let more = |separator: &str| if parallel { format!(" ({separator} {call})*") } else { String::new() };
+        let start = match self {
+            Self::Hermes => format!("{call}{}", more(r#""\n""#)),
+            Self::Llama3 => format!("{call}{}", more(r#""; ""#)),
+            Self::Mistral => format!("{} \"[\" {call}{} \"]\"", tag(MISTRAL_OPEN, tokenizer), more(r#"", ""#)),
+        };
+        Ok(format!("start: {start}\n{}", self.rules(tools)?))
+    }
+
+    /// A Lark grammar of any text in which calls, where the model begins one, are calls of these functions. Those that are `strict` get
+    /// arguments that follow their schema, the others any object.
+    ///
+    /// # Errors
+    /// A schema that is none.
+    pub fn free_grammar(self, tools: &[&Tool], parallel: bool, tokenizer: &TextTokenizer) -> Result<String, String> {
+        let lenient: Vec<Tool> = tools.iter().map(|&tool| lenient_unless_strict(tool)).collect();
+        let lenient: Vec<&Tool> = lenient.iter().collect();
+        let rules = self.rules(&lenient)?;
+        let repeat = if parallel { "*" } else { "?" };
+        let call = self.call("call", tokenizer);
+        let (start, text) = match self {
+            Self::Hermes => {
+                let (to_call, text) = up_to(HERMES_OPEN, tokenizer);
+                let call = call.strip_prefix(&tag(HERMES_OPEN, tokenizer)).unwrap_or(&call);
+                (format!("(to_call {call}){repeat} TEXT?"), format!("{to_call}\n{text}"))
+            }
+            Self::Mistral => {
+                let (to_call, text) = up_to(MISTRAL_OPEN, tokenizer);
+                let more = if parallel { format!(" (\", \" {call})*") } else { String::new() };
+                let calls = format!("\"[\" {call}{more} \"]\"");
+                // The newer notation: a name, then its arguments.
+                let named = lenient.iter().enumerate().map(|(index, tool)| {
+                    let name = Value::from(tool.function.name.as_str());
+                    format!("{name} {}? arguments_{index}", tag(MISTRAL_ARGUMENTS, tokenizer))
+                });
+                let named = named.collect::<Vec<_>>().join(" | ");
+                let more = if parallel {
+                    format!(" ({} named)*", tag(MISTRAL_OPEN, tokenizer))
+                } else {
+                    String::new()
+                };
+                (
+                    format!("(to_call ({calls} | named{more}))? TEXT?"),
+                    format!("named: {named}\n{to_call}\n{text}"),
+                )
+            }
+            Self::Llama3 => {
+                let more = if parallel { format!(" (\"; \" {call})*") } else { String::new() };
+                // Calls stand at the beginning; any other JSON may be an answer.
+                let names = tools
+                    .iter()
+                    .map(|tool| tool.function.name.replace('.', "\\."))
+                    .collect::<Vec<_>>()
+                    .join("|");
+                let begun = format!(r#"\s*\{{\s*"(type|function|name"\s*:\s*"({names}))"(.|\n)*"#);
+                let text = format!("TEXT: /(.|\\n)+/ & ~/{begun}/");
+                (format!("{}? {call}{more} | TEXT?", tag(LLAMA_OPEN, tokenizer)), text)
+            }
+        };
+        Ok(format!("start: {start}\n{text}\n{rules}"))
+    }
+
+    /// One call, whose object is the rule `object`.
+    fn call(self, object: &str, tokenizer: &TextTokenizer) -> String {
+        match self {
+            Self::Hermes => {
+                let (open, close) = (tag(HERMES_OPEN, tokenizer), tag(HERMES_CLOSE, tokenizer));
+                format!(r#"{open} "\n" {object} "\n" {close}"#)
+            }
+            Self::Llama3 | Self::Mistral => object.to_owned(),
+        }
+    }
+
+    /// `call`: the object of a call of any of these functions; `arguments_0` and so on: their arguments.
+    fn rules(self, tools: &[&Tool]) -> Result<String, String> {
         let quoted = |text: &str| Value::from(text).to_string();
         let key = if self == Self::Llama3 { "parameters" } else { "arguments" };
         let mut rules = String::new();
@@ -81,29 +157,41 @@ impl ToolFormat {
         }
         let any = (0..tools.len()).map(|index| format!("call_{index}")).collect::<Vec<_>>().join(" | ");
         rules.push_str(&format!("call: {any}\n"));
-        let more = |separator: &str, call: &str| {
-            if parallel {
-                format!(" ({} {call})*", quoted(separator))
-            } else {
-                String::new()
-            }
-        };
-        let start = match self {
-            Self::Hermes => {
-                let call = format!("{} call {}", quoted(&format!("{HERMES_OPEN}\n")), quoted(&format!("\n{HERMES_CLOSE}")));
-                format!("{call}{}", more("\n", &call))
-            }
-            Self::Llama3 => format!("call{}", more("; ", "call")),
-            Self::Mistral => {
-                let open = match tokenizer.token_to_id(MISTRAL_OPEN) {
-                    Some(id) if tokenizer.is_special(id) => format!("<[{id}]>"),
-                    _ => quoted(MISTRAL_OPEN),
-                };
-                format!("{open} \"[\" call{} \"]\"", more(", ", "call"))
-            }
-        };
-        Ok(format!("start: {start}\n{rules}"))
+        Ok(rules)
     }
+}
+
+/// A function that is not `strict` promises nothing of its arguments, but that they are an object.
+fn lenient_unless_strict(tool: &Tool) -> Tool {
+    let mut tool = tool.clone();
+    if tool.function.strict != Some(true) {
+        tool.function.parameters = json!({"type": "object"}).as_object().cloned();
+    }
+    tool
+}
+
+/// A tag in Lark: the special token, where the model has one for it, or the text.
+pub fn tag(text: &str, tokenizer: &TextTokenizer) -> String {
+    match tokenizer.token_to_id(text) {
+        Some(id) if tokenizer.is_special(id) => format!("<[{id}]>"),
+        _ => Value::from(text).to_string(),
+    }
+}
+
+/// The rule `to_call`, any text up to the first `tag` and that itself; the terminal `TEXT`, any text without it.
+fn up_to(text: &str, tokenizer: &TextTokenizer) -> (String, String) {
+    let tag = tag(text, tokenizer);
+    if tag.starts_with('<') {
+        return (format!("to_call: TEXT? {tag}"), r"TEXT: /(.|\n)+/".to_owned());
+    }
+    let pattern: String = text
+        .chars()
+        .flat_map(|c| matches!(c, '[' | ']').then_some('\\').into_iter().chain([c]))
+        .collect();
+    (
+        format!(r"to_call[lazy]: /(.|\n)*{pattern}/"),
+        format!(r"TEXT: /(.|\n)+/ & ~/(.|\n)*{pattern}(.|\n)*/"),
+    )
 }
 
 /// Which functions must be called, if any must.

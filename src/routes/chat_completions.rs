@@ -23,7 +23,7 @@ use crate::{
         StreamOptions, Usage,
         chat::{ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatMessage, ChatRequest, ChatResponse, Role, Tool, ToolChoice, ToolChoiceMode},
     },
-    reasoning::ReasoningSplitter,
+    reasoning::{self, ReasoningSplitter},
     stream::{Completed, DONE, Finish, MergedStream, OutputToken, TextEvent, TextOptions, TextStream, collect, sse_event, sse_response},
     tool_calls::{ToolParser, required},
 };
@@ -70,16 +70,24 @@ pub(super) async fn start(state: &AppState, caller: &Caller, request: ChatReques
     let users = [request.user.as_deref(), request.safety_identifier.as_deref()];
     let target = state.resolve(caller, target, caller.sticky_key(users, &caller.request_id))?;
     let prompt = prompt_text(state, &request, &tools)?;
-    let grammar = grammar(state, &request, &tools).await?;
-    let envelope = Envelope::new(state, &request, parser(state, &request, &tools, &prompt, grammar.is_some()));
+    let separates = request.separate_reasoning.unwrap_or(true);
+    let reasoning = separates
+        .then(|| ReasoningSplitter::for_prompt(state.prompt.templates(), &prompt))
+        .flatten();
+    let grammar = grammar(state, &request, &tools, reasoning.as_ref()).await?;
+    let envelope = Envelope::new(state, &request, parser(state, &tools, reasoning));
     // The template wrote the special tokens.
     let prompt_tokens = state.prompt.encode(prompt, false).await?;
     let lease = state.lease(caller, &target).await?;
     let envelope = envelope.with_prompt(state, lease.as_ref(), prompt_tokens.len());
     let mut job = job(state, request, prompt_tokens, lease.clone(), &envelope)?;
     job.grammar = grammar;
+    let tokenizer = state.prompt.tokenizer();
     if envelope.parser.reads_calls() {
-        job.text.shown_tokens = state.tool_format.shown_tokens(state.prompt.tokenizer());
+        job.text.shown_tokens = state.tool_format.shown_tokens(tokenizer);
+    }
+    if envelope.parser.reads_reasoning() {
+        job.text.shown_tokens.extend(reasoning::shown_tokens(tokenizer));
     }
     let streams = state.start(caller, vec![job])?;
     Ok(Started { lease, envelope, streams })
@@ -222,45 +230,58 @@ fn prompt_text(state: &Gateway, request: &ChatRequest, tools: &Tools) -> Result<
     })
 }
 
-/// What the output has to follow: calls if they are required, or the form that was asked for (or calls, if those are possible too).
-async fn grammar(state: &AppState, request: &ChatRequest, tools: &Tools) -> Result<Option<Arc<dyn Grammar>>, ApiError> {
-    let format = form_of_answer(request.response_format.as_ref(), None, request.regex.as_ref(), request.ebnf.as_ref())?;
-    let bad_tools = |reason: String| ApiError::invalid_grammar("tools", &reason);
-    let required = required(&tools.offered, request.tool_choice.as_ref()).map_err(|reason| ApiError::invalid("tool_choice", reason))?;
-    let tokenizer = state.prompt.tokenizer();
-    let (spec, param) = match (format, required) {
-        (None, None) => return Ok(None),
-        (_, Some(functions)) => {
-            // A choice by name is of one call, be it the only function that is offered.
-            let is_named = matches!(request.tool_choice, Some(ToolChoice::Named(_)));
-            let lark = state.tool_format.grammar(&functions, tools.parallel && !is_named, tokenizer);
-            (GrammarSpec::Lark(lark.map_err(bad_tools)?), "tools")
-        }
-        (Some((GrammarSpec::JsonSchema(schema), param)), None) if !tools.offered.is_empty() => {
-            let functions: Vec<&Tool> = tools.offered.iter().collect();
-            let calls = state.tool_format.grammar(&functions, tools.parallel, tokenizer).map_err(bad_tools)?;
-            let schema: Value = serde_json::from_str(&schema).map_err(|error| bad_tools(error.to_string()))?;
-            let schema = guided_schema(schema).map_err(|reason| ApiError::invalid_grammar(param, &reason))?;
-            let calls = calls.replacen("start:", "calls:", 1);
-            (
-                GrammarSpec::Lark(format!("start: calls | answer\nanswer: %json {schema}\n{calls}")),
-                param,
-            )
-        }
-        (Some(format), None) => format,
+/// What the output has to follow: calls if they are required, or the form that was asked for (or calls, if those are possible too), or
+/// the schemas of strict functions where the model calls one. A model that reasons does so first.
+async fn grammar(
+    state: &AppState,
+    request: &ChatRequest,
+    tools: &Tools,
+    reasoning: Option<&ReasoningSplitter>,
+) -> Result<Option<Arc<dyn Grammar>>, ApiError> {
+    let Some((mut spec, param)) = grammar_of_answer(state, request, tools)? else {
+        return Ok(None);
     };
+    if let Some(reasoning) = reasoning {
+        spec = GrammarSpec::AfterReasoning {
+            opened: reasoning.is_thinking(),
+            answer: Box::new(spec),
+        };
+    }
     let compiled = state.grammars.compile(spec, param, state.limits.max_grammar_bytes).await;
     compiled.map(Some)
 }
 
-fn parser(state: &Gateway, request: &ChatRequest, tools: &Tools, prompt: &str, has_grammar: bool) -> MessageParser {
-    // A grammar leaves no room for thoughts, and a template may have opened them.
-    let separates = request.separate_reasoning.unwrap_or(true) && !has_grammar;
-    let reasoning = if separates {
-        ReasoningSplitter::for_prompt(state.prompt.templates(), prompt)
-    } else {
-        None
-    };
+fn grammar_of_answer(state: &Gateway, request: &ChatRequest, tools: &Tools) -> Result<Option<(GrammarSpec, &'static str)>, ApiError> {
+    let format = form_of_answer(request.response_format.as_ref(), None, request.regex.as_ref(), request.ebnf.as_ref())?;
+    let bad_tools = |reason: String| ApiError::invalid_grammar("tools", &reason);
+    let required = required(&tools.offered, request.tool_choice.as_ref()).map_err(|reason| ApiError::invalid("tool_choice", reason))?;
+    let tokenizer = state.prompt.tokenizer();
+    let offered: Vec<&Tool> = tools.offered.iter().collect();
+    let is_strict = offered.iter().any(|tool| tool.function.strict == Some(true));
+    Ok(match (format, required) {
+        (None, None) if is_strict => {
+            let lark = state.tool_format.free_grammar(&offered, tools.parallel, tokenizer);
+            Some((GrammarSpec::Lark(lark.map_err(bad_tools)?), "tools"))
+        }
+        (_, Some(functions)) => {
+            // A choice by name is of one call, be it the only function that is offered.
+            let is_named = matches!(request.tool_choice, Some(ToolChoice::Named(_)));
+            let lark = state.tool_format.grammar(&functions, tools.parallel && !is_named, tokenizer);
+            Some((GrammarSpec::Lark(lark.map_err(bad_tools)?), "tools"))
+        }
+        (Some((GrammarSpec::JsonSchema(schema), param)), None) if !offered.is_empty() => {
+            let calls = state.tool_format.grammar(&offered, tools.parallel, tokenizer).map_err(bad_tools)?;
+            let schema: Value = serde_json::from_str(&schema).map_err(|error| bad_tools(error.to_string()))?;
+            let schema = guided_schema(schema).map_err(|reason| ApiError::invalid_grammar(param, &reason))?;
+            let calls = calls.replacen("start:", "calls:", 1);
+            let lark = format!("start: calls | answer\nanswer: %json {schema}\n{calls}");
+            Some((GrammarSpec::Lark(lark), param))
+        }
+        (format, None) => format,
+    })
+}
+
+fn parser(state: &Gateway, tools: &Tools, reasoning: Option<ReasoningSplitter>) -> MessageParser {
     let names = tools.offered.iter().map(|tool| tool.function.name.clone()).collect();
     let calls = (!tools.offered.is_empty()).then(|| ToolParser::new(state.tool_format, names));
     MessageParser::new(reasoning, calls, !tools.parallel)

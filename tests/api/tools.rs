@@ -169,6 +169,94 @@ async fn a_required_call_is_enforced() {
     }
 }
 
+/// The tools of [`tools`], strict.
+fn strict_tools() -> Value {
+    let mut tools = tools();
+    tools
+        .as_array_mut()
+        .unwrap()
+        .iter_mut()
+        .for_each(|tool| tool["function"]["strict"] = json!(true));
+    tools
+}
+
+#[tokio::test]
+async fn strict_functions_bind_the_arguments_and_leave_text_free() {
+    for (format, text, call, plain) in [
+        (
+            ToolFormat::Hermes,
+            "Sure. ",
+            "<tool_call>\n{\"name\": \"time\", \"arguments\": {\"zone\": \"Mars\"}}\n</tool_call>",
+            "No <tool, no {\"name\": \"time\"} call.",
+        ),
+        (
+            ToolFormat::Mistral,
+            "Sure. ",
+            "[TOOL_CALLS][{\"name\": \"time\", \"arguments\": {\"zone\": \"Mars\"}}]",
+            "No [TOOL, no call.",
+        ),
+        (
+            ToolFormat::Mistral,
+            "Sure. ",
+            "[TOOL_CALLS]time[ARGS]{\"zone\": \"Mars\"}",
+            "[1] is no call.",
+        ),
+        (
+            ToolFormat::Llama3,
+            "",
+            "{\"name\": \"time\", \"parameters\": {\"zone\": \"Mars\"}}",
+            "{\"name\": \"Ada\", \"is\": \"an answer\"}",
+        ),
+    ] {
+        for stream in [false, true] {
+            let wanted = format!("{text}{call}");
+            let server = Server::with(
+                |engine| roomy(engine).reply(move |_| says(&wanted)),
+                |gateway| gateway.tool_format = format,
+            );
+            let ask = || {
+                server.post(
+                    "/v1/chat/completions",
+                    chat(json!({"tools": strict_tools(), "stream": stream, "max_tokens": 200})),
+                )
+            };
+            let (content, called) = if stream {
+                let chunks = ask().await.json_events().await;
+                (streamed_content(&chunks, 0), calls(&added_up(&chunks)))
+            } else {
+                let message = ask().await.json(200).await["choices"][0]["message"].take();
+                (message["content"].as_str().unwrap_or_default().to_owned(), calls(&message))
+            };
+            assert_eq!(content, text.trim_end(), "{format:?}");
+            assert_eq!(called[0][0], "time", "{format:?}: {called}");
+            let arguments: Value = serde_json::from_str(called[0][1].as_str().unwrap()).unwrap();
+            assert!(["UTC", "CET"].contains(&arguments["zone"].as_str().unwrap()), "{format:?}: {arguments}");
+
+            server.engine.script_next(says(plain));
+            let answer = if stream {
+                streamed_content(&ask().await.json_events().await, 0)
+            } else {
+                let body = ask().await.json(200).await;
+                assert_eq!(body["choices"][0]["finish_reason"], "stop");
+                body["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
+            };
+            assert_eq!(answer, plain, "{format:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn functions_that_are_not_strict_keep_their_freedom_beside_strict_ones() {
+    let server = server();
+    let mut tools = tools();
+    tools[0]["function"]["strict"] = json!(true);
+    server.engine.script_next(says(
+        "<tool_call>\n{\"name\": \"time\", \"arguments\": {\"zone\": \"Mars\"}}\n</tool_call>",
+    ));
+    let body = server.post("/v1/chat/completions", chat(json!({"tools": tools}))).await.json(200).await;
+    assert_eq!(calls(&body["choices"][0]["message"]), json!([["time", "{\"zone\": \"Mars\"}"]]));
+}
+
 #[tokio::test]
 async fn one_call_at_most_if_so_asked() {
     let server = server();
@@ -292,4 +380,61 @@ async fn thoughts_are_split_off() {
     assert_eq!((thoughts.as_str(), streamed_content(&chunks, 0).as_str()), ("Well…", "Yes."));
     let body = ask(json!({"separate_reasoning": false})).await.json(200).await;
     assert_eq!(body["choices"][0]["message"]["content"], "<think>\nWell…\n</think>\n\nYes.");
+}
+
+#[tokio::test]
+async fn a_form_binds_what_follows_the_thoughts() {
+    let format = json!({"type": "json_schema", "json_schema": {"name": "t", "schema": {"type": "object",
+        "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": false}}});
+    let unwilling = "<think>\nWell, {no} form here…\n</think>\n\n{\"ok\": maybe}";
+    for (template, output) in [
+        ("{# <think> #}{{ messages[0].content }}", unwilling),
+        // The template opens the thoughts.
+        ("{{ messages[0].content }}<think>\n", unwilling.strip_prefix("<think>\n").unwrap()),
+    ] {
+        for (extra, reasons) in [
+            (json!({"response_format": format}), true),
+            (json!({"regex": "\\{\"ok\": (true|false)\\}"}), true),
+            (json!({"ebnf": "root ::= \"{\\\"ok\\\": \" (\"true\" | \"false\") \"}\""}), true),
+            (json!({"response_format": format, "separate_reasoning": false}), false),
+        ] {
+            for stream in [false, true] {
+                let server = Server::with(
+                    |engine| roomy(engine).reply(move |_| says(output)),
+                    |gateway| gateway.prompt = prompt_processor(template),
+                );
+                let mut body = json!({"model": BASE, "messages": [{"role": "user", "content": "Hi"}], "stream": stream, "max_tokens": 300});
+                body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+                let mut answer = server.post("/v1/chat/completions", body).await;
+                let (thoughts, content) = if stream {
+                    let chunks = answer.json_events().await;
+                    let thoughts = chunks
+                        .iter()
+                        .filter_map(|chunk| chunk["choices"][0]["delta"]["reasoning_content"].as_str());
+                    (thoughts.collect(), streamed_content(&chunks, 0))
+                } else {
+                    let message = answer.json(200).await["choices"][0]["message"].take();
+                    let text = |key: &str| message[key].as_str().unwrap_or_default().to_owned();
+                    (text("reasoning_content"), text("content"))
+                };
+                let expected = if reasons { "Well, {no} form here…" } else { "" };
+                assert_eq!(thoughts, expected, "{template} {extra} {content}");
+                let content: Value = serde_json::from_str(&content).unwrap_or_else(|error| panic!("{error}: {content} {extra}"));
+                assert!(content["ok"].is_boolean(), "{content}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_required_call_may_follow_thoughts() {
+    let output = "<think>\nWhich?\n</think>\n\nNone.";
+    let server = Server::with(
+        |engine| roomy(engine).reply(move |_| says(output)),
+        |gateway| gateway.prompt = prompt_processor("{# <think> #}{{ tools | tojson }}{{ messages[0].content }}"),
+    );
+    let named = json!({"tool_choice": {"type": "function", "function": {"name": "time"}}, "max_tokens": 300});
+    let message = server.post("/v1/chat/completions", chat(named)).await.json(200).await["choices"][0]["message"].take();
+    assert_eq!(message["reasoning_content"], "Which?");
+    assert_eq!(calls(&message)[0][0], "time", "{message}");
 }
