@@ -6,7 +6,11 @@
 //! demo's. Every answer is the same text, cut or repeated to `--output-tokens` (or as a grammar allows), all of it at once; adapters load
 //! from anywhere, nothing of them is read.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use anyhow::anyhow;
 use clap::Parser;
@@ -19,7 +23,11 @@ use polylora::{
     routing::ServedModel,
     server::{ServerSettings, bind, serve},
 };
-use polylora_engine::{FileSource, InferenceEngine, MockEngine, decoder::DecoderConfig, mock::Script};
+use polylora_engine::{
+    FileSource, InferenceEngine, MockEngine,
+    decoder::DecoderConfig,
+    mock::{Gate, Script, Step},
+};
 
 const ANSWER: &str = "1. France: Paris\n2. Peru: Lima\n3. Japan: Tokyo\n";
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -33,6 +41,9 @@ struct Args {
     /// Tokens of an answer, before the one that ends it; a request's own bound still cuts it.
     #[arg(long, default_value_t = 16)]
     output_tokens: usize,
+    /// Time between the tokens of every answer, as an engine takes it; all at once if not given. The first comes at once.
+    #[arg(long)]
+    token_interval_ms: Option<u64>,
     /// Prompt and output together.
     #[arg(long, default_value_t = 2048)]
     context_length: usize,
@@ -82,13 +93,17 @@ async fn gateway(args: &Args) -> anyhow::Result<Gateway> {
     let answer: Vec<u32> = answer.iter().copied().cycle().take(args.output_tokens).collect();
 
     let context_length = args.context_length;
+    let clock = args.token_interval_ms.map(|interval| Clock::start(Duration::from_millis(interval)));
     let engine = MockEngine::builder()
         .describe(|description| {
             description.vocab_size = config.vocab_size;
             description.eos_token_ids.clone_from(&config.eos_token_ids);
             description.context_length = context_length;
         })
-        .reply(move |_| Script::tokens(answer.iter().copied()))
+        .reply(move |_| match &clock {
+            Some(clock) => clock.paced(&answer),
+            None => Script::tokens(answer.iter().copied()),
+        })
         .build();
     for adapter in demo::ADAPTERS {
         engine.add_adapter(adapter.name);
@@ -113,4 +128,40 @@ async fn gateway(args: &Args) -> anyhow::Result<Gateway> {
         gateway.auth = Auth::new(Some(key), None, Vec::new());
     }
     Ok(gateway)
+}
+
+/// Steps of an engine: one token of every answer at each tick.
+struct Clock {
+    /// The gates of the coming ticks.
+    coming: Arc<Mutex<VecDeque<Gate>>>,
+}
+
+impl Clock {
+    fn start(interval: Duration) -> Self {
+        let coming: Arc<Mutex<VecDeque<Gate>>> = Arc::default();
+        let gates = Arc::clone(&coming);
+        std::thread::spawn(move || {
+            loop {
+                std::thread::sleep(interval);
+                let due = gates.lock().expect("nothing panics with it").pop_front();
+                due.iter().for_each(Gate::open);
+            }
+        });
+        Self { coming }
+    }
+
+    fn paced(&self, answer: &[u32]) -> Script {
+        let mut coming = self.coming.lock().expect("nothing panics with it");
+        while coming.len() < answer.len() {
+            coming.push_back(Gate::new());
+        }
+        let mut script = Script::default();
+        for (index, &token) in answer.iter().enumerate() {
+            if index > 0 {
+                script = script.then(Step::Wait(coming[index - 1].clone()));
+            }
+            script = script.then(Step::Token(token));
+        }
+        script
+    }
 }
