@@ -2,6 +2,7 @@
 
 mod adapters;
 mod aliases;
+mod async_openai;
 mod chat_completions;
 mod common;
 mod completions;
