@@ -31,7 +31,7 @@ CHECKS = ["not_a_server_error", "status_code_conformance", "content_type_conform
 # A run of which hardly a request was answered would prove little: these routes, with so many answers of status 200 at least.
 ANSWERED = {"/v1/chat/completions": 20, "/v1/completions": 20, "/v1/responses": 20, "/generate": 20, "/tokenize": 10, "/detokenize": 5,
             "/load_lora_adapter": 5, "/unload_lora_adapter": 2, "/v1/load_lora_adapter": 5, "/v1/unload_lora_adapter": 2, "/v1/loras": 5,
-            "/pin_lora_adapter": 1, "/flush_cache": 1, "/abort_request": 1, "/v1/models": 1, "/metrics": 1}
+            "/pin_lora_adapter": 1, "/v1/aliases/{name}": 5, "/flush_cache": 1, "/abort_request": 1, "/v1/models": 1, "/metrics": 1}
 STREAMED = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/generate"]
 
 
