@@ -143,7 +143,7 @@ pub fn run(args: &AdaptersArgs) -> anyhow::Result<()> {
             path,
             expected_version,
         } => {
-            let body = json!({"lora_name": name, "lora_path": path, "replace": true, "expected_version": expected_version});
+            let body = json!({"lora_name": name, "lora_path": for_the_server(path), "replace": true, "expected_version": expected_version});
             let answer = client.post("/load_lora_adapter", &body)?;
             (answer, format!("replaced {name} by {path}\n"))
         }
@@ -334,7 +334,6 @@ fn layer_ranges(layers: &[u16]) -> String {
     ranges.into_iter().map(range).collect::<Vec<_>>().join(", ")
 }
 
-/// The answer of `/v1/models` as a table.
 /// A folder that is here is named from the root: the server need not run in the folder where the command does.
 fn for_the_server(path: &str) -> String {
     let is_here = std::path::Path::new(path).is_dir();
@@ -344,6 +343,7 @@ fn for_the_server(path: &str) -> String {
         .unwrap_or_else(|| path.to_owned())
 }
 
+/// The answer of `/v1/models` as a table.
 fn models_table(answer: &Value) -> anyhow::Result<String> {
     let models = answer["data"].as_array().context("the server's list has no `data`")?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());

@@ -72,7 +72,7 @@ class Readme(unittest.TestCase):
 
     def test_adapters_commands(self):
         with folder_of_the_readme() as (folder, environment):
-            run = subprocess.run(["bash", "-euxc", block("polylora adapters")], cwd=folder, env=environment, capture_output=True, text=True)
+            run = subprocess.run(["bash", "-euxc", block("polylora adapters load")], cwd=folder, env=environment, capture_output=True, text=True)
         self.assertEqual(run.returncode, 0, run.stdout + run.stderr)
         self.assertIn("summary", run.stdout)
         self.assertNotIn("summary", self.server.get("/v1/models")[1], "unloaded in the end")
@@ -87,6 +87,43 @@ class Readme(unittest.TestCase):
                 self.assertEqual(set(models[1:]), {"sql", "json"})
                 answer = server.post("/v1/chat/completions", {"model": "sql", "messages": [{"role": "user", "content": LIST_3}], "temperature": 0})[1]
         self.assertEqual(answer["choices"][0]["message"]["content"], golden("sql", "chat")["output_text"])
+
+
+class AdaptersAtRunTime(unittest.TestCase):
+    def test_line_by_line(self):
+        """The block about aliases, pushes and unloads, each line (with its continuation) by itself, with what it must change."""
+        lines = block("polylora adapters alias").replace("\\\n", " ").splitlines()
+        with Server(port=30000) as server, folder_of_the_readme() as (_, environment):
+            def answer(name, **more):
+                status, answer = server.post("/generate", {"text": LIST_3, "sampling_params": {"max_new_tokens": 96, "temperature": 0},
+                                                           "lora_path": name, **more})
+                self.assertEqual(status, 200, answer)
+                return answer
+
+            def answered_by(name):
+                """The adapters that answer a hundred users."""
+                return {answer(name, rid=f"user-{user}")["meta_info"]["lora"] for user in range(100)}
+
+            def says(name, adapter):
+                self.assertEqual(answer(name)["text"], golden_for(adapter, LIST_3)["output_text"])
+
+            def unknown(name):
+                self.assertEqual(server.post("/v1/completions", {"model": name, "prompt": "a"})[0], 404)
+
+            after = [
+                lambda out: says("support", "json"),
+                lambda out: self.assertEqual(answered_by("support"), {"json", "yaml"}),
+                lambda out: says("yaml", "table"),
+                lambda out: says("yaml", "yaml"),
+                lambda out: self.assertIn("pinned json", out),
+                lambda out: self.assertRegex(out, r"(?m)^support +alias .*json \(90 %\), yaml \(10 %\)$"),
+                lambda out: self.assertEqual(answered_by("support"), {"json"}),
+                lambda out: unknown("yaml"),
+            ]
+            for line, check in zip(lines, after, strict=True):
+                run = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT, env=environment)
+                self.assertEqual(run.returncode, 0, f"{line}\n{run.stderr}")
+                check(run.stdout)
 
 
 if __name__ == "__main__":
