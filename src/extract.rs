@@ -1,8 +1,8 @@
-//! JSON bodies and queries, with errors that say which field is wrong.
+//! JSON bodies, paths and queries, with errors that say which field is wrong.
 
 use axum::{
     body::Bytes,
-    extract::{FromRequest, FromRequestParts, Query, Request},
+    extract::{FromRequest, FromRequestParts, Path, Query, Request},
     http::{HeaderMap, StatusCode, header::CONTENT_TYPE, request::Parts},
 };
 use serde::de::DeserializeOwned;
@@ -38,6 +38,19 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for NativeJson<T> {
     async fn from_request(request: Request, state: &S) -> Result<Self, NativeError> {
         let ApiJson(value) = ApiJson::from_request(request, state).await?;
         Ok(Self(value))
+    }
+}
+
+/// A part of a URL's path; its errors have OpenAI's form.
+pub struct ApiPath<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for ApiPath<T> {
+    type Rejection = ApiError;
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        match Path::from_request_parts(parts, state).await {
+            Ok(Path(value)) => Ok(Self(value)),
+            Err(rejection) => Err(ApiError::bad_body(rejection.status(), rejection.body_text())),
+        }
     }
 }
 

@@ -122,7 +122,7 @@ error_sets! {
     /// Of routes that tell admins.
     AdminReadErrors: ErrorBody = ["401", "403", "500"];
     /// Of routes that tell admins of one thing.
-    AdminReadOneErrors: ErrorBody = ["401", "403", "404", "500"];
+    AdminReadOneErrors: ErrorBody = ["400", "401", "403", "404", "500"];
     /// Of routes that only tell.
     ReadErrors: ErrorBody = ["401", "500"];
     /// Of routes that tell of one thing.

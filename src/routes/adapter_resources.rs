@@ -2,12 +2,7 @@
 
 use std::{collections::HashMap, time::Instant};
 
-use axum::{
-    Json,
-    body::Body,
-    extract::{Path, State},
-    http::HeaderMap,
-};
+use axum::{Json, body::Body, extract::State, http::HeaderMap};
 use polylora_engine::AdapterInfo;
 
 use super::{
@@ -17,7 +12,7 @@ use super::{
 use crate::{
     app::{AppState, Gateway},
     error::ApiError,
-    extract::ApiQuery,
+    extract::{ApiPath, ApiQuery},
     lifecycle::Load,
     protocol::adapters::{AdapterEntry, AdapterEntryList, AdapterPushed, AdapterUnloaded, PushBody, PushQuery, UnloadQuery},
 };
@@ -72,7 +67,7 @@ pub async fn list(State(state): State<AppState>) -> Json<AdapterEntryList> {
     params(("name" = String, Path, description = "The adapter's name; a slash in it as `%2F`.", example = "sql")),
     responses((status = 200, description = "About it.", body = AdapterEntry), crate::openapi::AdminReadOneErrors),
 )]
-pub async fn get(State(state): State<AppState>, Path(name): Path<String>) -> Result<Json<AdapterEntry>, ApiError> {
+pub async fn get(State(state): State<AppState>, ApiPath(name): ApiPath<String>) -> Result<Json<AdapterEntry>, ApiError> {
     match state.adapter_named(&name) {
         Some(info) => Ok(Json(entry(info, &mut aliases_by_adapter(&state)))),
         None => Err(ApiError::no_such_adapter(&name)),
@@ -93,7 +88,7 @@ pub async fn get(State(state): State<AppState>, Path(name): Path<String>) -> Res
 )]
 pub async fn push(
     State(state): State<AppState>,
-    Path(name): Path<String>,
+    ApiPath(name): ApiPath<String>,
     ApiQuery(query): ApiQuery<PushQuery>,
     headers: HeaderMap,
     body: Body,
@@ -128,7 +123,7 @@ pub async fn push(
 )]
 pub async fn unload(
     State(state): State<AppState>,
-    Path(name): Path<String>,
+    ApiPath(name): ApiPath<String>,
     ApiQuery(query): ApiQuery<UnloadQuery>,
 ) -> Result<Json<AdapterUnloaded>, ApiError> {
     let timeout = drain_timeout(query.timeout_seconds, "timeout_seconds")?;

@@ -1,15 +1,12 @@
 //! `/v1/aliases`: names that stand for adapters.
 
-use axum::{
-    Json,
-    extract::{Path, State},
-};
+use axum::{Json, extract::State};
 
 use crate::{
     aliases::{Alias, AliasDefinition, AliasError, TargetDefinition},
     app::AppState,
     error::ApiError,
-    extract::ApiJson,
+    extract::{ApiJson, ApiPath},
     protocol::aliases::{AliasCard, AliasDeleted, AliasList, AliasRequest, AliasTargetCard},
 };
 
@@ -46,7 +43,7 @@ pub async fn list(State(state): State<AppState>) -> Json<AliasList> {
     params(("name" = String, Path, description = "The alias's name.", example = "support")),
     responses((status = 200, description = "About it.", body = AliasCard), crate::openapi::AdminReadOneErrors),
 )]
-pub async fn get(State(state): State<AppState>, Path(name): Path<String>) -> Result<Json<AliasCard>, ApiError> {
+pub async fn get(State(state): State<AppState>, ApiPath(name): ApiPath<String>) -> Result<Json<AliasCard>, ApiError> {
     match state.aliases.get(&name) {
         Some(alias) => Ok(Json(card(&alias))),
         None => Err(AliasError::Unknown { name }.into()),
@@ -65,7 +62,7 @@ pub async fn get(State(state): State<AppState>, Path(name): Path<String>) -> Res
 )]
 pub async fn set(
     State(state): State<AppState>,
-    Path(name): Path<String>,
+    ApiPath(name): ApiPath<String>,
     ApiJson(request): ApiJson<AliasRequest>,
 ) -> Result<Json<AliasCard>, ApiError> {
     let targets = match (request.adapter, request.targets) {
@@ -89,7 +86,7 @@ pub async fn set(
     params(("name" = String, Path, description = "The alias's name.", example = "support")),
     responses((status = 200, description = "It is no more.", body = AliasDeleted), crate::openapi::AdminReadOneErrors),
 )]
-pub async fn delete(State(state): State<AppState>, Path(name): Path<String>) -> Result<Json<AliasDeleted>, ApiError> {
+pub async fn delete(State(state): State<AppState>, ApiPath(name): ApiPath<String>) -> Result<Json<AliasDeleted>, ApiError> {
     state.remove_alias(&name).await?;
     Ok(Json(AliasDeleted { name, deleted: true }))
 }

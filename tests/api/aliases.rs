@@ -238,6 +238,9 @@ async fn what_can_t_be_is_a_named_400() {
         assert_eq!(error["code"], code, "{name} {body}: {error}");
         assert!(error["message"].as_str().unwrap().contains(what), "{name} {body}: {error}");
     }
+    for path in ["/v1/aliases/%FF", "/v1/adapters/%FF"] {
+        server.get(path).await.error(400).await;
+    }
     let list = server.get("/v1/aliases").await.json(200).await;
     assert_eq!(list["data"].as_array().unwrap().len(), 1, "nothing was changed");
     assert_eq!(list["data"][0]["targets"][0]["adapter"], "sql");
