@@ -110,6 +110,7 @@ fn router() -> Router {
             let tokens = request.sampling.max_tokens as usize;
             Script::tokens(answer.iter().copied().cycle().take(tokens))
         })
+        .forget_ended()
         .build();
     engine.add_adapter("json");
     let hub = Hub::new(HubConfig {

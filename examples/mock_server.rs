@@ -104,6 +104,7 @@ async fn gateway(args: &Args) -> anyhow::Result<Gateway> {
             Some(clock) => clock.paced(&answer),
             None => Script::tokens(answer.iter().copied()),
         })
+        .forget_ended()
         .build();
     for adapter in demo::ADAPTERS {
         engine.add_adapter(adapter.name);

@@ -7,7 +7,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, SystemTime},
 };
@@ -150,6 +150,7 @@ pub struct MockEngineBuilder {
     description: EngineDescription,
     reply: Box<Reply>,
     max_pinned: usize,
+    forgets: bool,
 }
 
 impl MockEngineBuilder {
@@ -167,6 +168,13 @@ impl MockEngineBuilder {
         self
     }
 
+    /// Forgets requests that have ended, for runs of many: [`MockEngine::recorded`] and [`MockEngine::ended`] then know only those that live.
+    #[must_use]
+    pub fn forget_ended(mut self) -> Self {
+        self.forgets = true;
+        self
+    }
+
     /// The engine.
     pub fn build(self) -> MockEngine {
         MockEngine {
@@ -176,6 +184,8 @@ impl MockEngineBuilder {
             scripts: Mutex::default(),
             submit_errors: Mutex::default(),
             requests: Mutex::default(),
+            forgets: self.forgets,
+            prune_at: AtomicUsize::new(0),
             adapters: Mutex::default(),
             load_errors: Mutex::default(),
             load_gate: Mutex::default(),
@@ -195,6 +205,9 @@ pub struct MockEngine {
     scripts: Mutex<VecDeque<Script>>,
     submit_errors: Mutex<VecDeque<Option<SubmitError>>>,
     requests: Mutex<Vec<Live>>,
+    forgets: bool,
+    /// How many requests there may be before those that ended are forgotten.
+    prune_at: AtomicUsize,
     adapters: Mutex<Vec<MockAdapter>>,
     load_errors: Mutex<VecDeque<AdapterError>>,
     load_gate: Mutex<Option<Gate>>,
@@ -245,6 +258,7 @@ impl MockEngine {
             },
             reply: Box::new(|request| Script::tokens(request.prompt_tokens.iter().copied())),
             max_pinned: 7,
+            forgets: false,
         }
     }
 
@@ -329,11 +343,20 @@ impl MockEngine {
 
     /// Frees what requests with a dropped stream held, as the real engine does at its next step.
     fn prune(&self) {
-        for live in self.requests.lock().iter() {
+        let mut requests = self.requests.lock();
+        if self.forgets && requests.len() < self.prune_at.load(Ordering::Relaxed) {
+            return;
+        }
+        for live in requests.iter() {
             let mut run = live.run.lock();
             if run.sender.as_ref().is_some_and(UnboundedSender::is_closed) {
                 run.end(None);
             }
+        }
+        if self.forgets {
+            requests.retain(|live| live.run.lock().sender.is_some());
+            // Twice as many as live: each request is looked at a bounded number of times, on average.
+            self.prune_at.store(2 * requests.len() + 64, Ordering::Relaxed);
         }
     }
 
