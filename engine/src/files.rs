@@ -9,12 +9,17 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
+    time::{Duration, SystemTime},
 };
 
 use polylora_kernels::cpu::HugeBuffer;
+use sha2::{Digest, Sha256};
 
 /// A thread reads at least so much of a file.
 const BYTES_WORTH_A_THREAD: usize = 4 << 20;
+
+/// Clocks of file systems tell time in steps of at most this much.
+const LONGEST_CLOCK_STEP: Duration = Duration::from_secs(2);
 
 /// A file carried in the binary.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +54,20 @@ pub enum FileSource {
     Embedded(&'static [EmbeddedFile]),
     /// In memory, for as long as anyone has this value.
     Memory(Arc<[MemoryFile]>),
+}
+
+/// What tells one state of a folder's files from another without reading them: names, lengths, identities and times.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SourceStamp {
+    digest: [u8; 32],
+    newest: SystemTime,
+}
+
+impl SourceStamp {
+    /// Whether the last change is so long ago that a later one must have another time: equal stamps are equal files then.
+    pub fn is_settled(&self) -> bool {
+        SystemTime::now().duration_since(self.newest).is_ok_and(|age| age > LONGEST_CLOCK_STEP)
+    }
 }
 
 /// The content of one file.
@@ -230,6 +249,35 @@ impl FileSource {
         }
     }
 
+    /// The state of the folder's files; `None` where there is no folder, or none that can be read.
+    pub fn stamp(&self) -> Option<SourceStamp> {
+        let mut files = Vec::new();
+        let mut newest = SystemTime::UNIX_EPOCH;
+        for child in std::fs::read_dir(self.directory()?).ok()? {
+            let path = child.ok()?.path();
+            // What a link leads to is what is read.
+            let metadata = std::fs::metadata(&path).ok()?;
+            if metadata.is_file() {
+                let (identity, time) = identity(&metadata)?;
+                newest = newest.max(time);
+                files.push((path.file_name()?.to_owned(), metadata.len(), identity));
+            }
+        }
+        files.sort();
+        let mut hash = Sha256::new();
+        for (name, len, identity) in files {
+            let name = name.as_encoded_bytes();
+            hash.update((name.len() as u64).to_le_bytes());
+            hash.update(name);
+            hash.update(len.to_le_bytes());
+            identity.iter().for_each(|part| hash.update(part.to_le_bytes()));
+        }
+        Some(SourceStamp {
+            digest: hash.finalize().into(),
+            newest,
+        })
+    }
+
     /// The folder on disk, if it is one.
     pub fn directory(&self) -> Option<&Path> {
         match self {
@@ -237,6 +285,31 @@ impl FileSource {
             Self::Embedded(_) | Self::Memory(_) => None,
         }
     }
+}
+
+/// What a file is and when it was changed; and the latter as a time.
+#[cfg(unix)]
+fn identity(metadata: &std::fs::Metadata) -> Option<([u64; 6], SystemTime)> {
+    use std::os::unix::fs::MetadataExt;
+    let (seconds, nanoseconds) = (metadata.ctime(), metadata.ctime_nsec());
+    let changed = Duration::new(u64::try_from(seconds).ok()?, u32::try_from(nanoseconds).ok()?);
+    let identity = [
+        metadata.dev(),
+        metadata.ino(),
+        metadata.mtime() as u64,
+        metadata.mtime_nsec() as u64,
+        seconds as u64,
+        nanoseconds as u64,
+    ];
+    Some((identity, SystemTime::UNIX_EPOCH.checked_add(changed)?))
+}
+
+/// When a file was changed.
+#[cfg(not(unix))]
+fn identity(metadata: &std::fs::Metadata) -> Option<([u64; 6], SystemTime)> {
+    let modified = metadata.modified().ok()?;
+    let since = modified.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    Some(([since.as_secs(), u64::from(since.subsec_nanos()), 0, 0, 0, 0], modified))
 }
 
 fn not_found(name: &str) -> io::Error {
@@ -271,6 +344,33 @@ fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stamp_changes_with_the_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = FileSource::Directory(folder.path().to_owned());
+        let write = |name: &str, bytes: &[u8]| std::fs::write(folder.path().join(name), bytes).unwrap();
+        write("a", b"1");
+        let mut stamps = vec![source.stamp().unwrap()];
+        assert_eq!(source.stamp().unwrap(), stamps[0]);
+        assert!(!stamps[0].is_settled(), "another write in the same tick of the clock would not show");
+        write("a", b"22");
+        stamps.push(source.stamp().unwrap());
+        write("b", b"");
+        stamps.push(source.stamp().unwrap());
+        std::fs::rename(folder.path().join("b"), folder.path().join("c")).unwrap();
+        stamps.push(source.stamp().unwrap());
+        for (index, stamp) in stamps.iter().enumerate() {
+            assert!(!stamps[..index].iter().any(|earlier| earlier.digest == stamp.digest), "{index}");
+        }
+        let old = SourceStamp {
+            newest: SystemTime::now() - 2 * LONGEST_CLOCK_STEP,
+            ..stamps[0]
+        };
+        assert!(old.is_settled());
+        assert_eq!(FileSource::Directory("/nowhere".into()).stamp(), None);
+        assert_eq!(FileSource::Embedded(&[]).stamp(), None);
+    }
 
     #[test]
     fn a_large_file_is_read_as_it_is_by_any_number_of_threads() {

@@ -775,29 +775,177 @@ mod tests {
         assert_eq!(tokens(&collect(engine.submit(ask(2)).expect("it goes on"))).len(), 2);
     }
 
+    /// An engine with an adapter `a`, whose leases its registry counts.
+    fn start_with_adapter(capacity: Capacity, set_up: impl FnOnce(&mut FakeBackend)) -> Arc<LlmEngine> {
+        let mut backend = FakeBackend::new(Capacity {
+            adapter_bytes: capacity.adapter_bytes.max(1 << 20),
+            ..capacity
+        });
+        set_up(&mut backend);
+        let engine = try_start(Box::new(backend), config(), decoder()).expect("limits that fit");
+        load_as(&engine, "a");
+        engine
+    }
+
+    fn load_as(engine: &LlmEngine, name: &str) {
+        let folder = AdapterFiles::simple(&decoder(), 1).write();
+        let request = LoadRequest {
+            name: name.into(),
+            files: FileSource::Directory(folder.path().to_owned()),
+            source: "a test's".into(),
+            pinned: false,
+            replace: false,
+            expected_version: None,
+        };
+        block_on(engine.load_adapter(request)).expect("a good adapter");
+    }
+
+    fn lease_a(engine: &LlmEngine) -> AdapterLease {
+        block_on(engine.acquire_adapter("a")).expect("it is loaded")
+    }
+
+    /// `max_tokens` of output on `a`.
+    fn ask_a(engine: &LlmEngine, max_tokens: u32) -> GenerationRequest {
+        request(vec![1, 2, 3, 4, 5, 6], max_tokens, Some(lease_a(engine)))
+    }
+
+    /// Runs one way for requests to end, and then looks for leases.
+    fn check_end(way: &str, engine: &Arc<LlmEngine>, run: impl FnOnce(&LlmEngine)) {
+        assert_eq!(engine.stats().registry.leases, 0, "{way}: before");
+        run(engine);
+        // The engine thread sees a dropped stream at its next step.
+        while engine.stats().healthy && engine.shared.accepting.load(SeqCst) && !block_on(engine.flush_cache()) {
+            std::thread::yield_now();
+        }
+        assert_eq!(engine.stats().registry.leases, 0, "{way}: a lease is left");
+        assert_eq!(engine.adapter_info("a").map_or(0, |info| info.leases), 0, "{way}");
+        assert_empty(engine);
+    }
+
+    #[test]
+    fn every_end_of_a_request_gives_its_lease_back() {
+        for is_pipelined in [false, true] {
+            let engine = start_with_adapter(capacity(), |backend| backend.is_pipelined = is_pipelined);
+            let submit = |request| engine.submit(request).expect("there is room");
+            let end_of = |request| collect(submit(request)).pop().expect("an end");
+            check_end("max_tokens", &engine, |engine| {
+                let reason = FinishReason::Length;
+                assert_eq!(end_of(ask_a(engine, 9)), TokenEvent::Finished { reason });
+            });
+            check_end("a stop token", &engine, |engine| {
+                let mut request = ask_a(engine, 9);
+                request.sampling.stop_token_ids = (0..VOCAB_SIZE).collect();
+                let end = end_of(request);
+                assert!(
+                    matches!(
+                        end,
+                        TokenEvent::Finished {
+                            reason: FinishReason::Stop { .. }
+                        }
+                    ),
+                    "{end:?}"
+                );
+            });
+            check_end("refused by submit", &engine, |engine| {
+                let mut request = ask_a(engine, 9);
+                request.sampling.top_p = 7.0;
+                assert!(matches!(engine.submit(request), Err(SubmitError::InvalidParam { .. })));
+            });
+            check_end("a lease that was never used", &engine, |engine| drop(lease_a(engine)));
+            check_end("several answers to one prompt, one of them not read", &engine, |engine| {
+                let lease = lease_a(engine);
+                let mut streams: Vec<_> = (0..4).map(|_| submit(request(vec![1, 2, 3], 20, Some(lease.clone())))).collect();
+                assert_eq!(engine.stats().registry.leases, 1, "one, however many share it");
+                drop((streams.pop(), lease));
+                streams.into_iter().for_each(|stream| drop(collect(stream)));
+            });
+            check_end("a full queue", &engine, |engine| {
+                let mut streams = Vec::new();
+                let refused = loop {
+                    match engine.submit(ask_a(engine, 40)) {
+                        Ok(stream) => streams.push(stream),
+                        Err(error) => break error,
+                    }
+                };
+                assert!(matches!(refused, SubmitError::QueueFull { .. }));
+                streams.into_iter().for_each(|stream| drop(collect(stream)));
+            });
+            check_end("a constraint that fails", &engine, |engine| {
+                let request = GenerationRequest {
+                    adapter: Some(lease_a(engine)),
+                    ..constrained(&[&[7], &[40], &[8]], Some((1, Fault::Panic)))
+                };
+                assert!(matches!(end_of(request), TokenEvent::Failed(RequestError::Constraint(_))));
+            });
+            check_end("a combination", &engine, |engine| {
+                let sum = block_on(engine.acquire_adapter("a*0.5")).expect("it is loaded");
+                assert_eq!(engine.stats().registry.leases, 2, "its own and its part's");
+                drop(collect(submit(request(vec![1, 2, 3], 5, Some(sum)))));
+            });
+            check_end("aborted", &engine, |engine| {
+                let streams: Vec<_> = (0..5).map(|_| submit(ask_a(engine, 50))).collect();
+                engine.abort_all();
+                streams.into_iter().for_each(|stream| drop(collect(stream)));
+            });
+            check_end("disconnected", &engine, |engine| {
+                let mut begun = submit(ask_a(engine, 50));
+                let waiting = submit(ask_a(engine, 50));
+                assert!(begun.blocking_next().is_some());
+                drop((begun, waiting));
+            });
+            check_end("unloaded by force", &engine, |engine| {
+                let stream = submit(ask_a(engine, 50));
+                let unloading = engine.unload_adapter("a", UnloadMode::Abort).expect("it is loaded");
+                assert_eq!(block_on(unloading.drained()).still_running, 0);
+                drop(collect(stream));
+            });
+            let engine = start_with_adapter(capacity(), |backend| backend.is_pipelined = is_pipelined);
+            check_end("shut down", &engine, |engine| {
+                let streams: Vec<_> = (0..3).map(|_| engine.submit(ask_a(engine, 50)).expect("there is room")).collect();
+                block_on(engine.shutdown(Duration::ZERO));
+                streams.into_iter().for_each(|stream| drop(collect(stream)));
+            });
+        }
+    }
+
+    #[test]
+    fn preemption_and_a_dead_device_give_leases_back_too() {
+        for is_pipelined in [false, true] {
+            let few = Capacity {
+                num_blocks: 12,
+                ..capacity()
+            };
+            let engine = start_with_adapter(few, |backend| backend.is_pipelined = is_pipelined);
+            check_end("preempted", &engine, |engine| {
+                let streams: Vec<_> = (0..6).map(|_| engine.submit(ask_a(engine, 30)).expect("there is room")).collect();
+                streams.into_iter().for_each(|stream| assert_eq!(tokens(&collect(stream)).len(), 30));
+                assert!(engine.stats().preemptions_total > 0);
+            });
+            for failure in [Failure::Error, Failure::Panic, Failure::TooFewSamples] {
+                let engine = start_with_adapter(capacity(), |backend| {
+                    backend.fail_at = Some((3, failure));
+                    backend.is_pipelined = is_pipelined;
+                });
+                check_end("the device failed", &engine, |engine| {
+                    let streams: Vec<_> = (0..6).filter_map(|_| engine.submit(ask_a(engine, 30)).ok()).collect();
+                    streams.into_iter().for_each(|stream| drop(collect(stream)));
+                    while engine.stats().healthy {
+                        std::thread::yield_now();
+                    }
+                });
+            }
+        }
+    }
+
     #[test]
     fn an_adapter_unloaded_by_force_ends_its_requests_and_no_others() {
-        let folder = AdapterFiles::simple(&decoder(), 1).write();
         for is_pipelined in [false, true] {
             let (open, gate) = sync_channel(0);
-            let mut backend = FakeBackend::new(Capacity {
-                adapter_bytes: 1 << 20,
-                ..capacity()
+            let engine = start_with_adapter(capacity(), |backend| {
+                backend.gate = Some(gate);
+                backend.is_pipelined = is_pipelined;
             });
-            backend.gate = Some(gate);
-            backend.is_pipelined = is_pipelined;
-            let engine = try_start(Box::new(backend), config(), decoder()).expect("limits that fit");
-            for name in ["a", "b"] {
-                let request = LoadRequest {
-                    name: name.into(),
-                    files: FileSource::Directory(folder.path().to_owned()),
-                    source: "a test's".into(),
-                    pinned: false,
-                    replace: false,
-                    expected_version: None,
-                };
-                block_on(engine.load_adapter(request)).expect("a good adapter");
-            }
+            load_as(&engine, "b");
             let lease = |name: &str| block_on(engine.acquire_adapter(name)).expect("it is loaded");
             let submit = |lease| engine.submit(request(vec![1; 6], 30, Some(lease))).expect("4 may run, 2 may wait");
             let late = lease("a");

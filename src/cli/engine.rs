@@ -7,7 +7,7 @@ use polylora_engine::{
     EngineConfig, EngineParts, FileSource, LlmEngine, LoraConfig, StartError,
     adapter::{
         LoraLimits, PackedDtype,
-        load::{checkpoint_opener, inspect_config},
+        load::{TokenLookup, checkpoint_opener, inspect_config},
         registry::{AdapterRegistry, PrepareHost, RegistryConfig},
     },
     backend::{
@@ -44,6 +44,8 @@ pub(super) struct EngineInputs<'a> {
     pub lora: Option<LoraConfig>,
     /// No adapter may have these names.
     pub base_names: Vec<String>,
+    /// The base model's tokenizer, for adapters that come with one.
+    pub token_id: Option<TokenLookup>,
 }
 
 /// Bytes for the KV cache and for adapters that batches use.
@@ -137,6 +139,7 @@ pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result
         settings: &settings,
         lora,
         base_names: Vec::new(),
+        token_id: None,
     };
     #[cfg(feature = "cuda")]
     if cuda::is_chosen(args.device)? {
@@ -277,6 +280,7 @@ fn start(inputs: EngineInputs<'_>, backend: Box<dyn Backend>, device: DeviceFact
         settings,
         lora,
         base_names,
+        token_id,
         ..
     } = inputs;
     let capacity = backend.capacity();
@@ -291,6 +295,7 @@ fn start(inputs: EngineInputs<'_>, backend: Box<dyn Backend>, device: DeviceFact
         let limits = LoraLimits {
             base: files.map(|files| checkpoint_opener(files, Arc::clone(&decoder))),
             max_packed_bytes: Some(memory.adapter_bytes),
+            token_id,
             ..device.lora_limits
         };
         let config = RegistryConfig {

@@ -12,6 +12,7 @@ use anyhow::{Context, anyhow};
 use futures::{StreamExt, TryStreamExt, stream};
 use polylora_engine::{
     FileSource, InferenceEngine, LoadRequest,
+    adapter::load::TokenLookup,
     weights::{Dtype as StoredDtype, ModelWeights},
 };
 use tokio::net::TcpListener;
@@ -150,7 +151,9 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
         .iter()
         .map(|adapter| (adapter.path.clone(), adapter.files.clone()))
         .collect::<Vec<_>>();
-    let (auth, built) = blocking(move || start_engine(config, &files, &given)).await?;
+    let tokenizer = Arc::clone(prompt.tokenizer());
+    let token_id: Option<TokenLookup> = (!is_dummy).then(|| Arc::new(move |token: &str| tokenizer.token_to_id(token)) as TokenLookup);
+    let (auth, built) = blocking(move || start_engine(config, &files, &given, token_id)).await?;
     let description = built.engine.describe();
     tracing::info!(
         architecture = description.architecture,
@@ -280,7 +283,12 @@ fn tokenizer_files(files: &FileSource) -> FileSource {
     FileSource::Embedded(demo::BASE)
 }
 
-fn start_engine(config: Config, files: &FileSource, given: &[(LoraPath, FileSource)]) -> anyhow::Result<(Auth, BuiltEngine)> {
+fn start_engine(
+    config: Config,
+    files: &FileSource,
+    given: &[(LoraPath, FileSource)],
+    token_id: Option<TokenLookup>,
+) -> anyhow::Result<(Auth, BuiltEngine)> {
     let what = |what: &'static str| move || what;
     let decoder = super::adapters::read_decoder_config(files).with_context(what("--model-path"))?;
     let weights = match config.load_format {
@@ -299,6 +307,7 @@ fn start_engine(config: Config, files: &FileSource, given: &[(LoraPath, FileSour
         settings: &config.engine,
         lora,
         base_names: vec![config.served_model_name.clone()],
+        token_id,
     })?;
     Ok((config.auth, built))
 }

@@ -8,7 +8,7 @@
 //! | a fault of the server's own | 500 | 500 | 500 |
 
 use polylora_engine::{
-    AdapterError, InferenceEngine,
+    AdapterError, InferenceEngine, RequestError, SubmitError,
     mock::{Gate, Script, Step},
 };
 use serde_json::{Value, json};
@@ -160,6 +160,74 @@ async fn an_unloaded_adapter_finishes_what_it_began() {
     let (_, events) = tokio::join!(unload, meanwhile);
     let last = events.last().unwrap();
     assert_eq!((&last["text"], &last["meta_info"]["lora"]), (&json!("ab"), &json!("sql")));
+}
+
+#[tokio::test]
+async fn every_end_of_an_answer_gives_its_lease_back() {
+    let server = Server::new();
+    let held = || server.engine.leases("sql") + server.engine.leases("json");
+    let generate = |params: Value| {
+        let body = json!({"text": "a", "lora_path": "sql", "sampling_params": params});
+        server.post("/generate", body)
+    };
+    let chat = |extra: Value| {
+        let mut body = json!({"model": "sql", "messages": [{"role": "user", "content": "x"}]});
+        body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        server.post("/v1/chat/completions", body)
+    };
+    generate(json!({})).await.json(200).await;
+    assert_eq!(held(), 0, "finished");
+
+    server.engine.script_next(Script::tokens(tokens("abc")).then(Step::Wait(Gate::new())));
+    generate(json!({"stop": ["c"]})).await.json(200).await;
+    assert_eq!(held(), 0, "a stop string, before the engine has ended");
+
+    generate(json!({"max_new_tokens": 1 << 30})).await.json(400).await;
+    generate(json!({"top_p": 9})).await.json(400).await;
+    chat(json!({"n": 10_000})).await.json(400).await;
+    server
+        .post("/generate", json!({"text": ["a", "b"], "lora_path": ["sql", "nobody"]}))
+        .await
+        .json(400)
+        .await;
+    assert_eq!(held(), 0, "refused after the adapter was found");
+
+    server.engine.fail_next_submit(SubmitError::QueueFull { waiting: 1, limit: 1 });
+    generate(json!({})).await.json(503).await;
+    server.engine.fail_after_submits(2, SubmitError::QueueFull { waiting: 1, limit: 1 });
+    chat(json!({"n": 4})).await.json(503).await;
+    assert_eq!(held(), 0, "the queue was full for the first, or for the third of four");
+
+    chat(json!({"n": 3})).await.json(200).await;
+    let batch = json!({"text": ["a", "b", "c"], "lora_path": ["sql", "json", null]});
+    server.post("/generate", batch).await.json(200).await;
+    assert_eq!(held(), 0, "several outputs, several adapters");
+
+    server
+        .engine
+        .script_next(Script::tokens(tokens("a")).then(Step::Fail(RequestError::Engine("it broke".into()))));
+    chat(json!({})).await.json(500).await;
+    server
+        .engine
+        .script_next(Script::tokens(tokens("a")).then(Step::Fail(RequestError::NotFinite)));
+    let mut broken = chat(json!({"stream": true})).await;
+    broken.events().await;
+    assert_eq!(held(), 0, "the engine failed, before and after the answer began");
+
+    server.engine.script_next(Script::tokens(tokens("a")).then(Step::Wait(Gate::new())));
+    let mut streamed = chat(json!({"stream": true})).await;
+    streamed.event().await;
+    assert_eq!(held(), 1);
+    drop(streamed);
+    assert_eq!(held(), 0, "the client has gone");
+
+    server.engine.script_next(Script::tokens(tokens("a")).then(Step::Wait(Gate::new())));
+    let body = json!({"text": "a", "lora_path": "sql", "stream": true, "rid": "r"});
+    let mut aborted = server.post("/generate", body).await;
+    aborted.event().await;
+    server.post("/abort_request", json!({"rid": "r"})).await.json(200).await;
+    aborted.events().await;
+    assert_eq!(held(), 0, "aborted");
 }
 
 #[tokio::test]

@@ -23,8 +23,14 @@ use crate::{
     weights::ModelWeights,
 };
 
-/// Tokens that an adapter's tokenizer adds.
+/// Tokens that an adapter's tokenizer adds, as older versions of transformers write them.
 const ADDED_TOKENS_FILE: &str = "added_tokens.json";
+/// The same among others, as newer ones do.
+const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
+/// The same, as all do; read only where the other two are missing, since it has the whole vocabulary.
+const TOKENIZER_FILE: &str = "tokenizer.json";
+/// The largest known has 33 MB.
+const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 
 /// What an adapter covers and how: shown by the load answer and by `polylora adapters inspect`.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
@@ -62,6 +68,9 @@ pub struct LoraFeatures {
     /// Whole embeddings and heads: `modules_to_save`.
     pub replaced_weights: bool,
 }
+
+/// The id of a token of the base model's tokenizer.
+pub type TokenLookup = Arc<dyn Fn(&str) -> Option<u32> + Send + Sync>;
 
 /// Opens the base model's weights for the time of one load: kept open, the mapped checkpoint would count as memory.
 pub type BaseOpener = Arc<dyn Fn() -> Result<Box<dyn BaseWeights>, AdapterError> + Send + Sync>;
@@ -137,6 +146,8 @@ pub struct LoraLimits {
     pub base: Option<BaseOpener>,
     /// Most bytes that it may take once packed: what a device keeps for adapters. `None` is no bound.
     pub max_packed_bytes: Option<usize>,
+    /// Knows the base model's tokens: adapters whose tokenizer has others are refused. Without it only those outside the vocabulary are.
+    pub token_id: Option<TokenLookup>,
     /// Most bytes of weight files, whatever the configuration says.
     pub max_file_bytes: u64,
     /// Threads that read and pack one adapter.
@@ -164,6 +175,7 @@ impl LoraLimits {
             dtype,
             features: LoraFeatures::default(),
             base: None,
+            token_id: None,
             max_packed_bytes: None,
             max_file_bytes: 32 << 30,
             pack_threads: std::thread::available_parallelism().map_or(2, |cores| (cores.get() / 2).clamp(2, 8)),
@@ -211,7 +223,7 @@ pub fn load_adapter(files: &FileSource, decoder: &DecoderConfig, limits: &LoraLi
     let config = PeftConfig::parse(&read_file(files, CONFIG_FILE, MAX_CONFIG_BYTES)?)?;
     let resolution = config.resolve(decoder)?;
     limits.check(&resolution)?;
-    refuse_added_tokens(files, decoder)?;
+    refuse_own_tokens(files, decoder, limits.token_id.as_ref())?;
     let max_bytes = max_weight_bytes(&resolution, decoder).min(limits.max_file_bytes);
     let weights = WeightFiles::read(files, max_bytes, limits.pack_threads)?;
     assemble(&config, &resolution, &weights, decoder, limits)
@@ -260,20 +272,80 @@ fn assemble(
     loader.finish(resolution, modules, replaced)
 }
 
-fn refuse_added_tokens(files: &FileSource, decoder: &DecoderConfig) -> Result<(), AdapterError> {
-    if !files.contains(ADDED_TOKENS_FILE) {
+/// An adapter whose tokenizer has tokens that the base model's has not would be asked with other token ids than it was trained with.
+fn refuse_own_tokens(files: &FileSource, decoder: &DecoderConfig, token_id: Option<&TokenLookup>) -> Result<(), AdapterError> {
+    let Some(OwnTokens { file, tokens }) = own_tokens(files)? else {
         return Ok(());
+    };
+    let refuse = |reason: String| Err(AdapterError::Unsupported { key: file.into(), reason });
+    for (token, id) in tokens {
+        if id >= decoder.vocab_size as u64 {
+            return refuse(format!(
+                "it adds {token:?} as {id}, the base model's vocabulary has {} tokens",
+                decoder.vocab_size
+            ));
+        }
+        let known = token_id.map(|token_id| token_id(&token));
+        if let Some(known) = known.filter(|known| known.map(u64::from) != Some(id)) {
+            let there = known.map_or_else(|| "no such token".to_owned(), |id| format!("it as {id}"));
+            return refuse(format!(
+                "it has the token {token:?} as {id}, the base model's tokenizer has {there}: adapters with tokens of their own are not applied"
+            ));
+        }
     }
-    let bytes = read_file(files, ADDED_TOKENS_FILE, MAX_CONFIG_BYTES)?;
-    let tokens: BTreeMap<String, u64> =
-        serde_json::from_slice(&bytes).map_err(|error| bad(ADDED_TOKENS_FILE, format!("expected an object from token to id: {error}")))?;
-    match tokens.iter().find(|(_, id)| **id >= decoder.vocab_size as u64) {
-        None => Ok(()),
-        Some((token, id)) => Err(AdapterError::Unsupported {
-            key: ADDED_TOKENS_FILE.into(),
-            reason: format!("it adds {token:?} as {id}, the base model's vocabulary has {} tokens", decoder.vocab_size),
-        }),
+    Ok(())
+}
+
+/// The added tokens of an adapter's own tokenizer, and the file that says so.
+struct OwnTokens {
+    file: &'static str,
+    tokens: BTreeMap<String, u64>,
+}
+
+fn own_tokens(files: &FileSource) -> Result<Option<OwnTokens>, AdapterError> {
+    #[derive(serde::Deserialize)]
+    struct Added {
+        id: u64,
+        content: String,
     }
+    #[derive(serde::Deserialize)]
+    struct Content {
+        content: String,
+    }
+    #[derive(serde::Deserialize)]
+    struct TokenizerConfig {
+        added_tokens_decoder: Option<BTreeMap<u64, Content>>,
+    }
+    #[derive(serde::Deserialize)]
+    struct TokenizerJson {
+        #[serde(default)]
+        added_tokens: Vec<Added>,
+    }
+    let wrong = |file, what: &str, error: serde_json::Error| bad(file, format!("expected {what}: {error}"));
+    if files.contains(ADDED_TOKENS_FILE) {
+        let bytes = read_file(files, ADDED_TOKENS_FILE, MAX_CONFIG_BYTES)?;
+        let tokens = serde_json::from_slice(&bytes).map_err(|error| wrong(ADDED_TOKENS_FILE, "an object from token to id", error))?;
+        let file = ADDED_TOKENS_FILE;
+        return Ok(Some(OwnTokens { file, tokens }));
+    }
+    if files.contains(TOKENIZER_CONFIG_FILE) {
+        let bytes = read_file(files, TOKENIZER_CONFIG_FILE, MAX_TOKENIZER_BYTES)?;
+        let config: TokenizerConfig =
+            serde_json::from_slice(&bytes).map_err(|error| wrong(TOKENIZER_CONFIG_FILE, "a tokenizer's configuration", error))?;
+        if let Some(tokens) = config.added_tokens_decoder {
+            let tokens = tokens.into_iter().map(|(id, token)| (token.content, id)).collect();
+            let file = TOKENIZER_CONFIG_FILE;
+            return Ok(Some(OwnTokens { file, tokens }));
+        }
+    }
+    if files.contains(TOKENIZER_FILE) {
+        let bytes = read_file(files, TOKENIZER_FILE, MAX_TOKENIZER_BYTES)?;
+        let json: TokenizerJson = serde_json::from_slice(&bytes).map_err(|error| wrong(TOKENIZER_FILE, "a tokenizer", error))?;
+        let tokens = json.added_tokens.into_iter().map(|token| (token.content, token.id)).collect();
+        let file = TOKENIZER_FILE;
+        return Ok(Some(OwnTokens { file, tokens }));
+    }
+    Ok(None)
 }
 
 /// Input and output width of a module.
@@ -400,6 +472,7 @@ impl<'a> Loader<'a> {
         }
         let mut replaced = Vec::new();
         for &id in &resolution.saved {
+            self.refuse_resized(id)?;
             let tensor = self.take(id, Role::Weight, "weight", &shape)?;
             self.report.replaced_modules.push(module_path(id));
             if resolution.saved_head_is_embedding {
@@ -425,12 +498,31 @@ impl<'a> Loader<'a> {
             }
         }
         for id in [ModuleId::EmbedTokens, ModuleId::LmHead] {
+            self.refuse_resized(id)?;
             if let Some(tensor) = self.tensors.remove(&(id, Role::Weight)) {
                 tensor.check(&shape)?;
                 self.check_base_copy(id, &tensor)?;
             }
         }
         Ok(replaced)
+    }
+
+    /// An adapter trained after `resize_token_embeddings` has rows for another vocabulary (PEFT's `save_embedding_layers`).
+    fn refuse_resized(&self, id: ModuleId) -> Result<(), AdapterError> {
+        let Some(tensor) = self.tensors.get(&(id, Role::Weight)) else {
+            return Ok(());
+        };
+        match tensor.view.shape() {
+            &[rows, hidden] if hidden == self.decoder.hidden_size && rows != self.decoder.vocab_size => Err(AdapterError::Unsupported {
+                key: "save_embedding_layers".into(),
+                reason: format!(
+                    "tensor {} has rows for {rows} tokens, the base model's vocabulary has {}: adapters that resize the vocabulary are not \
+                     applied",
+                    tensor.name, self.decoder.vocab_size
+                ),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// PEFT saves the base's embedding beside a pair on it, and loads it back over the base's.
@@ -1471,6 +1563,74 @@ mod tests {
     }
 
     #[test]
+    fn tokens_that_the_base_has_not_are_refused_by_whatever_file_has_them() {
+        let decoder = tiny_decoder();
+        let limits = LoraLimits {
+            token_id: Some(Arc::new(|token| match token {
+                "<a>" => Some(3),
+                "<b>" => Some(4),
+                _ => None,
+            })),
+            ..limits()
+        };
+        let check = |others: &[(&str, serde_json::Value)], words: &[&str]| {
+            let mut files = AdapterFiles::simple(&decoder, 1);
+            for (name, json) in others {
+                files.others.insert((*name).into(), json.to_string().into_bytes());
+            }
+            if words.is_empty() {
+                load_adapter(&source(&files.write()), &decoder, &limits).unwrap();
+            } else {
+                check_refused(&files, &decoder, &limits, words);
+            }
+        };
+        let (config, tokenizer) = (TOKENIZER_CONFIG_FILE, TOKENIZER_FILE);
+        let with = |token: &str, id: u64| json!({"added_tokens_decoder": {"3": {"content": "<a>"}, id.to_string(): {"content": token}}});
+        check(&[(config, with("<b>", 4))], &[]);
+        check(&[(config, json!({"added_tokens_decoder": {}}))], &[]);
+        check(&[(config, with("<new>", 5))], &[config, "\"<new>\" as 5", "no such token"]);
+        check(&[(config, with("<b>", 5))], &[config, "\"<b>\" as 5", "it as 4"]);
+        check(&[(config, with("<b>", 11))], &[config, "\"<b>\" as 11", "vocabulary has 11"]);
+        check(&[(config, json!({"added_tokens_decoder": [1]}))], &[config, "expected"]);
+        let whole = |id: u64, token: &str| json!({"added_tokens": [{"id": id, "content": token}], "model": {"vocab": {"x": 0}}});
+        check(&[(tokenizer, whole(3, "<a>"))], &[]);
+        check(&[(tokenizer, whole(7, "<new>"))], &[tokenizer, "\"<new>\" as 7"]);
+        check(
+            &[(config, json!({"model_max_length": 8})), (tokenizer, whole(7, "<new>"))],
+            &[tokenizer, "\"<new>\""],
+        );
+        check(&[("added_tokens.json", json!({"<new>": 7}))], &["added_tokens.json", "\"<new>\" as 7"]);
+    }
+
+    #[test]
+    fn a_resized_vocabulary_is_refused_by_name() {
+        let decoder = tiny_decoder();
+        let limits = LoraLimits {
+            features: LoraFeatures {
+                replaced_weights: true,
+                ..LoraFeatures::default()
+            },
+            ..limits()
+        };
+        for (modules_to_save, rows) in [(json!(["embed_tokens"]), 13), (json!(["embed_tokens"]), 9), (json!(null), 13)] {
+            let mut files = AdapterFiles::simple(&decoder, 1).with("modules_to_save", modules_to_save.clone());
+            files.add(
+                ModuleId::EmbedTokens,
+                if modules_to_save.is_null() { "base_layer.weight" } else { "weight" },
+                &[rows, 8],
+                &mut 1,
+            );
+            if modules_to_save.is_null() {
+                // PEFT saves resized embeddings that nobody asked to train under the module's own name.
+                let tensor = files.tensors.remove(&tensor_name(ModuleId::EmbedTokens, "base_layer.weight")).unwrap();
+                files.tensors.insert(tensor_name(ModuleId::EmbedTokens, "weight"), tensor);
+            }
+            let shown = format!("rows for {rows} tokens");
+            check_refused(&files, &decoder, &limits, &["save_embedding_layers", &shown, "vocabulary has 11"]);
+        }
+    }
+
+    #[test]
     fn split_files_are_one_adapter() {
         let decoder = tiny_decoder();
         let plain = AdapterFiles::simple(&decoder, 1);
@@ -1603,7 +1763,7 @@ mod tests {
         );
         // A vocabulary that grew.
         files.tensors.insert(name.clone(), FileTensor::f32(&[12, 8], &[0.0; 96]));
-        check_refused(&files, &decoder, &limits, &["expected shape [11, 8], got [12, 8]"]);
+        check_refused(&files, &decoder, &limits, &["rows for 12 tokens, the base model's vocabulary has 11"]);
     }
 
     #[test]

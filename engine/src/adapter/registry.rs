@@ -26,7 +26,12 @@ use super::{
     lease::{AdapterLease, Hold, LeaseGuard, LeaseOwner, UnloadMode, Unloading},
     load::{CoverageReport, LoraLimits, load_adapter},
 };
-use crate::{BoxFuture, decoder::DecoderConfig, files::FileSource, llm::EvictionPolicy};
+use crate::{
+    BoxFuture,
+    decoder::DecoderConfig,
+    files::{FileSource, SourceStamp},
+    llm::EvictionPolicy,
+};
 
 /// Longest name, in bytes.
 const MAX_NAME_BYTES: usize = 256;
@@ -34,6 +39,8 @@ const MAX_NAME_BYTES: usize = 256;
 const COMBINATION_LABEL: &str = "(combination)";
 /// How often loads that wait for room are looked at for having waited too long.
 const ROOM_CHECK: Duration = Duration::from_millis(250);
+/// How often a folder is read that changes while it is read.
+const READ_ATTEMPTS: usize = 3;
 /// Names listed in an `Unknown` error; a server may have thousands.
 const NAMES_IN_ERROR: usize = 32;
 /// A failed load is not tried again for this long; doubled with each failure in a row.
@@ -289,6 +296,8 @@ struct State {
     entries: HashMap<Arc<str>, Entry>,
     /// Weights by content, as long as anything holds them.
     versions: HashMap<VersionId, Weak<HostAdapter>>,
+    /// What folders held when they were read, as long as the weights are anywhere: such a folder is not read again.
+    read: HashMap<SourceStamp, (Weak<HostAdapter>, Facts)>,
     /// Loads that found no room, the first to be tried first. Their entries are `Loading`.
     parked: VecDeque<Parked<Load>>,
     /// Combinations that found no room, likewise.
@@ -831,6 +840,19 @@ impl State {
         }
     }
 
+    /// What a folder in this state holds, if that is known and still in memory.
+    fn known(&self, stamp: &SourceStamp) -> Option<(Arc<HostAdapter>, Facts)> {
+        let (weights, facts) = self.read.get(stamp)?;
+        Some((weights.upgrade()?, facts.clone()))
+    }
+
+    fn remember(&mut self, stamp: SourceStamp, weights: &Arc<HostAdapter>, facts: &Facts) {
+        if self.read.len() > 2 * self.tier.len() + 64 {
+            self.read.retain(|_, (weights, _)| weights.strong_count() > 0);
+        }
+        self.read.insert(stamp, (Arc::downgrade(weights), facts.clone()));
+    }
+
     /// The entry of a load, if it still waits for it.
     fn current(&self, load: &Load) -> Option<&Entry> {
         let entry = self.entries.get(&load.name)?;
@@ -838,14 +860,13 @@ impl State {
     }
 
     /// One copy for equal content, whoever holds the other.
-    fn share(&mut self, weights: HostAdapter) -> Arc<HostAdapter> {
+    fn share(&mut self, weights: Arc<HostAdapter>) -> Arc<HostAdapter> {
         if let Some(same) = self.versions.get(&weights.version).and_then(Weak::upgrade) {
             return same;
         }
         if self.versions.len() > 2 * self.tier.len() + 64 {
             self.versions.retain(|_, weights| weights.strong_count() > 0);
         }
-        let weights = Arc::new(weights);
         self.versions.insert(weights.version, Arc::downgrade(&weights));
         weights
     }
@@ -1162,7 +1183,7 @@ impl Shared {
             }
             return;
         }
-        let weights = state.share(combined);
+        let weights = state.share(Arc::new(combined));
         state.enter_tier(&weights);
         state.combinations.push_back(Combination {
             weights,
@@ -1193,12 +1214,46 @@ impl Shared {
         None
     }
 
-    /// Reads and packs; a panic is an error like another.
-    fn read(&self, files: &FileSource) -> Result<(HostAdapter, Facts), AdapterError> {
+    /// Reads and packs, unless the same files were read before and what they hold is still somewhere. Of equal content there is one copy.
+    fn read(&self, files: &FileSource) -> Result<(Arc<HostAdapter>, Facts), AdapterError> {
         let start = Instant::now();
+        let result = self.read_unchanging(files);
+        self.state.lock().load_time += start.elapsed();
+        result
+    }
+
+    /// A folder may be replaced, or a file written to, between the reading of one file and of another: then what was read belongs
+    /// together no more, and is read again.
+    fn read_unchanging(&self, files: &FileSource) -> Result<(Arc<HostAdapter>, Facts), AdapterError> {
+        for _ in 0..READ_ATTEMPTS {
+            let stamp = files.stamp();
+            if let Some(known) = stamp.and_then(|stamp| self.state.lock().known(&stamp)) {
+                return Ok(known);
+            }
+            let result = self.read_once(files);
+            if files.stamp() != stamp {
+                continue;
+            }
+            return result.map(|(weights, facts)| {
+                let mut state = self.state.lock();
+                // Before it is remembered: of two copies the one that stays.
+                let weights = state.share(weights);
+                if let Some(stamp) = stamp.filter(SourceStamp::is_settled) {
+                    state.remember(stamp, &weights, &facts);
+                }
+                (weights, facts)
+            });
+        }
+        Err(AdapterError::BadFile {
+            file: files.directory().map_or_else(String::new, |directory| directory.display().to_string()),
+            reason: format!("its files changed while they were read, {READ_ATTEMPTS} times"),
+        })
+    }
+
+    /// A panic is an error like another.
+    fn read_once(&self, files: &FileSource) -> Result<(Arc<HostAdapter>, Facts), AdapterError> {
         let load = || load_adapter(files, &self.decoder, &self.config.limits).inspect(|(weights, _)| self.config.prepare(weights));
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(load)).unwrap_or_else(|panic| Err(panicked(&*panic)));
-        self.state.lock().load_time += start.elapsed();
         result.map(|(weights, report)| {
             let facts = Facts {
                 version: weights.version,
@@ -1207,7 +1262,7 @@ impl Shared {
                 bytes: weights.bytes(),
                 report: Arc::new(report),
             };
-            (weights, facts)
+            (Arc::new(weights), facts)
         })
     }
 
@@ -1285,7 +1340,7 @@ impl Shared {
         }
     }
 
-    fn finish_fetch(&self, load: Parked<Load>, loaded: Result<(HostAdapter, Facts), AdapterError>) {
+    fn finish_fetch(&self, load: Parked<Load>, loaded: Result<(Arc<HostAdapter>, Facts), AdapterError>) {
         let mut state = self.state.lock();
         if state.current(&load.work).is_none() {
             return;
@@ -1301,15 +1356,11 @@ impl Shared {
         }
         let name = &load.work.name;
         let tick = state.tick();
-        let content = match loaded {
-            Ok((weights, facts)) => Ok((state.share(weights), facts)),
-            Err(error) => Err(error),
-        };
         let Some(entry) = state.entries.get_mut(name) else { return };
         let Tier::Loading(waiters) = std::mem::replace(&mut entry.tier, Tier::Registered) else {
             return;
         };
-        match content {
+        match loaded {
             Ok((weights, facts)) => {
                 // The files may have changed since they were last read: requests of the old version count on the old hold.
                 if entry.facts.as_ref().is_some_and(|old| old.version != facts.version) && entry.hold.count() > 0 {
@@ -1352,7 +1403,7 @@ impl Shared {
         }
     }
 
-    fn finish_load(&self, request: LoadRequest, loaded: (HostAdapter, Facts)) -> Result<AdapterInfo, AdapterError> {
+    fn finish_load(&self, request: LoadRequest, loaded: (Arc<HostAdapter>, Facts)) -> Result<AdapterInfo, AdapterError> {
         let mut state = self.state.lock();
         self.check_load(&state, &request)?;
         let (weights, facts) = loaded;
@@ -1369,7 +1420,6 @@ impl Shared {
             }
             return Err(error);
         }
-        let weights = state.share(weights);
         let name = request.name.clone();
         let pins_change = request.pinned || state.entries.get(name.as_str()).is_some_and(|entry| entry.pinned);
         let waiters = self.put(&mut state, request, weights, facts);
@@ -2204,6 +2254,143 @@ mod tests {
         assert!(info.last_used.is_some_and(|time| time >= before && time <= SystemTime::now()));
         let other = registry.info("b").unwrap();
         assert_eq!((other.requests_total, other.hits_total, other.last_used), (0, 0, None));
+    }
+
+    /// A base model whose weights are looked at only by adapters on embeddings: then something happens to their folder.
+    fn while_reading(happens: impl Fn() + Send + Sync + 'static) -> LoraLimits {
+        LoraLimits {
+            base: Some(Arc::new(move || {
+                happens();
+                Err(AdapterError::Internal {
+                    reason: "no base model".into(),
+                })
+            })),
+            ..limits()
+        }
+    }
+
+    /// An adapter beside a copy of the base's embedding, which makes the loader look at the base.
+    fn with_base_copy(seed: u32) -> AdapterFiles {
+        let decoder = tiny_decoder();
+        let mut files = AdapterFiles::new(&decoder, serde_json::json!({"r": 2, "target_modules": ["embed_tokens"]}), seed);
+        files.add(crate::adapter::ModuleId::EmbedTokens, "base_layer.weight", &[11, 8], &mut 1);
+        files
+    }
+
+    #[test]
+    fn a_folder_that_is_replaced_while_it_is_read_is_read_again() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let (live, next, old) = ("live", "next", "old");
+        let path = |name: &str| directory.path().join(name);
+        for name in [live, next] {
+            std::fs::create_dir(path(name)).unwrap();
+        }
+        with_base_copy(1).write_to(&path(live));
+        AdapterFiles::simple(&tiny_decoder(), 2).write_to(&path(next));
+        let expected = load_adapter(&FileSource::Directory(path(next)), &tiny_decoder(), &limits())
+            .unwrap()
+            .0
+            .version;
+        let (from, to, away) = (path(next), path(live), path(old));
+        let registry = registry(|config| {
+            config.limits = while_reading(move || {
+                if from.exists() {
+                    std::fs::rename(&to, &away).unwrap();
+                    std::fs::rename(&from, &to).unwrap();
+                }
+            });
+        });
+        let info = block_on(registry.load(request_in(&directory, live))).unwrap();
+        assert_eq!(info.version, Some(expected.to_string()));
+        assert!(path(old).exists());
+    }
+
+    #[test]
+    fn a_folder_that_never_keeps_still_is_an_error() {
+        let directory = with_base_copy(1).write();
+        let path = directory.path().to_owned();
+        let writes = std::sync::atomic::AtomicUsize::new(0);
+        let registry = registry(|config| {
+            config.limits = while_reading(move || {
+                let write = writes.fetch_add(1, Ordering::SeqCst);
+                std::fs::write(path.join(format!("file-{write}")), b"x").unwrap();
+            });
+        });
+        let error = block_on(registry.load(request("a", &directory))).unwrap_err();
+        assert!(error.to_string().contains("changed while they were read, 3 times"), "{error}");
+        assert!(registry.list().is_empty());
+        assert!(directory.path().join("file-2").exists() && !directory.path().join("file-3").exists());
+    }
+
+    #[test]
+    fn what_happens_to_files_between_registration_and_use_is_an_error_of_its_own_requests() {
+        let decoder = tiny_decoder();
+        let nan = {
+            let mut files = AdapterFiles::simple(&decoder, 1);
+            let tensor = files.tensors.values_mut().next().unwrap();
+            tensor.bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+            files.weights()
+        };
+        let all = ["deleted", "no weights", "truncated", "not finite", "good"];
+        let directory = folder(&all);
+        let registry = registry(|config| config.loader_threads = 1);
+        for name in all {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        let weights = |name: &str| directory.path().join(name).join("adapter_model.safetensors");
+        std::fs::remove_dir_all(directory.path().join("deleted")).unwrap();
+        std::fs::remove_file(weights("no weights")).unwrap();
+        let file = std::fs::File::options().write(true).open(weights("truncated")).unwrap();
+        file.set_len(file.metadata().unwrap().len() - 5).unwrap();
+        std::fs::write(weights("not finite"), nan).unwrap();
+        for (name, words) in [
+            ("deleted", "adapter_config.json: no such file"),
+            ("no weights", "adapter_model.safetensors: no such file"),
+            ("truncated", "damaged safetensors file"),
+            ("not finite", "NaN"),
+        ] {
+            let error = acquire(&registry, name).unwrap_err();
+            assert!(error.to_string().contains(words), "{name}: {error}");
+            drop(acquire(&registry, "good").unwrap());
+        }
+        let stats = registry.stats();
+        assert_eq!((stats.load_failures_total, stats.leases, stats.loaded), (4, 0, 1));
+    }
+
+    #[test]
+    fn a_folder_that_was_read_before_is_not_read_again() {
+        let directory = folder(&["a"]);
+        let registry = registry(|config| config.max_loaded_loras = Some(1));
+        let read = |name: &str| {
+            let request = LoadRequest {
+                name: name.into(),
+                ..request_in(&directory, "a")
+            };
+            registry.register(request).unwrap();
+            acquire(&registry, name).unwrap()
+        };
+        let first = read("x");
+        let remembered = || registry.shared.state.lock().read.len();
+        assert_eq!(remembered(), 0, "it was written just now: the clock could hide another write");
+        // What a file's times say of its last change can't be set back, so that the state is put in by hand.
+        let stamp = source_of(&directory, "a").stamp().unwrap();
+        let facts = registry.shared.state.lock().entries["x"].facts.clone().unwrap();
+        registry.shared.state.lock().remember(stamp, first.weights(), &facts);
+        let (known, _) = registry.shared.read(&source_of(&directory, "a")).unwrap();
+        assert!(Arc::ptr_eq(&known, first.weights()));
+        // Any change shows; what is the same in the end is still one copy; and what nobody holds is read anew.
+        std::fs::write(directory.path().join("a/notes.txt"), b"x").unwrap();
+        let loaded = || registry.shared.read(&source_of(&directory, "a")).unwrap().0;
+        assert!(source_of(&directory, "a").stamp() != Some(stamp) && Arc::ptr_eq(&loaded(), first.weights()));
+        AdapterFiles::simple(&tiny_decoder(), 99).write_to(&directory.path().join("a"));
+        assert_ne!(loaded().version, first.version());
+        drop((first, known));
+        unload(&registry, "x").unwrap();
+        // The loader lets go of what it loaded after it has answered.
+        while registry.stats().loading > 0 {
+            std::thread::yield_now();
+        }
+        assert!(registry.shared.state.lock().known(&stamp).is_none());
     }
 
     #[test]
