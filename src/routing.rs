@@ -135,6 +135,10 @@ impl Router<'_> {
                 Target::Adapter(name) => names.push(name.as_str()),
             }
         }
+        if names.is_empty() {
+            // Nothing is asked of the adapters: a server without LoRA answers this, too.
+            return Ok(vec![None; targets.len()]);
+        }
         let leases = match self.engine.acquire_adapters(&names).await {
             Ok(leases) => leases,
             Err(AdapterError::Unknown { name, .. }) => return Err(ApiError::model_not_found(&name, "model", &self.available())),

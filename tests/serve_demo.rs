@@ -69,6 +69,21 @@ fn a_single_adapter_beside_the_base_in_one_batch() {
 }
 
 #[test]
+fn without_lora_a_batch_of_the_base_model_is_answered() {
+    let server = Server::start(&["--enable-lora=false"]);
+    check(&server, &[LIST_3, AI], &[None, None], &[None, None]);
+    let (status, answer) = server.post("/generate", &json!({"text": [LIST_3, AI], "sampling_params": greedy()}));
+    assert_eq!((status, &answer[0]["text"]), (200, &golden(None, LIST_3)["output_text"]));
+    let (status, answer) = server.post(
+        "/generate",
+        &json!({"text": [LIST_3, AI], "lora_path": [null, "json"], "sampling_params": greedy()}),
+    );
+    assert_eq!(status, 400, "{answer}");
+    assert!(answer.to_string().contains("--enable-lora"), "{answer}");
+    server.stop();
+}
+
+#[test]
 fn several_adapters_and_more_than_one_batch_may_have() {
     let server = Server::start(&["--max-loras-per-batch", "2"]);
     let names = [Some("lines"), None, Some("table"), Some("json"), None, Some("pirate")];

@@ -207,11 +207,16 @@ impl Server {
 
     /// A field of the line that it logged when the model was loaded.
     pub fn loaded(&self, field: &str) -> u64 {
-        let log = self.log();
-        let line = log
-            .lines()
-            .find(|line| line.contains("the model is loaded"))
-            .unwrap_or_else(|| panic!("{log}"));
+        let began = std::time::Instant::now();
+        let line = loop {
+            // Standard output may be heard of before the log that was written earlier.
+            let log = self.log();
+            if let Some(line) = log.lines().find(|line| line.contains("the model is loaded")) {
+                break line.to_owned();
+            }
+            assert!(began.elapsed().as_secs() < 60, "{log}");
+            std::thread::yield_now();
+        };
         let value = line.split(&format!(" {field}=")).nth(1).unwrap_or_else(|| panic!("{field}: {line}"));
         value.split_whitespace().next().unwrap().parse().unwrap()
     }
