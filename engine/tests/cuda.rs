@@ -49,12 +49,14 @@ mod cuda {
     }
 
     #[test]
+    #[ignore = "needs a GPU: --include-ignored"]
     fn conforms() {
         let config = conformance::config();
         conformance::run_all(&mut backend(&config, options()), Agreement::Within(BF16));
     }
 
     #[test]
+    #[ignore = "needs a GPU: --include-ignored"]
     fn conforms_without_graphs() {
         let config = conformance::config();
         let options = CudaOptions {
@@ -66,6 +68,7 @@ mod cuda {
     }
 
     #[test]
+    #[ignore = "needs a GPU: --include-ignored"]
     fn agrees_with_the_cpu() {
         let config = conformance::config();
         conformance::backends_agree(&mut backend(&config, options()), &mut cpu(&config), &config, BF16);
@@ -73,6 +76,7 @@ mod cuda {
 
     /// One random model of each family: what they differ in is there.
     #[test]
+    #[ignore = "needs a GPU: --include-ignored"]
     fn every_family_agrees_with_the_cpu() {
         let families = [
             (
@@ -105,6 +109,7 @@ mod cuda {
     }
 
     #[test]
+    #[ignore = "needs a GPU: --include-ignored"]
     fn too_small_a_fraction_is_named() {
         let options = CudaOptions {
             mem_fraction: 1e-6,

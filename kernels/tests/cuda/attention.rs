@@ -146,6 +146,7 @@ fn shape(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> HeadShape {
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn decode_attends_to_its_context() {
     let gpu = gpu();
     let mut rng = Rng(11);
@@ -165,6 +166,7 @@ fn decode_attends_to_its_context() {
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn decode_splits_long_contexts_and_merges() {
     let gpu = gpu();
     let mut rng = Rng(12);
@@ -179,6 +181,7 @@ fn decode_splits_long_contexts_and_merges() {
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn decode_keeps_to_its_window() {
     let gpu = gpu();
     let mut rng = Rng(13);
@@ -244,6 +247,7 @@ fn check_prefill(gpu: &Gpu, rng: &mut Rng, shape: HeadShape, chunks: &[(usize, u
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn prefill_chunks_are_causal() {
     let gpu = gpu();
     let mut rng = Rng(14);
@@ -262,6 +266,7 @@ fn prefill_chunks_are_causal() {
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn prefill_keeps_to_its_window() {
     let gpu = gpu();
     let mut rng = Rng(15);
@@ -270,6 +275,7 @@ fn prefill_keeps_to_its_window() {
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn unsupported_shapes_are_refused() {
     assert!(AttentionDecode::supports(&shape(8, 3, 64)).is_err());
     assert!(AttentionDecode::supports(&shape(8, 2, 80)).is_err());

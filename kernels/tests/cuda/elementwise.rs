@@ -15,6 +15,7 @@ use polylora_kernels::{
 use crate::support::{Rng, TOLERANCE, assert_close, gpu, poison_bf16, widen};
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn rms_norm_adds_and_normalizes() {
     let gpu = gpu();
     let mut rng = Rng(1);
@@ -45,6 +46,7 @@ fn rms_norm_adds_and_normalizes() {
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn rms_norm_gathers_rows() {
     let gpu = gpu();
     let mut rng = Rng(2);
@@ -74,6 +76,7 @@ fn rms_norm_gathers_rows() {
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn embedding_looks_up_and_adds_adapters() {
     let gpu = gpu();
     let mut rng = Rng(3);
@@ -126,6 +129,7 @@ fn embedding_looks_up_and_adds_adapters() {
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn activations_gate() {
     let gpu = gpu();
     let mut rng = Rng(4);
@@ -148,6 +152,7 @@ fn activations_gate() {
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn rope_rotates_q_and_writes_kv() {
     let gpu = gpu();
     let mut rng = Rng(5);
@@ -236,6 +241,7 @@ fn rope_rotates_q_and_writes_kv() {
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn random_fill_is_uniform_and_seeded() {
     let gpu = gpu();
     let buffer = gpu.stream.upload(&poison_bf16(100_000)).unwrap();

@@ -11,6 +11,7 @@ use polylora_kernels::{
 use crate::support::{Rng, TOLERANCE, assert_close, gpu, poison_bf16, widen};
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn gemm_overwrites_accumulates_and_adds_bias() {
     let gpu = gpu();
     let mut gemm = Gemm::new(&gpu.device).unwrap();
@@ -53,6 +54,7 @@ fn gemm_overwrites_accumulates_and_adds_bias() {
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn tuned_gemm_is_the_same() {
     let gpu = gpu();
     let mut gemm = Gemm::new(&gpu.device).unwrap();
@@ -78,6 +80,7 @@ fn tuned_gemm_is_the_same() {
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn own_gemms_agree() {
     let gpu = gpu();
     let gemm = Gemm::new(&gpu.device).unwrap();
@@ -137,6 +140,7 @@ fn own_gemms_agree() {
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn wrong_lengths_are_refused() {
     let gpu = gpu();
     let mut gemm = Gemm::new(&gpu.device).unwrap();

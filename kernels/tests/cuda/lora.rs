@@ -253,6 +253,7 @@ fn check_workloads(rng_seed: u64, d_in: usize, d_out: &[usize], ranks: &[Vec<usi
 const ALL: [ItemRows; 3] = [ItemRows::UpTo8, ItemRows::UpTo64, ItemRows::Naive];
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn stacked_slices_with_mixed_ranks() {
     // Among them slices that the adapter lacks, rank 1, and ranks that are no multiple of 16 or of 8.
     let ranks = [
@@ -269,12 +270,14 @@ fn stacked_slices_with_mixed_ranks() {
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn one_slice_with_every_kind_of_rank() {
     let ranks = [vec![16], vec![256], vec![1], vec![9], vec![17], vec![128], vec![3], vec![33]];
     check_workloads(32, 64, &[136], &ranks, &[2, 7, 133], &[ItemRows::UpTo8, ItemRows::UpTo64]);
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn wide_inputs_are_split() {
     let ranks = vec![vec![16, 16]; 8];
     check_workloads(33, 2568, &[520, 1032], &ranks, &[9], &[ItemRows::UpTo8, ItemRows::UpTo64]);
@@ -284,6 +287,7 @@ fn wide_inputs_are_split() {
 
 /// The fused pass against expand and activation one after the other; base rows have items without descriptors.
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn gated_expand_is_expand_then_activation() {
     let gpu = gpu();
     let mut rng = Rng(36);
@@ -378,6 +382,7 @@ fn gated_expand_is_expand_then_activation() {
 }
 
 #[test]
+#[ignore = "needs a GPU: --include-ignored"]
 fn a_captured_launch_serves_other_mixes() {
     let gpu = gpu();
     let mut rng = Rng(35);
