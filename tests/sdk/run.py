@@ -23,7 +23,9 @@ def main():
     with keys_file() as keys, Server() as server, Server("--api-keys-file", keys.name) as keyed:
         environment = {**os.environ, "POLYLORA_URL": server.url, "POLYLORA_KEYS_URL": keyed.url}
         node = subprocess.run(["node", "--test", os.path.join(HERE, "openai.test.mjs")], env=environment)
-    if not result.wasSuccessful() or node.returncode:
+    with Server("--max-loras-per-batch", "2", "--max-loaded-loras", "6") as server:
+        churn = subprocess.run([sys.executable, os.path.join(HERE, "churn.py"), "--url", server.url, "--seconds", "10"])
+    if not result.wasSuccessful() or node.returncode or churn.returncode:
         sys.exit("SDK tests failed")
 
 
