@@ -147,8 +147,9 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(len) = rest[start..].find("%}") else { break };
-        let tag = &rest[start..start + len + 2];
+        // After the opening: the `%` of `{%}` is not the closing one's, too.
+        let Some(len) = rest[start + 2..].find("%}") else { break };
+        let tag = &rest[start..start + len + 4];
         let word = tag[2..tag.len() - 2].trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace());
         out.push_str(&rest[..start]);
         match word {
@@ -156,7 +157,7 @@ fn without_generation_tags(source: &str) -> String {
             "endgeneration" => out.push_str(&tag.replacen("endgeneration", "endif", 1)),
             _ => out.push_str(tag),
         }
-        rest = &rest[start + len + 2..];
+        rest = &rest[start + len + 4..];
     }
     out.push_str(rest);
     out
