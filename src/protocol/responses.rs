@@ -136,7 +136,7 @@ pub struct FunctionTool {
     /// A JSON schema of its arguments, an object.
     #[schema(value_type = Option<JsonSchemaObject>)]
     pub parameters: Option<Map<String, Value>>,
-    /// Arguments follow the schema where a call is required.
+    /// Arguments follow the schema: where a call is required, and with `tool_choice: auto` once one begins.
     pub strict: Option<bool>,
 }
 
