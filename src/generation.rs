@@ -9,7 +9,7 @@ use std::{
     time::Instant,
 };
 
-use polylora_engine::{AdapterLease, GenerationRequest, LogprobsParams, SamplingParams};
+use polylora_engine::{AdapterLease, GenerationRequest, LogprobsParams, SamplingParams, adapter::AdapterState};
 
 use crate::{
     app::{Caller, Gateway},
@@ -143,15 +143,24 @@ impl Gateway {
     /// # Errors
     /// See [`crate::routing::Router::lease`].
     pub async fn lease(&self, caller: &Caller, target: &Target) -> Result<Option<AdapterLease>, ApiError> {
-        let state = match target {
+        let state = self.adapter_state(target);
+        let lease = self.router(&caller.identity).lease(target).await?;
+        self.count_acquired(lease.as_ref(), state);
+        Ok(lease)
+    }
+
+    fn adapter_state(&self, target: &Target) -> Option<AdapterState> {
+        match target {
             Target::Adapter(name) => self.engine.adapter_info(name).map(|info| info.state),
             Target::Base => None,
-        };
-        let lease = self.router(&caller.identity).lease(target).await?;
-        if let (Some(lease), Some(state)) = (&lease, state) {
+        }
+    }
+
+    /// `state`: where the adapter was before it was leased.
+    fn count_acquired(&self, lease: Option<&AdapterLease>, state: Option<AdapterState>) {
+        if let (Some(lease), Some(state)) = (lease, state) {
             self.metrics.adapter_acquired(lease.label(), state);
         }
-        Ok(lease)
     }
 
     /// Leases on several targets, in their order: all of them, or none.
@@ -162,16 +171,10 @@ impl Gateway {
         if let [target] = targets {
             return Ok(vec![self.lease(caller, target).await?]);
         }
-        let state_of = |target: &Target| match target {
-            Target::Adapter(name) => self.engine.adapter_info(name).map(|info| info.state),
-            Target::Base => None,
-        };
-        let states: Vec<_> = targets.iter().map(state_of).collect();
+        let states: Vec<_> = targets.iter().map(|target| self.adapter_state(target)).collect();
         let leases = self.router(&caller.identity).leases(targets).await?;
         for (lease, state) in leases.iter().zip(states) {
-            if let (Some(lease), Some(state)) = (lease, state) {
-                self.metrics.adapter_acquired(lease.label(), state);
-            }
+            self.count_acquired(lease.as_ref(), state);
         }
         Ok(leases)
     }
