@@ -334,10 +334,62 @@ struct Combination {
     hold: Arc<Hold>,
 }
 
-/// Work that waits until a lease ends.
+/// Work that may have to wait until a lease ends.
 struct Parked<W> {
     work: W,
     deadline: Instant,
+    /// The room that is kept for it while a loader works on it.
+    grant: Option<Grant>,
+}
+
+/// What work is going to take of the host tier.
+#[derive(Clone, Copy)]
+struct Need {
+    names: usize,
+    combinations: usize,
+    bytes: usize,
+}
+
+trait NeedsRoom {
+    fn need(&self) -> Need;
+    /// Where it waits.
+    fn queue(state: &mut State) -> &mut VecDeque<Parked<Self>>
+    where
+        Self: Sized;
+}
+
+/// Room that loaders are about to fill. Without it, of two that were told of the same room the later could take it.
+#[derive(Default)]
+struct Granted {
+    names: AtomicUsize,
+    combinations: AtomicUsize,
+    bytes: AtomicUsize,
+}
+
+/// A part of [`Granted`], given back on drop: then the room is filled, or it is others'.
+struct Grant {
+    granted: Arc<Granted>,
+    need: Need,
+}
+
+impl Grant {
+    fn new(granted: &Arc<Granted>, need: Need) -> Self {
+        granted.names.fetch_add(need.names, Ordering::SeqCst);
+        granted.combinations.fetch_add(need.combinations, Ordering::SeqCst);
+        granted.bytes.fetch_add(need.bytes, Ordering::SeqCst);
+        Self {
+            granted: granted.clone(),
+            need,
+        }
+    }
+}
+
+impl Drop for Grant {
+    fn drop(&mut self) {
+        self.granted.names.fetch_sub(self.need.names, Ordering::SeqCst);
+        self.granted.combinations.fetch_sub(self.need.combinations, Ordering::SeqCst);
+        self.granted.bytes.fetch_sub(self.need.bytes, Ordering::SeqCst);
+    }
 }
 
 /// A registered adapter to be brought to the host.
@@ -348,11 +400,40 @@ struct Load {
     bytes: usize,
 }
 
+impl NeedsRoom for Load {
+    fn need(&self) -> Need {
+        Need {
+            names: 1,
+            combinations: 0,
+            bytes: self.bytes,
+        }
+    }
+
+    fn queue(state: &mut State) -> &mut VecDeque<Parked<Self>> {
+        &mut state.parked
+    }
+}
+
 /// Adapters to be added up.
 struct Combine {
     expression: Arc<str>,
     parts: Vec<(AdapterLease, f32)>,
     done: LeaseSender,
+}
+
+impl NeedsRoom for Combine {
+    /// Where modules come together there is less padding than in the parts.
+    fn need(&self) -> Need {
+        Need {
+            names: 0,
+            combinations: 1,
+            bytes: self.parts.iter().map(|(lease, _)| lease.weights().bytes()).sum(),
+        }
+    }
+
+    fn queue(state: &mut State) -> &mut VecDeque<Parked<Self>> {
+        &mut state.parked_combinations
+    }
 }
 
 impl Combine {
@@ -361,6 +442,13 @@ impl Combine {
         drop(self.parts);
         // Whoever waited may have gone.
         let _ = self.done.send(Err(error));
+    }
+
+    /// The registry's lock must not be held: if whoever waited has gone, the leases end here.
+    fn answer(self, weights: Arc<HostAdapter>, guard: LeaseGuard) {
+        let parts = self.parts.into_iter().map(|(lease, _)| lease).collect();
+        let lease = AdapterLease::combined(self.expression, COMBINATION_LABEL.into(), weights, guard, parts);
+        let _ = self.done.send(Ok(lease));
     }
 }
 
@@ -397,6 +485,7 @@ struct Shared {
     pins_changed: AtomicUsize,
     /// As many as wait for room, or one more: read without the lock when a lease ends.
     parked: AtomicUsize,
+    granted: Arc<Granted>,
     /// Held by the one request that holds some leases and waits for others: were there two, each could wait for what the other holds.
     gathering: tokio::sync::Mutex<()>,
 }
@@ -428,6 +517,7 @@ impl AdapterRegistry {
         let shared = Arc::new_cyclic(|me| Shared {
             me: me.clone(),
             parked: AtomicUsize::new(0),
+            granted: Arc::default(),
             decoder,
             state: Mutex::default(),
             queue: Mutex::default(),
@@ -614,7 +704,7 @@ impl AdapterRegistry {
         let expression = expression.into();
         if let Some(work) = self.shared.answer_from_kept(Combine { expression, parts, done }) {
             let deadline = Instant::now() + self.shared.config.room_timeout;
-            self.shared.enqueue(Job::Combine(Parked { work, deadline }))?;
+            self.shared.enqueue(Job::Combine(Parked { work, deadline, grant: None }))?;
         }
         combined.await.unwrap_or_else(|_| Err(loader_gone()))
     }
@@ -1039,7 +1129,7 @@ impl Shared {
             bytes: entry.facts.as_ref().map_or(0, |facts| facts.bytes),
         };
         let deadline = Instant::now() + self.config.room_timeout;
-        self.enqueue(Job::Fetch(Parked { work, deadline }))?;
+        self.enqueue(Job::Fetch(Parked { work, deadline, grant: None }))?;
         entry.tier = Tier::Loading(waiter.into_iter().collect());
         Ok(())
     }
@@ -1117,6 +1207,8 @@ impl Shared {
                 }
             };
             self.run_job(job);
+            // What it was granted it has taken, or not: then others may.
+            self.room_may_be();
             self.queue.lock().running -= 1;
         }
     }
@@ -1144,9 +1236,7 @@ impl Shared {
             return;
         };
         // Looked at before the files are read, so that nothing is read in vain while there is no room.
-        let bytes = load.work.bytes;
-        let has_room = |state: &State| self.room_for(state, 1, bytes).is_ok();
-        if let Some(load) = self.park_without_room(load, has_room, |state| &mut state.parked) {
+        if let Some(load) = self.park_without_room(load) {
             let loaded = self.read(&files);
             self.finish_fetch(load, loaded);
         }
@@ -1155,43 +1245,41 @@ impl Shared {
     fn run_combine(&self, combine_job: Parked<Combine>) {
         // Others may have waited for the same one.
         let Some(work) = self.answer_from_kept(combine_job.work) else { return };
-        // Where modules come together there is less padding than in the parts.
-        let bytes = work.parts.iter().map(|(lease, _)| lease.weights().bytes()).sum();
-        let has_room = |state: &State| self.room_for_combination(state, bytes).is_ok();
-        let parked = Parked { work, ..combine_job };
-        let Some(Parked { work, deadline }) = self.park_without_room(parked, has_room, |state| &mut state.parked_combinations) else {
+        let Some(combine_job) = self.park_without_room(Parked { work, ..combine_job }) else {
             return;
         };
-        let borrowed = borrow_parts(&work.parts);
+        let borrowed = borrow_parts(&combine_job.work.parts);
         let make = || combine(&borrowed, self.config.limits.max_combined_rank).inspect(|combined| self.config.prepare(combined));
         let combined = std::panic::catch_unwind(std::panic::AssertUnwindSafe(make)).unwrap_or_else(|panic| Err(panicked(&*panic)));
         match combined {
-            Ok(combined) => self.finish_combine(work, deadline, combined),
-            Err(error) => work.fail(error),
+            Ok(combined) => self.finish_combine(combine_job, combined),
+            Err(error) => combine_job.work.fail(error),
         }
     }
 
-    fn finish_combine(&self, work: Combine, deadline: Instant, combined: HostAdapter) {
+    fn finish_combine(&self, combine_job: Parked<Combine>, combined: HostAdapter) {
         let mut state = self.state.lock();
         if let Err(error) = self.make_room_for_combination(&mut state, &combined) {
             drop(state);
-            if Instant::now() < deadline {
+            if Instant::now() < combine_job.deadline {
                 // Others were faster to the room that there was.
-                self.park(Parked { work, deadline }, |state| &mut state.parked_combinations);
+                self.park(combine_job);
             } else {
-                work.fail(error);
+                combine_job.work.fail(error);
             }
             return;
         }
         let weights = state.share(Arc::new(combined));
         state.enter_tier(&weights);
+        let hold = Arc::default();
+        // Before anybody else may evict it.
+        let guard = self.guard(&hold);
         state.combinations.push_back(Combination {
-            weights,
-            hold: Arc::default(),
+            weights: weights.clone(),
+            hold,
         });
         drop(state);
-        let left = self.answer_from_kept(work);
-        assert!(left.is_none(), "it was just made, and what is last in line leaves last");
+        combine_job.work.answer(weights, guard);
     }
 
     /// Gives a lease on the combination if it is in host memory; otherwise gives the work back.
@@ -1207,10 +1295,7 @@ impl Shared {
             state.combinations.push_back(kept);
             lease
         };
-        let Combine { expression, parts, done } = work;
-        let parts = parts.into_iter().map(|(lease, _)| lease).collect();
-        // Whoever waited may have gone.
-        let _ = done.send(Ok(AdapterLease::combined(expression, COMBINATION_LABEL.into(), weights, guard, parts)));
+        work.answer(weights, guard);
         None
     }
 
@@ -1266,56 +1351,93 @@ impl Shared {
         })
     }
 
-    /// Gives the work back if there is room for it, or parks it with those that came before and after it.
-    fn park_without_room<W>(
-        &self,
-        work: Parked<W>,
-        has_room: impl Fn(&State) -> bool,
-        queue: impl Fn(&mut State) -> &mut VecDeque<Parked<W>>,
-    ) -> Option<Parked<W>> {
+    /// Gives the work back, with room granted to it, or parks it with those that came before and after it.
+    fn park_without_room<W: NeedsRoom>(&self, mut parked: Parked<W>) -> Option<Parked<W>> {
+        if parked.grant.is_some() || Instant::now() >= parked.deadline {
+            return Some(parked);
+        }
         let mut state = self.state.lock();
         // Counted before the look: a lease that ends after the look sees the count, one that ends before it has made room.
         self.parked.fetch_add(1, Ordering::SeqCst);
-        if has_room(&state) || Instant::now() >= work.deadline {
+        // Whoever waits already is before it, whatever room there is.
+        if W::queue(&mut state).is_empty() && self.is_room(&state, parked.work.need()) {
             self.parked.fetch_sub(1, Ordering::SeqCst);
-            return Some(work);
+            parked.grant = Some(Grant::new(&self.granted, parked.work.need()));
+            return Some(parked);
         }
-        let parked = queue(&mut state);
-        let place = parked.partition_point(|other| other.deadline <= work.deadline);
-        parked.insert(place, work);
+        enqueue_by_deadline(W::queue(&mut state), parked);
         None
     }
 
     /// Parks work that found no room in the end, and looks again: a lease may have ended since.
-    fn park<W>(&self, work: Parked<W>, queue: impl Fn(&mut State) -> &mut VecDeque<Parked<W>>) {
-        queue(&mut self.state.lock()).push_front(work);
-        self.parked.fetch_add(1, Ordering::SeqCst);
+    fn park<W: NeedsRoom>(&self, mut work: Parked<W>) {
+        work.grant = None;
+        {
+            let mut state = self.state.lock();
+            self.parked.fetch_add(1, Ordering::SeqCst);
+            enqueue_by_deadline(W::queue(&mut state), work);
+        }
         self.room_may_be();
     }
 
-    /// Something may have made room: the first load and the first combination that wait for it are tried.
+    /// Something may have made room: who waited longest is granted it, then the next, as far as it goes. The decision is taken under
+    /// the lock, and nobody leaves the line without room, so that nobody overtakes.
     fn room_may_be(&self) {
         if self.parked.load(Ordering::SeqCst) == 0 {
             return;
         }
-        let (load, combine) = {
+        let mut jobs = Vec::new();
+        {
             let mut state = self.state.lock();
-            let mut load = state.parked.pop_front();
-            // One that was forgotten meanwhile makes place for the next.
-            while let Some(gone) = load.take_if(|load| state.current(&load.work).is_none()) {
-                self.parked.fetch_sub(1, Ordering::SeqCst);
-                drop(gone);
-                load = state.parked.pop_front();
+            while let Some(first) = state.parked.front() {
+                let is_forgotten = state.current(&first.work).is_none();
+                if !is_forgotten && !self.is_room(&state, first.work.need()) {
+                    break;
+                }
+                let first = state.parked.pop_front().expect("it was just seen");
+                if is_forgotten {
+                    self.parked.fetch_sub(1, Ordering::SeqCst);
+                } else {
+                    jobs.push(Job::Fetch(self.grant(first)));
+                }
             }
-            let combine = state.parked_combinations.pop_front();
-            let taken = usize::from(load.is_some()) + usize::from(combine.is_some());
-            self.parked.fetch_sub(taken, Ordering::SeqCst);
-            (load, combine)
-        };
-        // They were admitted to the queue before: the bound does not count them twice.
-        let jobs = load.map(Job::Fetch).into_iter().chain(combine.map(Job::Combine));
-        self.queue.lock().jobs.extend(jobs);
+            while let Some(first) = state.parked_combinations.front() {
+                if !self.is_room(&state, first.work.need()) {
+                    break;
+                }
+                let first = state.parked_combinations.pop_front().expect("it was just seen");
+                jobs.push(Job::Combine(self.grant(first)));
+            }
+        }
+        if jobs.is_empty() {
+            return;
+        }
+        // They were admitted to the queue before, so that the bound does not count them twice, and have waited longest.
+        let mut queue = self.queue.lock();
+        for job in jobs.into_iter().rev() {
+            queue.jobs.push_front(job);
+        }
+        drop(queue);
         self.wake.notify_all();
+    }
+
+    /// Takes work out of those who wait.
+    fn grant<W: NeedsRoom>(&self, work: Parked<W>) -> Parked<W> {
+        self.parked.fetch_sub(1, Ordering::SeqCst);
+        let grant = Some(Grant::new(&self.granted, work.work.need()));
+        Parked { grant, ..work }
+    }
+
+    /// Whether there is room beside what is granted to others. What is larger than all room is let through, to be refused.
+    fn is_room(&self, state: &State, need: Need) -> bool {
+        if self.config.max_loaded_bytes.is_some_and(|limit| need.bytes > limit) {
+            return true;
+        }
+        let granted = |count: &AtomicUsize| count.load(Ordering::SeqCst);
+        let combinations = granted(&self.granted.combinations) + need.combinations;
+        let names = granted(&self.granted.names) + need.names;
+        let bytes = granted(&self.granted.bytes).saturating_add(need.bytes);
+        (need.combinations == 0 || self.room_for_combinations(state, combinations).is_ok()) && self.room_for(state, names, bytes).is_ok()
     }
 
     /// Ends the waiting of work that has found no room for too long.
@@ -1351,7 +1473,7 @@ impl Shared {
             // Others were faster to the room that there was, or it is larger than was known.
             drop(state);
             let work = Load { bytes, ..load.work };
-            self.park(Parked { work, ..load }, |state| &mut state.parked);
+            self.park(Parked { work, ..load });
             return;
         }
         let name = &load.work.name;
@@ -1562,17 +1684,18 @@ impl Shared {
         Ok(())
     }
 
-    fn room_for_combination(&self, state: &State, bytes: usize) -> Result<(), AdapterError> {
+    fn room_for_combinations(&self, state: &State, number: usize) -> Result<(), AdapterError> {
         let limit = self.config.max_combinations;
         let in_use = state.combinations.iter().filter(|combination| combination.hold.count() > 0).count();
-        if in_use >= limit {
+        if in_use + number > limit {
             return Err(AdapterError::TooManyCombinations { in_use, limit });
         }
-        self.room_for(state, 0, bytes)
+        Ok(())
     }
 
     fn make_room_for_combination(&self, state: &mut State, weights: &HostAdapter) -> Result<(), AdapterError> {
-        self.room_for_combination(state, weights.bytes())?;
+        self.room_for_combinations(state, 1)?;
+        self.room_for(state, 0, weights.bytes())?;
         while state.combinations.len() >= self.config.max_combinations && evict_combination(state) {}
         self.make_room(state, 0, weights)
     }
@@ -1607,6 +1730,12 @@ fn evict_combination(state: &mut State) -> bool {
 /// Whether an error says that there is no room now.
 fn is_no_room(error: &AdapterError) -> bool {
     matches!(error, AdapterError::NothingToEvict { .. } | AdapterError::HostMemoryFull { .. })
+}
+
+/// Who came earlier has the earlier deadline.
+fn enqueue_by_deadline<W>(parked: &mut VecDeque<Parked<W>>, work: Parked<W>) {
+    let place = parked.partition_point(|other| other.deadline <= work.deadline);
+    parked.insert(place, work);
 }
 
 /// Takes what has waited too long off the front.
