@@ -378,7 +378,7 @@ impl State {
             }
             // Large and small ones would be lost in the sum, and nobody means them.
             if !(1e-6..=1e6).contains(weight) {
-                return bad(format!("the weight of '{adapter}' is between 0.000001 and 1000000, got {weight}"));
+                return bad(format!("the weight of '{adapter}' must be between 0.000001 and 1000000, got {weight}"));
             }
             if self.leaving.iter().any(|leaving| **leaving == **adapter) || !names.is_adapter(adapter) {
                 return bad(format!("there is no adapter '{adapter}'"));

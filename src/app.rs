@@ -30,7 +30,7 @@ use crate::{
     auth::{AdapterSources, Auth, Identity, RequestPermit},
     constraint::GrammarCompiler,
     error::{ApiError, NativeError},
-    lifecycle::NameLocks,
+    lifecycle::{LoadingNames, NameLocks},
     metrics::{Metrics, MetricsConfig},
     prompt::PromptProcessor,
     pushed::{DEFAULT_MAX_PUSH_BYTES, PushedAdapters},
@@ -106,6 +106,8 @@ pub struct Gateway {
     pub pushed: Arc<PushedAdapters>,
     /// One change of a name at a time.
     pub name_locks: NameLocks,
+    /// Names that are being loaded.
+    pub loading: LoadingNames,
     /// Bounds.
     pub limits: Limits,
     /// Counts.
@@ -148,6 +150,7 @@ impl Gateway {
             runtime: Arc::default(),
             pushed: Arc::new(PushedAdapters::temporary(DEFAULT_MAX_PUSH_BYTES)),
             name_locks: NameLocks::default(),
+            loading: LoadingNames::default(),
             limits: Limits::default(),
             metrics,
             auth: Auth::open(),
@@ -184,6 +187,7 @@ impl Gateway {
             served: &self.served,
             engine: self.engine.as_ref(),
             aliases: &self.aliases,
+            loading: &self.loading,
             identity,
         }
     }

@@ -6,7 +6,8 @@
 //! | prompt and output don't fit the context | 400 | `context_length_exceeded` |
 //! | the chat template refuses the messages | 400 | `chat_template_error` |
 //! | a grammar or schema can't be compiled | 400 | `invalid_grammar` |
-//! | an adapter can't be loaded, or LoRA is off | 400 | `adapter_…` |
+//! | an adapter can't be loaded, LoRA is off, or a request names more adapters than there may be in memory | 400 | `adapter_…` |
+//! | the Hub denies access, has not what is needed, or may not be asked | 400 | `hub_error` |
 //! | an alias's name or targets can't be | 400 | `alias_bad_name`, `alias_bad_target`, `alias_too_many` |
 //! | no key, or a wrong one | 401 | `invalid_api_key` |
 //! | the key's role or base-model right does not suffice; a path outside the allowed roots | 403 | `insufficient_permissions`, `forbidden_path` |
@@ -20,6 +21,8 @@
 //! | the engine failed; a panic in a handler | 500 | `engine_error`, `internal_error` |
 //! | the model gave logits that are not finite | 500 | `not_finite` |
 //! | a change at run time is in effect, but not in `--state-dir` | 500 | `state_not_saved` |
+//! | the Hub can't be reached, or fails | 502 | `hub_unreachable` |
+//! | an adapter of that name is being loaded for the first time | 503 + Retry-After | `adapter_loading` |
 //! | the queue is full; the server is stopping; no room for another adapter now | 503 + Retry-After | `queue_full`, `shutting_down`, `adapter_capacity` |
 //! | other adapters are being pushed | 503 + Retry-After | `too_many_pushes` |
 //! | no room on the disk for a pushed adapter | 507 | `storage_full` |
@@ -150,6 +153,13 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, Some("model_not_found"), message).for_param(param)
     }
 
+    /// 503 for an adapter that is not served yet, but is about to be.
+    pub fn adapter_loading(name: &str, param: &str) -> Self {
+        let message = format!("The adapter '{name}' is being loaded; try again in a moment.");
+        let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER_ERROR, Some("adapter_loading"), message);
+        error.for_param(param).retry_after(1)
+    }
+
     /// 404 for an adapter that an admin names.
     pub fn no_such_adapter(name: &str) -> Self {
         let message = format!("There is no adapter '{name}'.");
@@ -233,6 +243,12 @@ impl ApiError {
     pub fn for_param(mut self, param: impl Into<String>) -> Self {
         self.param = Some(param.into());
         self
+    }
+
+    /// Names the field as a route has it, where the engine and the other routes have another word for it.
+    #[must_use]
+    pub fn rename_param(self, from: &str, to: &str) -> Self {
+        if self.param() == Some(from) { self.for_param(to) } else { self }
     }
 
     /// Says it with more around.
@@ -393,6 +409,7 @@ impl From<AdapterError> for ApiError {
             AdapterError::Incompatible { .. } => bad("adapter_incompatible").for_param("lora_path"),
             AdapterError::Unsupported { .. } => bad("adapter_unsupported").for_param("lora_path"),
             AdapterError::BadFile { .. } => bad("adapter_bad_file").for_param("lora_path"),
+            AdapterError::TooManyAdapters { .. } => bad("adapter_too_many").for_param("model"),
             AdapterError::TooManyPinned { .. } => bad("adapter_too_many_pinned").for_param("pinned"),
             AdapterError::VersionConflict { .. } => {
                 Self::new(StatusCode::CONFLICT, INVALID_REQUEST, Some("adapter_version_conflict"), message).for_param("lora_name")
@@ -446,6 +463,10 @@ impl From<AuthError> for ApiError {
 impl From<SourceError> for ApiError {
     fn from(error: SourceError) -> Self {
         let message = error.to_string();
+        if let SourceError::Hub(HubError::Failed { .. }) = error {
+            // Not the client's fault, and perhaps better in a minute.
+            return Self::new(StatusCode::BAD_GATEWAY, SERVER_ERROR, Some("hub_unreachable"), message).for_param("lora_path");
+        }
         let (status, code) = match &error {
             SourceError::Forbidden { .. } | SourceError::LinkOut { .. } => (StatusCode::FORBIDDEN, "forbidden_path"),
             SourceError::NotFound { .. } | SourceError::UnknownEmbedded { .. } | SourceError::Hub(HubError::NotFound { .. }) => {

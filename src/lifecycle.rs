@@ -9,7 +9,10 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use polylora_engine::{AdapterError, AdapterInfo, FileSource, LoadRequest, UnloadMode, UnloadReport, adapter::registry::check_adapter_name};
+use polylora_engine::{
+    AdapterError, AdapterInfo, FileSource, LoadRequest, UnloadMode, UnloadReport,
+    adapter::{registry::check_adapter_name, tensors::WEIGHTS_FILE},
+};
 
 use crate::{
     aliases::{Alias, AliasDefinition, AliasError},
@@ -59,6 +62,54 @@ impl NameLocks {
     }
 }
 
+/// Names that are being loaded: until one is served, who asks for it is told to ask again.
+#[derive(Clone, Debug, Default)]
+pub struct LoadingNames(Arc<Mutex<HashMap<String, usize>>>);
+
+impl LoadingNames {
+    /// Whether a load of this name is under way.
+    pub fn contains(&self, name: &str) -> bool {
+        self.0.lock().contains_key(name)
+    }
+
+    fn enter(&self, name: &str) -> LoadingName {
+        *self.0.lock().entry(name.to_owned()).or_default() += 1;
+        LoadingName {
+            names: self.clone(),
+            name: name.to_owned(),
+        }
+    }
+}
+
+/// One load's entry among the [`LoadingNames`].
+#[derive(Debug)]
+pub struct LoadingName {
+    names: LoadingNames,
+    name: String,
+}
+
+impl Drop for LoadingName {
+    fn drop(&mut self) {
+        let mut names = self.names.0.lock();
+        if let Some(loads) = names.get_mut(&self.name) {
+            *loads -= 1;
+            if *loads == 0 {
+                names.remove(&self.name);
+            }
+        }
+    }
+}
+
+/// What is wrong with an adapter that was sent as parts of a form, by the part.
+fn pushed_error(error: AdapterError) -> ApiError {
+    let part = match &error {
+        AdapterError::BadFile { file, .. } if file.ends_with(WEIGHTS_FILE) => "weights",
+        AdapterError::BadFile { .. } | AdapterError::Unsupported { .. } | AdapterError::Incompatible { .. } => "config",
+        _ => return error.into(),
+    };
+    ApiError::from(error).for_param(part)
+}
+
 /// Runs on although the client may go away meanwhile.
 async fn to_its_end<T: Send + 'static>(work: impl Future<Output = Result<T, ApiError>> + Send + 'static) -> Result<T, ApiError> {
     let task = tokio::spawn(work);
@@ -73,9 +124,10 @@ impl Gateway {
     /// 400 for a name that can't be or is taken, and for what is wrong with the files; 403 and 404 for the path; 409 for another
     /// version than the expected one; 503 if there is no room now.
     pub async fn load_adapter(self: &Arc<Self>, load: Load) -> Result<AdapterInfo, ApiError> {
-        self.check_load(&load)?;
+        let loading = self.begin_load(&load)?;
         let gateway = Arc::clone(self);
         to_its_end(async move {
+            let _loading = loading;
             let _one_at_a_time = gateway.name_locks.lock(&load.name).await;
             let _moving = gateway.aliases.arrive(&load.name)?;
             let began = Instant::now();
@@ -99,9 +151,10 @@ impl Gateway {
     /// # Errors
     /// As [`Self::load_adapter`]; the files are then removed.
     pub async fn push_adapter(self: &Arc<Self>, load: Load, upload: Upload, began: Instant) -> Result<AdapterInfo, ApiError> {
-        self.check_load(&load)?;
+        let loading = self.begin_load(&load)?;
         let gateway = Arc::clone(self);
         to_its_end(async move {
+            let _loading = loading;
             let _one_at_a_time = gateway.name_locks.lock(&load.name).await;
             let _moving = gateway.aliases.arrive(&load.name)?;
             let kept = KeptAdapter {
@@ -121,11 +174,17 @@ impl Gateway {
         .await
     }
 
-    /// What can be refused before any file is read or received.
+    /// Refuses what can be refused before any file is read or received. As long as what it gives is there, requests for the name are told
+    /// that it is being loaded.
     ///
     /// # Errors
     /// As [`Self::load_adapter`].
-    pub fn check_load(&self, load: &Load) -> Result<(), ApiError> {
+    pub fn begin_load(&self, load: &Load) -> Result<LoadingName, ApiError> {
+        self.check_load(load)?;
+        Ok(self.loading.enter(&load.name))
+    }
+
+    fn check_load(&self, load: &Load) -> Result<(), ApiError> {
         self.require_lora()?;
         if self.served.names.contains(&load.name) {
             let (name, reason) = (load.name.clone(), "is the base model's".to_owned());
@@ -188,7 +247,7 @@ impl Gateway {
         let fetched = Instant::now();
         self.metrics.adapter_load_stage(LoadStage::Fetch, fetched - began);
         let loaded = self.engine.load_adapter(request).await;
-        let info = loaded?;
+        let info = loaded.map_err(|error| if kept.pushed.is_some() { pushed_error(error) } else { error.into() })?;
         self.metrics.adapter_load_stage(LoadStage::Pack, fetched.elapsed());
         let old = self.runtime.change(|changes| {
             // One that takes another's place is pinned as that one was.
@@ -265,13 +324,19 @@ impl Gateway {
     /// Makes an alias, or gives one other targets.
     ///
     /// # Errors
-    /// 400 for a name or targets that can't be.
+    /// 400 for a name or targets that can't be; 503 for a target that is being loaded.
     pub async fn set_alias(self: &Arc<Self>, definition: AliasDefinition) -> Result<Arc<Alias>, ApiError> {
         self.require_lora()?;
         let gateway = Arc::clone(self);
         to_its_end(async move {
             let _one_at_a_time = gateway.name_locks.lock(&definition.name).await;
-            let alias = gateway.aliases.set(&definition, &gateway.router(&Identity::anonymous()))?;
+            let admin = Identity::anonymous();
+            let router = gateway.router(&admin);
+            let loading = definition.targets.iter().find(|target| router.is_loading(&target.adapter));
+            let alias = gateway.aliases.set(&definition, &router).map_err(|error| match (loading, &error) {
+                (Some(target), AliasError::BadTarget { .. }) => ApiError::adapter_loading(&target.adapter, "targets"),
+                _ => error.into(),
+            })?;
             let name = definition.name.clone();
             gateway.runtime.change(|changes| changes.aliases.insert(name, definition));
             gateway.save(None).await?;

@@ -68,7 +68,8 @@ fn what(status: &str) -> &'static str {
         "429" => "A limit of the key is reached; `Retry-After` says when to try again.",
         "499" => "Ended by `/abort_request`.",
         "500" => "The server failed.",
-        "503" => "The queue is full, the engine has failed, or the server is stopping; try again after `Retry-After`.",
+        "502" => "The Hub can't be reached, or fails.",
+        "503" => "The queue is full, the adapter is being loaded, the engine has failed, or the server is stopping; try again after `Retry-After`.",
         "507" => "There is no room on the disk.",
         _ => "An error.",
     }
@@ -108,11 +109,11 @@ error_sets! {
     /// The same in SGLang's form.
     NativeGenerationErrors: NativeErrorBody = ["400", "401", "403", "408", "413", "415", "429", "500", "503"];
     /// Of routes that read a body and generate nothing.
-    BodyErrors: ErrorBody = ["400", "401", "403", "404", "408", "413", "415", "500"];
+    BodyErrors: ErrorBody = ["400", "401", "403", "404", "408", "413", "415", "500", "503"];
     /// The same in SGLang's form.
     NativeBodyErrors: NativeErrorBody = ["400", "401", "403", "408", "413", "415", "500"];
     /// Of routes that load adapters.
-    LoadErrors: ErrorBody = ["400", "401", "403", "404", "408", "409", "413", "415", "500", "503"];
+    LoadErrors: ErrorBody = ["400", "401", "403", "404", "408", "409", "413", "415", "500", "502", "503"];
     /// Of routes that receive adapters.
     PushErrors: ErrorBody = ["400", "401", "403", "408", "409", "413", "415", "500", "503", "507"];
     /// Of routes that unload adapters.
@@ -126,7 +127,7 @@ error_sets! {
     /// Of routes that only tell.
     ReadErrors: ErrorBody = ["401", "500"];
     /// Of routes that tell of one thing.
-    ReadOneErrors: ErrorBody = ["400", "401", "404", "500"];
+    ReadOneErrors: ErrorBody = ["400", "401", "404", "500", "503"];
     /// Of probes.
     ProbeErrors: NativeErrorBody = ["500", "503"];
 }

@@ -6,6 +6,7 @@ use crate::{
     aliases::{Aliases, Names},
     auth::Identity,
     error::ApiError,
+    lifecycle::LoadingNames,
 };
 
 /// What a request runs on, by name.
@@ -60,6 +61,17 @@ impl ServedModel {
     }
 }
 
+/// What a caller finds under a name; of a combination, what is worst of its parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Found {
+    /// An adapter or an alias.
+    Served,
+    /// An adapter that is being loaded for the first time.
+    Loading,
+    /// Nothing that it may use.
+    Nothing,
+}
+
 /// Finds models and takes leases for one caller.
 pub struct Router<'a> {
     /// The base model's names.
@@ -68,6 +80,8 @@ pub struct Router<'a> {
     pub engine: &'a dyn InferenceEngine,
     /// Names that stand for adapters.
     pub aliases: &'a Aliases,
+    /// Names that are about to be adapters.
+    pub loading: &'a LoadingNames,
     /// Who asks: adapters that it may not use don't exist for it.
     pub identity: &'a Identity,
 }
@@ -76,28 +90,31 @@ impl Router<'_> {
     /// What `model` and `lora_path` of an OpenAI request mean; an adapter in `model` wins.
     ///
     /// # Errors
-    /// 404 naming what exists; 400 for an ill-formed combination.
+    /// 404 naming what exists; 503 for an adapter that is being loaded; 400 for an ill-formed combination.
     pub fn target(&self, model: &str, lora_path: Option<&str>) -> Result<Target, ApiError> {
         match (self.served.read(model), lora_path) {
             (Target::Base, None) => Ok(Target::Base),
             (Target::Base, Some(name)) => self.adapter(name, "lora_path"),
-            (Target::Adapter(name), _) if self.sees(&name) => Ok(Target::Adapter(name)),
-            (Target::Adapter(name), _) => Err(self.missing(model, &name, "model")),
+            (Target::Adapter(name), _) => self.find_target(model, name, "model"),
         }
     }
 
     /// An adapter by its name alone.
     ///
     /// # Errors
-    /// 404 naming what exists; 400 for an ill-formed combination.
+    /// As `target`.
     pub fn adapter(&self, name: &str, param: &str) -> Result<Target, ApiError> {
         if !self.engine.describe().lora_enabled {
             return Err(ApiError::from(AdapterError::NotEnabled).for_param(param));
         }
-        if self.sees(name) {
-            Ok(Target::Adapter(name.to_owned()))
-        } else {
-            Err(self.missing(name, name, param))
+        self.find_target(name, name.to_owned(), param)
+    }
+
+    fn find_target(&self, asked: &str, name: String, param: &str) -> Result<Target, ApiError> {
+        match self.find(&name) {
+            Found::Served => Ok(Target::Adapter(name)),
+            Found::Loading => Err(ApiError::adapter_loading(&name, param)),
+            Found::Nothing => Err(self.missing(asked, &name, param)),
         }
     }
 
@@ -117,7 +134,7 @@ impl Router<'_> {
             Target::Base => self.identity.require_base_model().map(|()| None).map_err(ApiError::from),
             Target::Adapter(name) => match self.engine.acquire_adapter(name).await {
                 Ok(lease) => Ok(Some(lease)),
-                Err(AdapterError::Unknown { .. }) => Err(ApiError::model_not_found(name, "model", &self.available())),
+                Err(AdapterError::Unknown { .. }) => Err(self.gone(name)),
                 Err(error) => Err(error.into()),
             },
         }
@@ -141,7 +158,7 @@ impl Router<'_> {
         }
         let leases = match self.engine.acquire_adapters(&names).await {
             Ok(leases) => leases,
-            Err(AdapterError::Unknown { name, .. }) => return Err(ApiError::model_not_found(&name, "model", &self.available())),
+            Err(AdapterError::Unknown { name, .. }) => return Err(self.gone(&name)),
             Err(error) => return Err(error.into()),
         };
         let mut leases = leases.into_iter();
@@ -150,6 +167,14 @@ impl Router<'_> {
             Target::Adapter(_) => leases.next(),
         };
         Ok(targets.iter().map(lease).collect())
+    }
+
+    /// An adapter was unloaded since it was found; somebody may be loading it again, or have done so.
+    fn gone(&self, name: &str) -> ApiError {
+        match self.find(name) {
+            Found::Nothing => ApiError::model_not_found(name, "model", &self.available()),
+            Found::Loading | Found::Served => ApiError::adapter_loading(name, "model"),
+        }
     }
 
     /// Names that a request may use, base model first.
@@ -163,22 +188,35 @@ impl Router<'_> {
             .collect()
     }
 
-    /// Whether a name, or every name of a combination, exists for this caller. Who may use an alias may use what it stands for.
-    fn sees(&self, name: &str) -> bool {
-        if self.aliases.contains(name) {
-            return self.identity.sees_adapter(name);
+    /// Looks a name up, or every name of a combination. Who may use an alias may use what it stands for.
+    fn find(&self, name: &str) -> Found {
+        let found = self.find_one(name);
+        if found != Found::Nothing {
+            return found;
         }
-        match self.engine.adapter_info(name) {
-            Some(info) if info.parts.is_empty() => self.identity.sees_adapter(name),
-            Some(info) => info.parts.iter().all(|part| self.identity.sees_adapter(part)),
-            // A combination that the engine does not know may have aliases in it.
-            None => match parse_expression(name, usize::MAX) {
-                Ok(Some(parts)) => parts
-                    .iter()
-                    .all(|part| self.identity.sees_adapter(part.name) && (self.aliases.contains(part.name) || self.is_adapter(part.name))),
-                Ok(None) | Err(_) => false,
-            },
+        match parse_expression(name, usize::MAX) {
+            Ok(Some(parts)) => parts.iter().map(|part| self.find_one(part.name)).max().unwrap_or(Found::Nothing),
+            Ok(None) | Err(_) => Found::Nothing,
         }
+    }
+
+    fn find_one(&self, name: &str) -> Found {
+        // Looked at first: what is loaded before the next look is found there.
+        let is_loading = self.loading.contains(name);
+        if !self.identity.sees_adapter(name) {
+            Found::Nothing
+        } else if self.aliases.contains(name) || self.is_adapter(name) {
+            Found::Served
+        } else if is_loading {
+            Found::Loading
+        } else {
+            Found::Nothing
+        }
+    }
+
+    /// Whether a name is that of an adapter which this caller will be able to use, but not yet.
+    pub fn is_loading(&self, name: &str) -> bool {
+        self.find(name) == Found::Loading
     }
 }
 

@@ -47,6 +47,11 @@ fn entry(info: AdapterInfo, aliases: &mut HashMap<String, Vec<String>>) -> Adapt
     }
 }
 
+/// The adapter's name is a part of the path here.
+fn path_names(error: ApiError) -> ApiError {
+    error.rename_param("lora_name", "name").rename_param("model", "name")
+}
+
 /// `GET /v1/adapters`: every adapter, with all that is known of it.
 #[utoipa::path(
     get, path = "/v1/adapters", operation_id = "list_adapters", tag = "Adapters",
@@ -101,10 +106,10 @@ pub async fn push(
         expected_version: query.expected_version,
     };
     // Refused before a gigabyte is received, where that is possible.
-    state.check_load(&load)?;
+    let _loading = state.begin_load(&load).map_err(path_names)?;
     let began = Instant::now();
     let upload = state.pushed.receive(&headers, body).await?;
-    let info = state.push_adapter(load, upload, began).await?;
+    let info = state.push_adapter(load, upload, began).await.map_err(path_names)?;
     let report = info.report.as_ref().and_then(|report| serde_json::to_value(&**report).ok());
     Ok(Json(AdapterPushed {
         adapter: entry(info, &mut aliases_by_adapter(&state)),
@@ -127,6 +132,6 @@ pub async fn unload(
     ApiQuery(query): ApiQuery<UnloadQuery>,
 ) -> Result<Json<AdapterUnloaded>, ApiError> {
     let timeout = drain_timeout(query.timeout_seconds, "timeout_seconds")?;
-    let report = state.unload_adapter(&name, unload_mode(query.force), timeout).await?;
+    let report = state.unload_adapter(&name, unload_mode(query.force), timeout).await.map_err(path_names)?;
     Ok(Json(report.into()))
 }

@@ -65,6 +65,7 @@ fn native_answer(state: &Gateway, result: Result<Option<serde_json::Value>, ApiE
         (status = 400, description = "The adapter or the request is wrong; nothing was registered.",
             content((AdapterFailure = "application/json"))),
         (status = 409, description = "The name has another version than `expected_version`; nothing was changed.", body = AdapterResponse),
+        (status = 502, description = "The Hub can't be reached, or fails.", body = AdapterResponse),
         (status = 503, description = "No room for another adapter now.", body = AdapterResponse),
         crate::openapi::NativeAdminErrors,
     ),
@@ -219,7 +220,10 @@ pub async fn dynamo_load(State(state): State<AppState>, ApiJson(request): ApiJso
         path,
         ..Load::default()
     };
-    state.load_adapter(load).await?;
+    state
+        .load_adapter(load)
+        .await
+        .map_err(|error| error.rename_param("lora_path", "source.uri"))?;
     let message = format!("LoRA adapter '{}' loaded successfully", request.lora_name);
     Ok(dynamo_answer(request.lora_name, message))
 }

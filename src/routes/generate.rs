@@ -46,8 +46,8 @@ pub async fn generate(
     let batch = Batch::read(&state, request).await?;
     let leases = leases(&state, &caller, &batch.prompts).await?;
     let outputs = batch.outputs(&state, &caller, &leases);
-    let (is_list, jobs) = (batch.is_list(), batch.jobs(&leases)?);
-    let streams = state.start(&caller, jobs).map_err(native_names)?;
+    let (is_list, prompt_param, jobs) = (batch.is_list(), batch.param, batch.jobs(&leases)?);
+    let streams = state.start(&caller, jobs).map_err(|error| native_names(error, prompt_param))?;
     let response = if streaming {
         let mut merged = MergedStream::new(streams);
         match merged.wait_for_first().await {
@@ -125,7 +125,7 @@ async fn leases(state: &Gateway, caller: &Caller, prompts: &[PromptPart]) -> Res
     };
     let targets = prompts.iter().map(resolved).collect::<Result<Vec<_>, _>>()?;
     let leased = state.leases(caller, &targets).await;
-    leased.map_err(|error| {
+    leased.map_err(|error| error.rename_param("model", "lora_path")).map_err(|error| {
         // One of them was unloaded in between.
         let gone = prompts
             .iter()
@@ -157,8 +157,9 @@ fn never_loaded(state: &Gateway, caller: &Caller, name: &str) -> ApiError {
 }
 
 /// The engine's names of settings as this route has them.
-fn native_names(error: ApiError) -> ApiError {
+fn native_names(error: ApiError, prompt: &'static str) -> ApiError {
     let native = match error.param() {
+        Some("prompt") => prompt,
         Some("max_tokens") => "sampling_params.max_new_tokens",
         Some("min_tokens") => "sampling_params.min_new_tokens",
         Some(
@@ -180,6 +181,8 @@ fn native_names(error: ApiError) -> ApiError {
 /// The prompts of a request, with lists as long as the batch.
 struct Batch {
     prompts: Vec<PromptPart>,
+    /// The field that they came in.
+    param: &'static str,
     is_batch: bool,
     n: u32,
     return_text: bool,
@@ -198,7 +201,7 @@ struct PromptPart {
 
 impl Batch {
     async fn read(state: &Gateway, request: GenerateRequest) -> Result<Self, ApiError> {
-        let (tokens, is_batch) = prompt_tokens(state, request.text, request.input_ids).await?;
+        let (tokens, is_batch, param) = prompt_tokens(state, request.text, request.input_ids).await?;
         let len = tokens.len();
         let sampling = spread(request.sampling_params, "sampling_params", len, is_batch)?;
         let adapters = spread(request.lora_path, "lora_path", len, is_batch)?;
@@ -226,6 +229,7 @@ impl Batch {
         }
         Ok(Self {
             prompts,
+            param,
             is_batch,
             n,
             return_text: request.return_text_in_logprobs.unwrap_or(false),
@@ -263,11 +267,16 @@ impl Batch {
     fn jobs(self, leases: &[Option<AdapterLease>]) -> Result<Vec<Job>, ApiError> {
         let n = self.n;
         let jobs = self.prompts.into_iter().zip(leases).map(|(prompt, lease)| job(prompt, lease.clone(), n));
-        jobs.collect::<Result<_, _>>().map_err(native_names)
+        let param = self.param;
+        jobs.collect::<Result<_, _>>().map_err(|error| native_names(error, param))
     }
 }
 
-async fn prompt_tokens(state: &Gateway, text: Option<OneOrMany<String>>, input_ids: Option<InputIds>) -> Result<(Vec<Vec<u32>>, bool), ApiError> {
+async fn prompt_tokens(
+    state: &Gateway,
+    text: Option<OneOrMany<String>>,
+    input_ids: Option<InputIds>,
+) -> Result<(Vec<Vec<u32>>, bool, &'static str), ApiError> {
     let (tokens, is_batch, param) = match (text, input_ids) {
         (Some(_), Some(_)) => return Err(ApiError::invalid("input_ids", "Give exactly one of text and input_ids, not both.")),
         (None, None) => return Err(ApiError::invalid("text", "Give exactly one of text and input_ids.")),
@@ -288,7 +297,7 @@ async fn prompt_tokens(state: &Gateway, text: Option<OneOrMany<String>>, input_i
     if tokens.iter().any(Vec::is_empty) {
         return Err(ApiError::invalid(param, "Prompt cannot be empty"));
     }
-    Ok((tokens, is_batch))
+    Ok((tokens, is_batch, param))
 }
 
 /// One value for all prompts, or one for each.

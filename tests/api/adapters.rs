@@ -365,3 +365,119 @@ async fn an_unload_waits_as_long_as_it_is_told_or_aborts() {
         delete(&format!("x?timeout_seconds={bad}")).await.error(400).await;
     }
 }
+
+/// Until a load has come so far that requests are told of it.
+async fn until_loading(server: &Server, name: &str) {
+    while server.get(&format!("/v1/models/{name}")).await.status == 404 {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn an_adapter_that_is_being_loaded_is_a_503_that_says_so_and_no_404() {
+    let server = Server::new();
+    let gate = Gate::new();
+    server.engine.hold_loads(&gate);
+    let router = server.router.clone();
+    let body = json!({"lora_name": "new", "lora_path": folder()}).to_string();
+    let request = axum::http::Request::post("/load_lora_adapter").header("content-type", "application/json");
+    let load = tokio::spawn(tower::ServiceExt::oneshot(router, request.body(axum::body::Body::from(body)).unwrap()));
+    until_loading(&server, "new").await;
+
+    let chat = |model: &str| json!({"model": model, "messages": [{"role": "user", "content": "a"}]});
+    let requests = |model: &str| {
+        [
+            ("/v1/chat/completions", chat(model)),
+            (
+                "/v1/chat/completions",
+                json!({"model": BASE, "lora_path": model, "messages": [{"role": "user", "content": "a"}]}),
+            ),
+            ("/v1/completions", json!({"model": model, "prompt": "a"})),
+            ("/v1/responses", json!({"model": model, "input": "a"})),
+            ("/tokenize", json!({"model": model, "prompt": "a"})),
+            ("/detokenize", json!({"model": model, "tokens": [97]})),
+        ]
+    };
+    for model in ["new", "new*0.5", "sql+new"] {
+        for (path, body) in requests(model) {
+            let mut answer = server.post(path, body).await;
+            assert_eq!(answer.header("retry-after"), Some("1"), "{path} {model}");
+            let error = answer.error(503).await;
+            assert_eq!(
+                (&error["code"], &error["type"]),
+                (&json!("adapter_loading"), &json!("server_error")),
+                "{path} {model}"
+            );
+        }
+    }
+    let mut answer = server.post("/generate", json!({"text": ["a", "b"], "lora_path": ["sql", "new"]})).await;
+    assert_eq!(answer.header("retry-after"), Some("1"));
+    let error = answer.json(503).await["error"].take();
+    assert_eq!((&error["param"], &error["retryable"]), (&json!("lora_path"), &json!(true)));
+    let alias = axum::http::Request::put("/v1/aliases/soon").header("content-type", "application/json");
+    let alias = alias.body(axum::body::Body::from(r#"{"adapter": "new"}"#)).unwrap();
+    assert_eq!(server.send(alias).await.error(503).await["param"], "targets");
+    // What is served goes on, and a name that nobody loads stays unknown, beside one that is being loaded, too.
+    server
+        .post("/v1/completions", json!({"model": "sql", "prompt": "a"}))
+        .await
+        .json(200)
+        .await;
+    for model in ["other", "new+other"] {
+        server
+            .post("/v1/completions", json!({"model": model, "prompt": "a"}))
+            .await
+            .error(404)
+            .await;
+    }
+    gate.open();
+    assert_eq!(load.await.unwrap().unwrap().status(), 200);
+    server
+        .post("/v1/completions", json!({"model": "new", "prompt": "a"}))
+        .await
+        .json(200)
+        .await;
+}
+
+#[tokio::test]
+async fn a_load_that_fails_leaves_its_name_unknown() {
+    let server = Server::new();
+    server.engine.fail_next_load(AdapterError::Incompatible { reason: "no".into() });
+    server
+        .post("/load_lora_adapter", json!({"lora_name": "new", "lora_path": folder()}))
+        .await
+        .json(400)
+        .await;
+    server
+        .post("/v1/completions", json!({"model": "new", "prompt": "a"}))
+        .await
+        .error(404)
+        .await;
+}
+
+#[tokio::test]
+async fn a_hub_that_can_t_be_reached_is_not_the_client_s_fault() {
+    // A port that was just free: nobody listens there.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let cache = tempfile::tempdir().unwrap();
+    let hub = polylora::hub::Hub::new(polylora::hub::HubConfig {
+        endpoint: Some(format!("http://127.0.0.1:{port}")),
+        cache_dir: cache.path().to_owned(),
+        token: None,
+        offline: false,
+        progress: false,
+    });
+    let sources = polylora::auth::AdapterSources::new(hub, polylora::auth::SourcePolicy::Any);
+    let server = Server::with(|engine| engine, |gateway| gateway.sources = std::sync::Arc::new(sources));
+    let body = json!({"lora_name": "x", "lora_path": "org/adapter"});
+    let answer = server.post("/load_lora_adapter", body.clone()).await.json(502).await;
+    assert!(
+        answer["error_message"].as_str().unwrap().contains("org/adapter from http://127.0.0.1:"),
+        "{answer}"
+    );
+    let error = server.post("/v1/load_lora_adapter", body).await.error(502).await;
+    assert_eq!(error["type"], "InternalServerError");
+    let body = json!({"lora_name": "x", "source": {"uri": "org/adapter"}});
+    let error = server.post("/v1/loras", body).await.error(502).await;
+    assert_eq!((&error["code"], &error["param"]), (&json!("hub_unreachable"), &json!("source.uri")));
+}

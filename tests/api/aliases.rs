@@ -229,6 +229,7 @@ async fn what_can_t_be_is_a_named_400() {
         ("x", json!({"adapter": "demo:1b"}), json!("alias_bad_target"), "the base model"),
         ("x", weight(json!(0)), json!("alias_bad_target"), "got 0"),
         ("x", weight(json!(-3)), json!("alias_bad_target"), "got -3"),
+        ("x", weight(json!(2e6)), json!("alias_bad_target"), "must be between"),
         ("x", json!({"targets": []}), json!("alias_bad_target"), "got 0"),
         ("x", weight(json!("much")), Value::Null, "targets[0].weight"),
         ("x", json!({}), Value::Null, "exactly one"),

@@ -281,3 +281,32 @@ async fn an_empty_rid_is_none() {
     let id = answer["meta_info"]["id"].as_str().unwrap().to_owned();
     assert!(!id.is_empty(), "{answer}");
 }
+
+#[tokio::test]
+async fn errors_of_a_prompt_name_the_field_that_it_came_in() {
+    let server = Server::new();
+    let long = "a".repeat(600);
+    for (body, param) in [
+        (json!({"input_ids": [5000]}), "input_ids"),
+        (json!({"input_ids": [[1], [5000]]}), "input_ids"),
+        (json!({"input_ids": vec![97; 600]}), "input_ids"),
+        (json!({"text": long}), "text"),
+    ] {
+        let error = server.post(PATH, body).await.json(400).await["error"].take();
+        assert_eq!(error["param"], param, "{error}");
+    }
+}
+
+#[tokio::test]
+async fn more_adapters_than_there_may_be_in_memory_are_the_client_s_mistake() {
+    let server = Server::new();
+    server
+        .engine
+        .fail_next_acquire(polylora_engine::AdapterError::TooManyAdapters { got: 3, limit: 2 });
+    let mut answer = server.post(PATH, json!({"text": ["a", "b"], "lora_path": ["sql", "json"]})).await;
+    assert_eq!(answer.header("retry-after"), None);
+    let error = answer.json(400).await["error"].take();
+    assert_eq!((&error["param"], &error["retryable"]), (&json!("lora_path"), &json!(false)));
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("at most 2") && message.contains("names 3"), "{message}");
+}

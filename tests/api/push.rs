@@ -313,3 +313,26 @@ async fn a_change_that_can_t_be_written_is_said_to_be_in_effect() {
     let pushed = kept(folder.path()).adapters["new"].pushed.clone().unwrap();
     assert_eq!(tree(&folder.path().join("adapters").join(pushed)).len(), 2);
 }
+
+#[tokio::test]
+async fn what_is_wrong_is_said_of_a_part_that_was_sent() {
+    let server = Server::new();
+    let bad_file = |file: &str| AdapterError::BadFile {
+        file: file.into(),
+        reason: "cut off".into(),
+    };
+    let unsupported = AdapterError::Unsupported {
+        key: "use_x".into(),
+        reason: "no".into(),
+    };
+    for (error, param) in [
+        (bad_file("adapter_model.safetensors"), "weights"),
+        (bad_file("adapter_config.json"), "config"),
+        (unsupported, "config"),
+    ] {
+        server.engine.fail_next_load(error);
+        assert_eq!(push(&server, "x", files()).await.error(400).await["param"], param);
+    }
+    assert_eq!(push(&server, "sql?replace=false", files()).await.error(400).await["param"], "name");
+    assert_eq!(push(&server, "sql?expected_version=00", files()).await.error(409).await["param"], "name");
+}

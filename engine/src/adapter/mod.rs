@@ -400,6 +400,14 @@ pub enum AdapterError {
         /// At most.
         limit: usize,
     },
+    /// More adapters at once than there may ever be in host memory.
+    #[error("at most {limit} adapters may be in memory at once (max-loaded-loras), but the request names {got}")]
+    TooManyAdapters {
+        /// Different ones in the request.
+        got: usize,
+        /// At most.
+        limit: usize,
+    },
     /// `max_loaded_loras` is reached and nothing may leave.
     #[error("no adapter can be evicted: all {loaded} loaded adapters (limit {limit}) are pinned or in use")]
     NothingToEvict {

@@ -651,7 +651,7 @@ impl AdapterRegistry {
     /// Leases on several, all of them or none. Two calls never wait for each other's, as two series of `acquire` may.
     ///
     /// # Errors
-    /// As `acquire`; `NothingToEvict` at once for more adapters than there may be in host memory.
+    /// As `acquire`; `TooManyAdapters` for more than there may be in host memory.
     pub fn acquire_all<'a>(&'a self, names: &'a [&'a str]) -> BoxFuture<'a, Result<Vec<AdapterLease>, AdapterError>> {
         Box::pin(async move {
             let wanted = names.iter().map(|name| self.shared.parse(name)).collect::<Result<Vec<_>, _>>()?;
@@ -673,9 +673,9 @@ impl AdapterRegistry {
 
     /// Refuses what could never be in host memory at once.
     fn check_number<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<(), AdapterError> {
-        let loaded = names.collect::<HashSet<_>>().len();
+        let got = names.collect::<HashSet<_>>().len();
         match self.shared.config.max_loaded_loras {
-            Some(limit) if loaded > limit => Err(AdapterError::NothingToEvict { loaded, limit }),
+            Some(limit) if got > limit => Err(AdapterError::TooManyAdapters { got, limit }),
             _ => Ok(()),
         }
     }
@@ -2318,7 +2318,7 @@ mod tests {
         assert_eq!((stats.leases, stats.waiting_for_room), (0, 0));
         assert_eq!(registry.shared.parked.load(Ordering::SeqCst), 0);
         let too_many = block_on(registry.acquire_all(&["a", "b+c"])).unwrap_err();
-        assert_eq!(too_many, AdapterError::NothingToEvict { loaded: 3, limit: 2 });
+        assert_eq!(too_many, AdapterError::TooManyAdapters { got: 3, limit: 2 });
     }
 
     #[test]
