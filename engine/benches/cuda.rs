@@ -393,5 +393,7 @@ fn random_adapter(config: &DecoderConfig, rank: usize, seed: u64) -> HostAdapter
         blob,
         max_lora_rank: rank as u32,
         replaced: Vec::new(),
+        token_rows: Vec::new(),
+        resized_vocab: None,
     }
 }

@@ -127,6 +127,8 @@ fn host_adapter(number: u32) -> Arc<HostAdapter> {
         dtype: PackedDtype::F32,
         modules: Vec::new(),
         replaced: Vec::new(),
+        token_rows: Vec::new(),
+        resized_vocab: None,
         blob: AlignedBytes::zeroed(64),
         max_lora_rank: 16,
     })

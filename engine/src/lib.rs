@@ -96,7 +96,7 @@ pub struct EngineDescription {
     pub device: String,
     /// What is computed in: `float32`, `bfloat16`.
     pub dtype: String,
-    /// Width of the logits.
+    /// Width of the logits of the base model, and of adapters that have no tokens of their own.
     pub vocab_size: usize,
     /// Most tokens of prompt and output together.
     pub context_length: usize,

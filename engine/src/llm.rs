@@ -234,7 +234,7 @@ impl LlmEngine {
         if prompt_len == 0 {
             return Err(SubmitError::EmptyPrompt);
         }
-        let vocab_size = description.vocab_size;
+        let vocab_size = request.vocab_size(description.vocab_size);
         if let Some(token_id) = request.prompt_tokens.iter().find(|token_id| **token_id as usize >= vocab_size) {
             return Err(SubmitError::TokenOutOfRange { got: *token_id, vocab_size });
         }

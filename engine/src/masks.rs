@@ -22,6 +22,8 @@ pub(crate) struct MaskJob {
     pub constraint: Box<dyn Constraint>,
     /// The token that was chosen last; `None` for a request's first mask.
     pub chosen: Option<u32>,
+    /// Words of the mask: a bit for each token that the request may have.
+    pub mask_words: usize,
     /// Comes back with the answer.
     pub round: u64,
 }
@@ -37,16 +39,14 @@ pub(crate) struct MaskAnswer {
 
 /// Threads that work out masks; they start with the first job and end when the pool is dropped, a job in hand included.
 pub(crate) struct MaskPool {
-    mask_words: usize,
     answer: Arc<dyn Fn(MaskAnswer) + Send + Sync>,
     jobs: Option<Sender<MaskJob>>,
 }
 
 impl MaskPool {
-    /// `answer` is called on the pool's threads; masks have `mask_words` words.
-    pub fn new(mask_words: usize, answer: impl Fn(MaskAnswer) + Send + Sync + 'static) -> Self {
+    /// `answer` is called on the pool's threads.
+    pub fn new(answer: impl Fn(MaskAnswer) + Send + Sync + 'static) -> Self {
         Self {
-            mask_words,
             answer: Arc::new(answer),
             jobs: None,
         }
@@ -58,10 +58,10 @@ impl MaskPool {
         match &jobs {
             Some(sender) => {
                 if let Err(refused) = sender.send(job) {
-                    (self.answer)(work_out(refused.0, self.mask_words));
+                    (self.answer)(work_out(refused.0));
                 }
             }
-            None => (self.answer)(work_out(job, self.mask_words)),
+            None => (self.answer)(work_out(job)),
         }
         self.jobs = jobs;
     }
@@ -72,10 +72,10 @@ impl MaskPool {
         let receiver = Arc::new(Mutex::new(receiver));
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let started = (0..cores.div_ceil(2).min(MAX_THREADS)).filter(|_| {
-            let (receiver, answer, mask_words) = (Arc::clone(&receiver), Arc::clone(&self.answer), self.mask_words);
+            let (receiver, answer) = (Arc::clone(&receiver), Arc::clone(&self.answer));
             let body = move || {
                 while let Some(job) = next_job(&receiver) {
-                    answer(work_out(job, mask_words));
+                    answer(work_out(job));
                 }
             };
             std::thread::Builder::new().name("polylora-masks".to_owned()).spawn(body).is_ok()
@@ -89,11 +89,12 @@ fn next_job(receiver: &Mutex<Receiver<MaskJob>>) -> Option<MaskJob> {
 }
 
 /// Commits the chosen token, if there is one, and fills the mask for the next position. A panic in a constraint is an error of its request.
-fn work_out(job: MaskJob, mask_words: usize) -> MaskAnswer {
+fn work_out(job: MaskJob) -> MaskAnswer {
     let MaskJob {
         request_id,
         mut constraint,
         chosen,
+        mask_words,
         round,
     } = job;
     let call = AssertUnwindSafe(|| {

@@ -393,6 +393,8 @@ impl MockEngine {
                 dtype: PackedDtype::F32,
                 modules: Vec::new(),
                 replaced: Vec::new(),
+                token_rows: Vec::new(),
+                resized_vocab: None,
                 blob: AlignedBytes::zeroed(0),
                 max_lora_rank: 8,
             }),
@@ -438,9 +440,8 @@ impl MockEngine {
         if !self.healthy.load(Ordering::SeqCst) {
             return Err(SubmitError::Unhealthy("the mock was told to be".into()));
         }
-        let EngineDescription {
-            vocab_size, context_length, ..
-        } = self.description;
+        let context_length = self.description.context_length;
+        let vocab_size = request.vocab_size(self.description.vocab_size);
         if request.prompt_tokens.is_empty() {
             return Err(SubmitError::EmptyPrompt);
         }
@@ -596,6 +597,7 @@ impl InferenceEngine for MockEngine {
 
     fn submit(&self, request: GenerationRequest) -> Result<TokenStream, SubmitError> {
         self.check(&request)?;
+        let vocab_size = request.vocab_size(self.description.vocab_size);
         let recorded = Recorded {
             prompt_tokens: request.prompt_tokens,
             sampling: request.sampling,
@@ -617,7 +619,7 @@ impl InferenceEngine for MockEngine {
             started: false,
             script,
             stop_token_ids,
-            vocab_size: self.description.vocab_size,
+            vocab_size,
             output_len: 0,
             room: recorded.sampling.max_tokens.min(context_room),
             request: recorded.clone(),

@@ -12,7 +12,7 @@ pub struct RequestId(pub u64);
 
 /// One stream of output tokens to be generated. `n > 1` is `n` requests that share a prompt (and, by the prefix cache, its KV).
 pub struct GenerationRequest {
-    /// Prompt token ids, at least one, each below the vocabulary size.
+    /// Prompt token ids, at least one, each below the vocabulary size: the adapter's own, where it has one.
     pub prompt_tokens: Vec<u32>,
     /// How to choose and when to stop.
     pub sampling: SamplingParams,
@@ -242,6 +242,13 @@ pub enum SubmitError {
     /// The engine has failed.
     #[error("the engine failed: {0}")]
     Unhealthy(String),
+}
+
+impl GenerationRequest {
+    /// Tokens that it may have and that its logits are over, on a base model that has `base_vocab_size`.
+    pub fn vocab_size(&self, base_vocab_size: usize) -> usize {
+        self.adapter.as_ref().map_or(base_vocab_size, |lease| lease.vocab_size(base_vocab_size))
+    }
 }
 
 impl SamplingParams {

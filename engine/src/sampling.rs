@@ -37,7 +37,7 @@ struct Candidate {
     value: f32,
 }
 
-/// All that a sample row asks for, from its logits `[vocab_size]`.
+/// All that a sample row asks for, from its logits `[vocab_size]`; the row's own vocabulary is whatever they are over.
 pub fn sample_row(logits: &[f32], row: &SampleRow, scratch: &mut SamplingScratch) -> SampleOutput {
     let mut output = SampleOutput::default();
     let max = match max_logit(logits) {

@@ -68,6 +68,8 @@ pub fn host_adapter(number: u32, bytes: usize) -> Arc<HostAdapter> {
         dtype: PackedDtype::F32,
         modules: Vec::new(),
         replaced: Vec::new(),
+        token_rows: Vec::new(),
+        resized_vocab: None,
         blob: AlignedBytes::zeroed(bytes),
         max_lora_rank: 8,
     })

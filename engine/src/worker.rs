@@ -204,6 +204,8 @@ pub(crate) struct Worker {
     requests: HashMap<RequestId, ActiveRequest>,
     shared: Arc<Shared>,
     masks: MaskPool,
+    /// Of the base model.
+    vocab_size: usize,
     /// Masks asked for in this round that are not there yet.
     awaited_masks: usize,
     mask_round: u64,
@@ -246,12 +248,13 @@ impl Worker {
             inbox,
             requests: HashMap::new(),
             shared,
-            masks: MaskPool::new(vocab_size.div_ceil(32), move |answer| {
+            masks: MaskPool::new(move |answer| {
                 // Nobody is left to be told when the engine is gone.
                 if let Some(commands) = commands.upgrade() {
                     commands.send(Command::Mask(answer)).ok();
                 }
             }),
+            vocab_size,
             awaited_masks: 0,
             mask_round: 0,
             stats,
@@ -553,13 +556,17 @@ impl Worker {
     /// Has a request's constraint told of the token that was chosen, if one was, and its mask for the next one worked out. A sequence that
     /// ended with this token is gone and needs none.
     fn ask_for_mask(&mut self, request_id: RequestId, chosen: Option<u32>) {
-        let constraint = self.scheduler.sequence_mut(request_id).and_then(|sequence| sequence.constraint.take());
-        if let Some(constraint) = constraint {
+        let Some(sequence) = self.scheduler.sequence_mut(request_id) else {
+            return;
+        };
+        let vocab_size = sequence.adapter().map_or(self.vocab_size, |lease| lease.vocab_size(self.vocab_size));
+        if let Some(constraint) = sequence.constraint.take() {
             self.awaited_masks += 1;
             self.masks.ask(MaskJob {
                 request_id,
                 constraint,
                 chosen,
+                mask_words: vocab_size.div_ceil(32),
                 round: self.mask_round,
             });
         }

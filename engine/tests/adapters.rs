@@ -41,6 +41,9 @@ struct Combination {
 struct Case {
     name: String,
     base: String,
+    /// Of its own, where it has tokens of its own.
+    prompt_ids: Option<Vec<u32>>,
+    vocab_size: Option<u32>,
     #[serde(flatten)]
     answer: Answer,
 }
@@ -121,17 +124,25 @@ fn check(name: &str, outcome: &Outcome, answer: &Answer) {
 }
 
 fn run(golden: &Golden, adapter: Option<AdapterHandle>, answer: &Answer) -> Run {
+    run_on(&golden.prompt_ids, adapter, answer)
+}
+
+fn run_on(prompt_ids: &[u32], adapter: Option<AdapterHandle>, answer: &Answer) -> Run {
     // Two more than are compared: the fifth and the sixth may be closer than the tolerance.
     Run {
         top_k: 7,
-        ..Run::greedy(&golden.prompt_ids, adapter, answer.output_ids.len() as u32)
+        ..Run::greedy(prompt_ids, adapter, answer.output_ids.len() as u32)
     }
+}
+
+fn run_case(golden: &Golden, adapter: AdapterHandle, case: &Case) -> Run {
+    run_on(case.prompt_ids.as_ref().unwrap_or(&golden.prompt_ids), Some(adapter), &case.answer)
 }
 
 #[test]
 fn every_kind_of_adapter_computes_what_peft_computes() {
     let golden = golden();
-    assert!(golden.cases.len() >= 28);
+    assert!(golden.cases.len() >= 45);
     for (base_name, base_answer) in &golden.bases {
         let mut base = base(base_name, ComputeDtype::Float32);
         let cases: Vec<&Case> = golden.cases.iter().filter(|case| case.base == *base_name).collect();
@@ -141,9 +152,7 @@ fn every_kind_of_adapter_computes_what_peft_computes() {
             .iter()
             .zip(&handles)
             .map(|(case, handle)| {
-                let outcome = generate(&mut base.backend, &[run(&golden, Some(*handle), &case.answer)])
-                    .unwrap()
-                    .remove(0);
+                let outcome = generate(&mut base.backend, &[run_case(&golden, *handle, case)]).unwrap().remove(0);
                 check(&case.name, &outcome, &case.answer);
                 outcome
             })
@@ -152,7 +161,7 @@ fn every_kind_of_adapter_computes_what_peft_computes() {
         let mut runs: Vec<Run> = cases
             .iter()
             .zip(&handles)
-            .map(|(case, handle)| run(&golden, Some(*handle), &case.answer))
+            .map(|(case, handle)| run_case(&golden, *handle, case))
             .collect();
         runs.insert(cases.len() / 2, run(&golden, None, base_answer));
         // As many as the cache holds at once.
@@ -168,6 +177,123 @@ fn every_kind_of_adapter_computes_what_peft_computes() {
 }
 
 #[test]
+fn added_tokens_are_read_and_emitted_by_rows_of_their_adapter_alone() {
+    let golden = golden();
+    for (base_name, base_answer) in &golden.bases {
+        let mut base = base(base_name, ComputeDtype::Float32);
+        let base_vocab_size = base.decoder.vocab_size as u32;
+        let cases: Vec<&Case> = golden
+            .cases
+            .iter()
+            .filter(|case| case.base == *base_name && case.vocab_size.is_some())
+            .collect();
+        assert!(cases.len() >= 5, "{base_name}");
+        for case in cases {
+            let vocab_size = case.vocab_size.unwrap();
+            let (adapter, report) = base.load(&case.name, PackedDtype::F32);
+            assert_eq!(adapter.vocab_size(base_vocab_size as usize), vocab_size as usize, "{}", case.name);
+            assert_eq!(report.resized_vocab, Some(vocab_size as usize));
+            if vocab_size > base_vocab_size {
+                let is_added = |id: &u32| *id >= base_vocab_size;
+                assert!(case.answer.output_ids.iter().any(is_added), "{}: emits an added token", case.name);
+                assert!(case.prompt_ids.as_ref().unwrap().iter().any(is_added), "{}: is asked with one", case.name);
+            }
+            let handle = base.backend.begin_upload(&Arc::new(adapter)).unwrap();
+            let widest = |adapter, prompt: &[u32]| Run {
+                top_k: 1000,
+                ..run_on(prompt, adapter, base_answer)
+            };
+            let runs = [
+                widest(None, &golden.prompt_ids),
+                widest(Some(handle), &golden.prompt_ids),
+                widest(None, &golden.prompt_ids),
+            ];
+            let outcomes = generate(&mut base.backend, &runs).unwrap();
+            for (outcome, expected) in outcomes.iter().zip([base_vocab_size, vocab_size, base_vocab_size]) {
+                for logprobs in outcome.prompt_logprobs.iter().chain(&outcome.output_logprobs) {
+                    assert_eq!(
+                        logprobs.top.len(),
+                        expected as usize,
+                        "{}: one for each token that the row has",
+                        case.name
+                    );
+                    let total: f64 = logprobs.top.iter().map(|(_, logprob)| f64::from(*logprob).exp()).sum();
+                    assert!((total - 1.0).abs() < 1e-4, "{}: {total}", case.name);
+                }
+            }
+            assert_eq!(outcomes[0].output_ids, base_answer.output_ids, "{}: the base beside it", case.name);
+            let beyond = [vocab_size];
+            generate(&mut base.backend, &[widest(Some(handle), &beyond)]).expect_err("a token beyond the adapter's");
+            if vocab_size > base_vocab_size {
+                generate(&mut base.backend, &[widest(None, &[vocab_size - 1])]).expect_err("a token that the base has not");
+            }
+            base.backend.free_adapter(handle);
+        }
+    }
+}
+
+#[test]
+fn rows_that_are_the_base_models_are_not_kept() {
+    let mut llama = base("tiny-llama3", ComputeDtype::Float32);
+    let row_bytes = llama.decoder.hidden_size * 4;
+    let (untrained, report) = llama.load("tokens_untrained_rows", PackedDtype::F32);
+    assert_eq!(report.token_rows.values().copied().collect::<Vec<_>>(), [3, 3], "{report:?}");
+    assert!(untrained.replaced.is_empty());
+    let pairs: usize = untrained
+        .modules
+        .iter()
+        .map(|module| 4 * (module.lora_rank * (module.d_in + module.d_out)) as usize)
+        .sum();
+    assert!(
+        (pairs + 6 * row_bytes..pairs + 7 * row_bytes).contains(&untrained.bytes()),
+        "{} bytes",
+        untrained.bytes()
+    );
+    let (trained, report) = llama.load("tokens_saved", PackedDtype::F32);
+    assert_eq!(report.replaced_modules, ["model.embed_tokens", "lm_head"]);
+    assert!(trained.bytes() > 2 * 261 * row_bytes, "{} bytes", trained.bytes());
+    let (fewer, report) = llama.load("tokens_fewer", PackedDtype::F32);
+    assert_eq!(
+        (fewer.resized_vocab, report.token_rows.len()),
+        (Some(240), 0),
+        "what is left is the base model's"
+    );
+    // A tied pair of rows is kept once.
+    let qwen = base("tiny-qwen2", ComputeDtype::Float32);
+    let (tied, _) = qwen.load("tokens_tied_untrained_rows", PackedDtype::F32);
+    assert_eq!(tied.token_rows[0].offset_bytes, tied.token_rows[1].offset_bytes);
+    // All that a backend has of it is counted: the rows of the head are packed once more.
+    let limit = untrained.bytes() + 3 * row_bytes;
+    let untrained = Arc::new(untrained);
+    llama.backend.begin_upload(&untrained).unwrap();
+    let options = CpuOptions {
+        adapter_bytes: limit - 1,
+        max_batch_tokens: 4,
+        kv_cache: KvBudget::Blocks(4),
+        ..CpuOptions::default()
+    };
+    let mut small = CpuBackend::load(&llama.files, &llama.decoder, &options).unwrap();
+    let error = small.begin_upload(&untrained).unwrap_err();
+    assert!(error.to_string().contains(&format!("needs {limit} bytes")), "{error}");
+}
+
+#[test]
+fn adapters_with_tokens_of_their_own_are_not_combined() {
+    let base = base("tiny-llama3", ComputeDtype::Float32);
+    let plain = base.load("plain_f16", PackedDtype::F32).0;
+    for name in ["tokens_untrained_rows", "tokens_pairs", "tokens_fewer", "rows_embedding"] {
+        let own = base.load(name, PackedDtype::F32).0;
+        for parts in [vec![(&own, 1.0), (&plain, 1.0)], vec![(&own, 0.5)]] {
+            let error = combine(&parts, None).unwrap_err().to_string();
+            assert!(
+                error.contains("an adapter with tokens of its own can't be combined or weighted"),
+                "{name}: {error}"
+            );
+        }
+    }
+}
+
+#[test]
 fn every_kind_of_adapter_runs_in_bfloat16() {
     let golden = golden();
     for base_name in golden.bases.keys() {
@@ -175,9 +301,7 @@ fn every_kind_of_adapter_runs_in_bfloat16() {
         for case in golden.cases.iter().filter(|case| case.base == *base_name) {
             let (adapter, _) = base.load(&case.name, PackedDtype::Bf16);
             let handle = base.backend.begin_upload(&Arc::new(adapter)).unwrap();
-            let outcome = generate(&mut base.backend, &[run(&golden, Some(handle), &case.answer)])
-                .unwrap()
-                .remove(0);
+            let outcome = generate(&mut base.backend, &[run_case(&golden, handle, case)]).unwrap().remove(0);
             base.backend.free_adapter(handle);
             // 8 bits of mantissa through two layers with large random deltas: near, not equal.
             for (position, (got, expected)) in outcome.prompt_logprobs.iter().zip(&case.answer.top_logprobs).enumerate() {

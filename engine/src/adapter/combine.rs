@@ -82,7 +82,7 @@ pub fn combined_version(parts: &[(&HostAdapter, f32)]) -> VersionId {
 /// The adapter whose delta is the weighted sum of the parts' deltas.
 ///
 /// # Errors
-/// `Incompatible`: parts that are more than A and B (a sum of DoRA's scales or of whole heads means nothing), a rank above
+/// `Incompatible`: parts that are more than A and B (a sum of DoRA's scales, of whole heads or of vocabularies means nothing), a rank above
 /// `max_rank`.
 pub fn combine(parts: &[(&HostAdapter, f32)], max_rank: Option<u32>) -> Result<HostAdapter, AdapterError> {
     let incompatible = |reason: String| Err(AdapterError::Incompatible { reason });
@@ -91,6 +91,9 @@ pub fn combine(parts: &[(&HostAdapter, f32)], max_rank: Option<u32>) -> Result<H
     };
     for (adapter, _) in parts {
         let has_output_terms = |module: &PackedModule| module.output_scale_offset_bytes.is_some() || module.output_bias_offset_bytes.is_some();
+        if !adapter.token_rows.is_empty() || adapter.resized_vocab.is_some() {
+            return incompatible("an adapter with tokens of its own can't be combined or weighted".into());
+        }
         if !adapter.replaced.is_empty() || adapter.modules.iter().any(has_output_terms) {
             return incompatible("an adapter with DoRA, biases or whole modules can't be combined or weighted".into());
         }
@@ -119,6 +122,8 @@ pub fn combine(parts: &[(&HostAdapter, f32)], max_rank: Option<u32>) -> Result<H
         blob: AlignedBytes::zeroed(bytes),
         max_lora_rank: largest,
         replaced: Vec::new(),
+        token_rows: Vec::new(),
+        resized_vocab: None,
     };
     for (index, members) in members.iter().enumerate() {
         let module = combined.modules[index];

@@ -19,6 +19,9 @@ pub const MAX_CONFIG_BYTES: u64 = 1 << 20;
 /// PEFT condenses lists of at least so many target modules to suffixes (`MIN_TARGET_MODULES_FOR_OPTIMIZATION`).
 const CONDENSED_TARGETS: usize = 20;
 
+/// Names the rows of embeddings that were trained one by one.
+const TOKEN_INDICES: &str = "trainable_token_indices";
+
 /// Longest regular expression that is compiled.
 const MAX_PATTERN_BYTES: usize = 4096;
 
@@ -75,10 +78,6 @@ const OTHER_KEYS: &[(&str, Treatment)] = &[
         "target_parameters",
         Treatment::Refuse("LoRA on bare parameters (mixture-of-experts weights) is not applied"),
     ),
-    (
-        "trainable_token_indices",
-        Treatment::Refuse("embedding rows trained one by one are not applied"),
-    ),
     ("use_bdlora", Treatment::Refuse("block-diagonal A and B have another tensor layout")),
     ("use_qalora", Treatment::Refuse("QA-LoRA pools its input before A")),
     ("velora_config", Treatment::NoEffect),
@@ -128,6 +127,7 @@ pub struct PeftConfig {
     targets: ModuleSet,
     excluded: Option<ModuleSet>,
     saved: Vec<(String, Regex)>,
+    token_rows: Vec<(String, Vec<u32>)>,
     layers: Option<Vec<u64>>,
     layers_patterns: Vec<Regex>,
     rank_pattern: Vec<(String, Regex, u32)>,
@@ -151,6 +151,17 @@ pub struct ResolvedModule {
     pub tied_to_embedding: bool,
 }
 
+/// Rows of an embedding or a head that were trained one by one (`trainable_token_indices`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResolvedRows {
+    /// `EmbedTokens` or `LmHead`.
+    pub id: ModuleId,
+    /// The token of each row, in the file's order; no token twice.
+    pub token_ids: Vec<u32>,
+    /// The head's rows are those of the embedding, which it is tied to.
+    pub tied_to_embedding: bool,
+}
+
 /// What the configuration says of a base model.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Resolution {
@@ -160,15 +171,18 @@ pub struct Resolution {
     pub saved: Vec<ModuleId>,
     /// The saved embedding is also the head (`ensure_weight_tying` over a tied base).
     pub saved_head_is_embedding: bool,
+    /// Rows of embeddings that the adapter brings one by one, sorted by `id`.
+    pub token_rows: Vec<ResolvedRows>,
     /// Keys and entries that have no effect here.
     pub without_effect: Vec<String>,
 }
 
 impl Resolution {
-    /// Names of the modules that the adapter changes, those that it brings whole included.
+    /// Names of the modules that the adapter changes, those that it brings whole or in part included.
     pub fn module_names(&self) -> std::collections::BTreeSet<&'static str> {
         let ids = self.modules.iter().map(|module| module.id).chain(self.saved.iter().copied());
-        ids.map(ModuleId::module_name).collect()
+        let rows = self.token_rows.iter().filter(|rows| !rows.tied_to_embedding).map(|rows| rows.id);
+        ids.chain(rows).map(ModuleId::module_name).collect()
     }
 
     /// Largest rank of a pair.
@@ -206,6 +220,7 @@ impl PeftConfig {
             targets: reader.module_set("target_modules")?.unwrap_or(ModuleSet::Default),
             excluded: reader.module_set("exclude_modules")?,
             saved: reader.modules_to_save()?,
+            token_rows: reader.trainable_token_indices()?,
             layers: reader.layers_to_transform()?,
             layers_patterns: reader.layers_patterns()?,
             rank_pattern: reader.pattern_map("rank_pattern", parse_rank)?,
@@ -305,8 +320,55 @@ impl PeftConfig {
         }
         resolution.modules.sort_by_key(|module| module.id);
         resolution.saved.sort();
+        resolution.token_rows = self.resolve_token_rows(&resolution, decoder)?;
         self.list_unused(&mut resolution, decoder, &used_names, tying)?;
         Ok(resolution)
+    }
+
+    /// Which rows of which module `trainable_token_indices` stands for (PEFT's `set_additional_trainable_modules`): a tied head has the
+    /// embedding's rows, unless it is given others of its own.
+    fn resolve_token_rows(&self, resolution: &Resolution, decoder: &DecoderConfig) -> Result<Vec<ResolvedRows>, AdapterError> {
+        let refuse = |reason: String| Err(unsupported(TOKEN_INDICES, reason));
+        let mut of_embedding: Option<&Vec<u32>> = None;
+        let mut of_head: Option<&Vec<u32>> = None;
+        for (name, token_ids) in &self.token_rows {
+            let (id, place) = if is_suffix(name, &module_path(ModuleId::EmbedTokens)) {
+                (ModuleId::EmbedTokens, &mut of_embedding)
+            } else if is_suffix(name, &module_path(ModuleId::LmHead)) {
+                (ModuleId::LmHead, &mut of_head)
+            } else {
+                return refuse(format!("it holds `{name}`, only embed_tokens and lm_head have rows for tokens"));
+            };
+            if place.replace(token_ids).is_some() {
+                return refuse(format!("it names `{}` twice", module_path(id)));
+            }
+        }
+        let is_tied = decoder.tie_word_embeddings;
+        let differ = of_head.is_some_and(|head| of_embedding.is_some_and(|embedding| embedding != head));
+        if is_tied && differ && self.ensure_weight_tying {
+            return refuse("PEFT refuses other rows for the head than for the embedding that `ensure_weight_tying` ties it to".into());
+        }
+        let rows = |id, token_ids: &Vec<u32>, tied_to_embedding| ResolvedRows {
+            id,
+            token_ids: token_ids.clone(),
+            tied_to_embedding,
+        };
+        let mut resolved: Vec<ResolvedRows> = of_embedding.map(|ids| rows(ModuleId::EmbedTokens, ids, false)).into_iter().collect();
+        match (of_embedding, of_head) {
+            (Some(embedding), _) if is_tied && !differ => resolved.push(rows(ModuleId::LmHead, embedding, true)),
+            (_, Some(head)) => resolved.push(rows(ModuleId::LmHead, head, false)),
+            _ => {}
+        }
+        for ResolvedRows { id, .. } in &resolved {
+            let is_saved = resolution.saved.contains(id) || (resolution.saved_head_is_embedding && *id == ModuleId::LmHead);
+            if is_saved {
+                return refuse(format!("`{}` is in `modules_to_save`, too", module_path(*id)));
+            }
+            if resolution.modules.iter().any(|module| module.id == *id) {
+                return refuse(format!("`{}` has a pair, too: rows beside a pair are not applied", module_path(*id)));
+            }
+        }
+        Ok(resolved)
     }
 
     /// Entries of lists and maps that match nothing: PEFT passes over them in silence or with a warning.
@@ -705,6 +767,37 @@ impl<'a> Reader<'a> {
             .collect()
     }
 
+    /// `[id, …]` for the embedding, or `{module: [id, …]}`.
+    fn trainable_token_indices(&mut self) -> Result<Vec<(String, Vec<u32>)>, AdapterError> {
+        let key = TOKEN_INDICES;
+        let token_ids = |value: &Value| -> Result<Vec<u32>, AdapterError> {
+            let wrong = |got: &Value| wrong_type(key, "token ids, or an object from module to token ids", got);
+            let items = value.as_array().ok_or_else(|| wrong(value))?;
+            let ids: Vec<u32> = items
+                .iter()
+                .map(|item| item.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| wrong(item)))
+                .collect::<Result<_, _>>()?;
+            let mut sorted = ids.clone();
+            sorted.sort_unstable();
+            match sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+                Some(pair) => Err(unsupported(
+                    key,
+                    format!("token {} is in it twice: which row counts is not defined", pair[0]),
+                )),
+                None => Ok(ids),
+            }
+        };
+        let rows = match self.get(key) {
+            None => Vec::new(),
+            Some(Value::Object(map)) => map
+                .iter()
+                .map(|(name, ids)| Ok((name.clone(), token_ids(ids)?)))
+                .collect::<Result<Vec<_>, AdapterError>>()?,
+            Some(value) => vec![("embed_tokens".to_owned(), token_ids(value)?)],
+        };
+        Ok(rows.into_iter().filter(|(_, ids)| !ids.is_empty()).collect())
+    }
+
     fn layers_to_transform(&mut self) -> Result<Option<Vec<u64>>, AdapterError> {
         let key = "layers_to_transform";
         let index = |value: &Value| value.as_u64().ok_or_else(|| wrong_type(key, "a layer's number or a list of them", value));
@@ -1022,8 +1115,10 @@ mod tests {
             ("target_modules", json!(["q_proj", "c_attn"]), Listed),
             ("target_parameters", json!(["experts.gate_up_proj"]), Refused),
             ("task_type", json!("SEQ_CLS"), Refused),
-            ("trainable_token_indices", json!([3, 4]), Refused),
-            ("trainable_token_indices", json!({"embed_tokens": [3]}), Refused),
+            ("trainable_token_indices", json!([3, 4]), Applied),
+            ("trainable_token_indices", json!({"lm_head": [3], "embed_tokens": [3]}), Applied),
+            ("trainable_token_indices", json!({"q_proj": [3]}), Refused),
+            ("trainable_token_indices", json!([3, 3]), Refused),
             ("use_bdlora", json!({"nblocks": 2}), Refused),
             ("use_dora", json!(true), Applied),
             ("use_qalora", json!(true), Refused),
@@ -1054,7 +1149,11 @@ mod tests {
                     assert_eq!(resolution.modules, plain_resolution.modules, "{what}");
                 }
                 (Outcome::Applied, Ok((resolution, config))) => {
-                    let is_noted = config.use_dora || config.lora_bias || config.bias != BiasMode::None || !resolution.saved.is_empty();
+                    let is_noted = config.use_dora
+                        || config.lora_bias
+                        || config.bias != BiasMode::None
+                        || !resolution.saved.is_empty()
+                        || !resolution.token_rows.is_empty();
                     assert!(is_noted || resolution.modules != plain_resolution.modules, "{what} changed nothing");
                     assert_eq!(resolution.without_effect, plain_resolution.without_effect, "{what}");
                 }

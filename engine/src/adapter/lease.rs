@@ -86,6 +86,11 @@ impl AdapterLease {
         self.weights.version
     }
 
+    /// Tokens that a request may have and that its logits are over, on a base model that has `base_vocab_size`.
+    pub fn vocab_size(&self, base_vocab_size: usize) -> usize {
+        self.weights.vocab_size(base_vocab_size)
+    }
+
     /// The packed weights.
     pub fn weights(&self) -> &Arc<HostAdapter> {
         &self.weights

@@ -9,12 +9,12 @@ use std::{
 };
 
 use half::bf16;
-use safetensors::Dtype;
+use safetensors::{Dtype, tensor::TensorView};
 use sha2::{Digest, Sha256};
 
 use super::{
-    AdapterError, AlignedBytes, BaseWeights, HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, ReplacedWeight, VersionId,
-    config::{BiasMode, CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfig, Resolution, ResolvedModule, module_path},
+    AdapterError, AlignedBytes, BaseWeights, HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, ReplacedWeight, TokenRows, VersionId,
+    config::{BiasMode, CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfig, Resolution, ResolvedModule, ResolvedRows, module_path},
     tensors::{Element, MAX_HEADER_BYTES, Role, Tensor, WEIGHTS_FILE, WeightFiles, bad, read_file},
 };
 use crate::{
@@ -32,6 +32,9 @@ const TOKENIZER_FILE: &str = "tokenizer.json";
 /// The largest known has 33 MB.
 const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 
+/// More tokens than this an adapter does not add: what bounds its files in memory.
+const MAX_ADDED_TOKENS: usize = 1 << 16;
+
 /// What an adapter covers and how: shown by the load answer and by `polylora adapters inspect`.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct CoverageReport {
@@ -41,6 +44,10 @@ pub struct CoverageReport {
     pub layers: Vec<u16>,
     /// Modules that the adapter brings whole.
     pub replaced_modules: Vec<String>,
+    /// Modules of which the adapter brings rows for single tokens, and how many.
+    pub token_rows: BTreeMap<String, usize>,
+    /// Tokens that it has, where they are not as many as the base model's.
+    pub resized_vocab: Option<usize>,
     /// Keys of the configuration that have no effect on inference, and entries of its lists that match nothing.
     pub keys_without_effect: Vec<String>,
     /// Tensors that change nothing: copies of the base model's own weights.
@@ -67,6 +74,8 @@ pub struct LoraFeatures {
     pub output_terms: bool,
     /// Whole embeddings and heads: `modules_to_save`.
     pub replaced_weights: bool,
+    /// Embeddings and heads with rows of other tokens than the base model's: a resized vocabulary, `trainable_token_indices`.
+    pub own_tokens: bool,
 }
 
 /// The id of a token of the base model's tokenizer.
@@ -223,10 +232,11 @@ pub fn load_adapter(files: &FileSource, decoder: &DecoderConfig, limits: &LoraLi
     let config = PeftConfig::parse(&read_file(files, CONFIG_FILE, MAX_CONFIG_BYTES)?)?;
     let resolution = config.resolve(decoder)?;
     limits.check(&resolution)?;
-    refuse_own_tokens(files, decoder, limits.token_id.as_ref())?;
     let max_bytes = max_weight_bytes(&resolution, decoder).min(limits.max_file_bytes);
     let weights = WeightFiles::read(files, max_bytes, limits.pack_threads)?;
-    assemble(&config, &resolution, &weights, decoder, limits)
+    let (adapter, report) = assemble(&config, &resolution, &weights, decoder, limits)?;
+    refuse_own_tokens(files, adapter.vocab_size(decoder.vocab_size), limits.token_id.as_ref())?;
+    Ok((adapter, report))
 }
 
 /// As [`load_adapter`], of an adapter that is in memory: `adapter_config.json` and `adapter_model.safetensors`.
@@ -252,38 +262,130 @@ fn assemble(
     decoder: &DecoderConfig,
     limits: &LoraLimits,
 ) -> Result<(HostAdapter, CoverageReport), AdapterError> {
+    let mut tensors = weights.tensors(decoder.num_layers)?;
+    let copies = drop_copies(&mut tensors)?;
+    let vocab_size = own_vocab_size(&tensors, resolution, decoder)?;
+    let is_resized = vocab_size != decoder.vocab_size;
+    if !limits.features.own_tokens {
+        if is_resized {
+            let reason = format!(
+                "it has rows for {vocab_size} tokens, the base model has {}: this backend does not resize the vocabulary",
+                decoder.vocab_size
+            );
+            return Err(unsupported("save_embedding_layers", reason));
+        }
+        if !resolution.token_rows.is_empty() {
+            return Err(unsupported(
+                "trainable_token_indices",
+                "this backend does not apply rows of single tokens",
+            ));
+        }
+    }
     let mut loader = Loader {
-        decoder,
+        decoder: &DecoderConfig {
+            vocab_size,
+            ..decoder.clone()
+        },
+        base_vocab_size: decoder.vocab_size,
         limits,
         config,
-        tensors: weights.tensors(decoder.num_layers)?,
+        tensors,
+        resized: BTreeMap::new(),
         report: CoverageReport {
             keys_without_effect: resolution.without_effect.clone(),
+            tensors_without_effect: copies,
+            resized_vocab: is_resized.then_some(vocab_size),
             ..CoverageReport::default()
         },
         pieces: Vec::new(),
         blob_bytes: 0,
         base: None,
     };
-    let replaced = loader.plan_replaced(resolution)?;
+    let embeddings = loader.plan_embeddings(resolution)?;
     let modules = loader.plan_modules(resolution)?;
     loader.check_leftovers()?;
     loader.check_packed_bytes()?;
-    loader.finish(resolution, modules, replaced)
+    loader.finish(resolution, modules, embeddings)
+}
+
+fn unsupported(key: &str, reason: impl Into<String>) -> AdapterError {
+    AdapterError::Unsupported {
+        key: key.into(),
+        reason: reason.into(),
+    }
+}
+
+/// Takes away what PEFT writes a second time when it saves the embeddings of a resized vocabulary, and says what it took: copies must be
+/// equal.
+fn drop_copies(tensors: &mut BTreeMap<(ModuleId, Role), Tensor<'_>>) -> Result<Vec<String>, AdapterError> {
+    let mut dropped = Vec::new();
+    for id in [ModuleId::EmbedTokens, ModuleId::LmHead] {
+        if let Some(saved) = tensors.remove(&(id, Role::SavedWeight)) {
+            match tensors.get(&(id, Role::Weight)) {
+                None => drop(tensors.insert((id, Role::Weight), saved)),
+                Some(weight) => {
+                    let same = |a: &Tensor<'_>, b: &Tensor<'_>| {
+                        a.view.dtype() == b.view.dtype() && a.view.shape() == b.view.shape() && a.view.data() == b.view.data()
+                    };
+                    if !same(weight, &saved) {
+                        let reason = format!("tensors {} and {} are the same one and differ", weight.name, saved.name);
+                        return Err(bad(WEIGHTS_FILE, reason));
+                    }
+                    dropped.push(saved.name);
+                }
+            }
+        }
+    }
+    Ok(dropped)
+}
+
+/// Tokens of an adapter: as many as its embeddings have rows, which PEFT saves when they are not the base model's; where it saves only the
+/// rows that were trained, as many as it takes to have them all.
+fn own_vocab_size(tensors: &BTreeMap<(ModuleId, Role), Tensor<'_>>, resolution: &Resolution, decoder: &DecoderConfig) -> Result<usize, AdapterError> {
+    let mut first: Option<(usize, &str)> = None;
+    for id in [ModuleId::EmbedTokens, ModuleId::LmHead] {
+        let Some(tensor) = tensors.get(&(id, Role::Weight)) else { continue };
+        // What else can be wrong with it is said where it is used.
+        let &[rows, hidden] = tensor.view.shape() else { continue };
+        if rows == 0 || hidden != decoder.hidden_size {
+            continue;
+        }
+        match first {
+            Some((other, name)) if other != rows => {
+                return Err(AdapterError::Incompatible {
+                    reason: format!("tensor {} has rows for {rows} tokens, {name} for {other}", tensor.name),
+                });
+            }
+            _ => first = Some((rows, &tensor.name)),
+        }
+    }
+    let vocab_size = first.map_or_else(
+        || {
+            let token_ids = resolution.token_rows.iter().flat_map(|rows| &rows.token_ids);
+            token_ids.map(|id| *id as usize + 1).fold(decoder.vocab_size, usize::max)
+        },
+        |(rows, _)| rows,
+    );
+    if vocab_size > decoder.vocab_size + MAX_ADDED_TOKENS {
+        return Err(AdapterError::Incompatible {
+            reason: format!(
+                "tokens: expected at most {MAX_ADDED_TOKENS} more than the base model's {}, got {vocab_size}",
+                decoder.vocab_size
+            ),
+        });
+    }
+    Ok(vocab_size)
 }
 
 /// An adapter whose tokenizer has tokens that the base model's has not would be asked with other token ids than it was trained with.
-fn refuse_own_tokens(files: &FileSource, decoder: &DecoderConfig, token_id: Option<&TokenLookup>) -> Result<(), AdapterError> {
+fn refuse_own_tokens(files: &FileSource, vocab_size: usize, token_id: Option<&TokenLookup>) -> Result<(), AdapterError> {
     let Some(OwnTokens { file, tokens }) = own_tokens(files)? else {
         return Ok(());
     };
     let refuse = |reason: String| Err(AdapterError::Unsupported { key: file.into(), reason });
     for (token, id) in tokens {
-        if id >= decoder.vocab_size as u64 {
-            return refuse(format!(
-                "it adds {token:?} as {id}, the base model's vocabulary has {} tokens",
-                decoder.vocab_size
-            ));
+        if id >= vocab_size as u64 {
+            return refuse(format!("it adds {token:?} as {id}, the vocabulary has {vocab_size} tokens"));
         }
         let known = token_id.map(|token_id| token_id(&token));
         if let Some(known) = known.filter(|known| known.map(u64::from) != Some(id)) {
@@ -373,7 +475,9 @@ fn max_weight_bytes(resolution: &Resolution, decoder: &DecoderConfig) -> u64 {
         let pair = (d_in as u64 + d_out as u64).saturating_mul(u64::from(module.lora_rank));
         sum.saturating_add(pair)
     });
-    let embeddings = 2 * decoder.vocab_size as u64 * decoder.hidden_size as u64;
+    // Of a resized vocabulary PEFT writes a saved module three times.
+    let vocab_size = (decoder.vocab_size + MAX_ADDED_TOKENS) as u64;
+    let embeddings = 6 * vocab_size * decoder.hidden_size as u64 + vocab_size * u64::from(resolution.max_lora_rank());
     let vectors = 16 * decoder.num_layers as u64 * (decoder.hidden_size as u64 + decoder.intermediate_size as u64) + 4 * decoder.vocab_size as u64;
     pairs
         .saturating_add(embeddings)
@@ -407,14 +511,20 @@ enum Source<'a> {
     Transpose(Tensor<'a>, usize, usize),
     /// Worked out at load; always f32.
     Values(Vec<f32>),
+    /// Rows from several places, finite in the blob's dtype.
+    Rows(Vec<f32>),
 }
 
 struct Loader<'a> {
+    /// The base model, with the adapter's vocabulary.
     decoder: &'a DecoderConfig,
+    base_vocab_size: usize,
     limits: &'a LoraLimits,
     config: &'a PeftConfig,
     /// Those not yet used.
     tensors: BTreeMap<(ModuleId, Role), Tensor<'a>>,
+    /// The weights beneath the pairs on embedding and head, where the vocabulary is resized.
+    resized: BTreeMap<ModuleId, Tensor<'a>>,
     report: CoverageReport,
     /// Ascending by offset.
     pieces: Vec<Piece<'a>>,
@@ -427,6 +537,17 @@ struct Loader<'a> {
 struct Pair<'a> {
     a: Source<'a>,
     b_t: Source<'a>,
+}
+
+/// Embedding and head as they are planned: the embedding comes first.
+#[derive(Default)]
+struct Embeddings<'a> {
+    /// With its place in the blob.
+    whole: Vec<(ModuleId, Tensor<'a>, usize)>,
+    /// With their values.
+    rows: Vec<(TokenRows, Vec<f32>)>,
+    /// What `rows` has of `trainable_token_indices`.
+    trained: Vec<(ResolvedRows, Tensor<'a>)>,
 }
 
 /// `[d_out]` each; see [`HostAdapter`] for the formula.
@@ -461,8 +582,9 @@ impl<'a> Loader<'a> {
         self.limits.dtype.size_bytes()
     }
 
-    /// Whole weights: those of `modules_to_save`, and copies of the base's own, which must equal them.
-    fn plan_replaced(&mut self, resolution: &Resolution) -> Result<Vec<ReplacedWeight>, AdapterError> {
+    /// Whole weights and rows of them: those of `modules_to_save`, of `trainable_token_indices` and of a resized vocabulary; and copies of
+    /// the base's own, which must equal them.
+    fn plan_embeddings(&mut self, resolution: &Resolution) -> Result<Embeddings<'a>, AdapterError> {
         let shape = [self.decoder.vocab_size, self.decoder.hidden_size];
         if !resolution.saved.is_empty() && !self.limits.features.replaced_weights {
             return Err(AdapterError::Unsupported {
@@ -470,9 +592,9 @@ impl<'a> Loader<'a> {
                 reason: format!("it holds `{}`, this backend does not replace weights", module_path(resolution.saved[0])),
             });
         }
-        let mut replaced = Vec::new();
+        let is_resized = self.decoder.vocab_size != self.base_vocab_size;
+        let mut weights: BTreeMap<ModuleId, Tensor<'a>> = BTreeMap::new();
         for &id in &resolution.saved {
-            self.refuse_resized(id)?;
             let tensor = self.take(id, Role::Weight, "weight", &shape)?;
             self.report.replaced_modules.push(module_path(id));
             if resolution.saved_head_is_embedding {
@@ -487,42 +609,197 @@ impl<'a> Loader<'a> {
                     }
                 }
             }
-            let bytes = shape[0] * shape[1] * self.element_bytes();
-            let offset_bytes = self.push(bytes, Source::Copy(tensor));
-            replaced.push(ReplacedWeight { id, offset_bytes });
             if resolution.saved_head_is_embedding {
-                replaced.push(ReplacedWeight {
-                    id: ModuleId::LmHead,
-                    offset_bytes,
-                });
+                weights.insert(ModuleId::LmHead, tensor.clone());
             }
+            weights.insert(id, tensor);
         }
         for id in [ModuleId::EmbedTokens, ModuleId::LmHead] {
-            self.refuse_resized(id)?;
             if let Some(tensor) = self.tensors.remove(&(id, Role::Weight)) {
                 tensor.check(&shape)?;
-                self.check_base_copy(id, &tensor)?;
+                if is_resized {
+                    weights.insert(id, tensor);
+                } else {
+                    self.check_base_copy(id, &tensor)?;
+                }
             }
         }
-        Ok(replaced)
+        if is_resized {
+            if self.decoder.tie_word_embeddings && !weights.contains_key(&ModuleId::LmHead) {
+                // A tied head is the embedding, or what that was before it was trained.
+                let original = self.tensors.remove(&(ModuleId::EmbedTokens, Role::OriginalWeight));
+                let is_saved = resolution.saved.contains(&ModuleId::EmbedTokens);
+                let tied = if is_saved {
+                    original
+                } else {
+                    weights.get(&ModuleId::EmbedTokens).cloned()
+                };
+                if let Some(tensor) = tied {
+                    tensor.check(&shape)?;
+                    weights.insert(ModuleId::LmHead, tensor);
+                }
+            }
+            self.resized = weights.clone();
+        }
+        for id in [ModuleId::EmbedTokens, ModuleId::LmHead] {
+            // What a trained module was before.
+            let is_saved = resolution.saved.contains(&id) || resolution.saved_head_is_embedding;
+            if let Some(original) = is_saved.then(|| self.tensors.remove(&(id, Role::OriginalWeight))).flatten() {
+                self.report.tensors_without_effect.push(original.name);
+            }
+        }
+        let mut planned = Embeddings::default();
+        for id in [ModuleId::EmbedTokens, ModuleId::LmHead] {
+            let trained = self.take_token_rows(id, resolution, planned.trained.first())?;
+            self.plan_embedding(id, weights.remove(&id), trained, &mut planned)?;
+        }
+        Ok(planned)
     }
 
-    /// An adapter trained after `resize_token_embeddings` has rows for another vocabulary (PEFT's `save_embedding_layers`).
-    fn refuse_resized(&self, id: ModuleId) -> Result<(), AdapterError> {
-        let Some(tensor) = self.tensors.get(&(id, Role::Weight)) else {
-            return Ok(());
+    /// The rows of `trainable_token_indices` for a module. `embedding` are those of the embedding, when the head's turn has come: a tied
+    /// head has no others, and what a file holds for it must be the same.
+    fn take_token_rows(
+        &mut self,
+        id: ModuleId,
+        resolution: &Resolution,
+        embedding: Option<&(ResolvedRows, Tensor<'a>)>,
+    ) -> Result<Option<(ResolvedRows, Tensor<'a>)>, AdapterError> {
+        let Some(rows) = resolution.token_rows.iter().find(|rows| rows.id == id) else {
+            return Ok(None);
         };
-        match tensor.view.shape() {
-            &[rows, hidden] if hidden == self.decoder.hidden_size && rows != self.decoder.vocab_size => Err(AdapterError::Unsupported {
-                key: "save_embedding_layers".into(),
+        if let Some(token) = rows.token_ids.iter().find(|token| **token as usize >= self.decoder.vocab_size) {
+            return Err(AdapterError::Incompatible {
                 reason: format!(
-                    "tensor {} has rows for {rows} tokens, the base model's vocabulary has {}: adapters that resize the vocabulary are not \
-                     applied",
-                    tensor.name, self.decoder.vocab_size
+                    "`trainable_token_indices`: token {token} of `{}`, there are {}",
+                    module_path(id),
+                    self.decoder.vocab_size
                 ),
-            }),
-            _ => Ok(()),
+            });
         }
+        let shape = [rows.token_ids.len(), self.decoder.hidden_size];
+        let form = "token_adapter.trainable_tokens_delta";
+        if !rows.tied_to_embedding {
+            return Ok(Some((rows.clone(), self.take(id, Role::TokenRows, form, &shape)?)));
+        }
+        let (_, tensor) = embedding.ok_or_else(|| AdapterError::Internal {
+            reason: "a head is tied to rows of an embedding that has none".into(),
+        })?;
+        if let Some(own) = self.tensors.remove(&(id, Role::TokenRows)) {
+            own.check(&shape)?;
+            if own.to_f32()? != tensor.to_f32()? {
+                let reason = format!("tensor {} differs from {}, to which it is tied", own.name, tensor.name);
+                return Err(unsupported("trainable_token_indices", reason));
+            }
+            self.report.tensors_without_effect.push(own.name);
+        }
+        Ok(Some((rows.clone(), tensor.clone())))
+    }
+
+    /// Lays out what an adapter brings of one module: all of it, or the rows that the base model does not have. `trained` rows are in place
+    /// of those of `weight`.
+    fn plan_embedding(
+        &mut self,
+        id: ModuleId,
+        weight: Option<Tensor<'a>>,
+        trained: Option<(ResolvedRows, Tensor<'a>)>,
+        planned: &mut Embeddings<'a>,
+    ) -> Result<(), AdapterError> {
+        let (vocab_size, hidden) = (self.decoder.vocab_size, self.decoder.hidden_size);
+        let mut rows: BTreeMap<u32, (&Tensor<'a>, usize)> = BTreeMap::new();
+        let mut whole = None;
+        if let Some(tensor) = &weight {
+            match self.rows_beside_base(id, tensor)? {
+                Some(own) => rows.extend(own.into_iter().map(|row| (row, (tensor, row as usize)))),
+                None => whole = Some(tensor),
+            }
+        }
+        if let Some((resolved, tensor)) = &trained {
+            let of_tensor = resolved.token_ids.iter().enumerate();
+            rows.extend(of_tensor.map(|(row, token)| (*token, (tensor, row))));
+        }
+        let num_added = vocab_size.saturating_sub(self.base_vocab_size);
+        if whole.is_none() && rows.range(self.base_vocab_size as u32..).count() < num_added {
+            return Err(unsupported(
+                "save_embedding_layers",
+                format!(
+                    "the adapter has {vocab_size} tokens, the base model {}, and the files have no rows of `{}` for the others: save it with \
+                     `save_embedding_layers=True`",
+                    self.base_vocab_size,
+                    module_path(id)
+                ),
+            ));
+        }
+        if let Some(tensor) = whole {
+            let same = planned.whole.iter().find(|(_, other, _)| {
+                let is_same = |a: &TensorView<'_>, b: &TensorView<'_>| a.dtype() == b.dtype() && a.data() == b.data();
+                is_same(&other.view, &tensor.view)
+            });
+            let offset_bytes = match same {
+                Some((_, _, offset)) => *offset,
+                None => self.push(vocab_size * hidden * self.element_bytes(), Source::Copy(tensor.clone())),
+            };
+            planned.whole.push((id, tensor.clone(), offset_bytes));
+            let path = module_path(id);
+            if !self.report.replaced_modules.contains(&path) {
+                self.report.replaced_modules.push(path);
+            }
+        }
+        if !rows.is_empty() {
+            let mut values = vec![0.0; rows.len() * hidden];
+            for ((tensor, row), out) in rows.values().zip(values.chunks_exact_mut(hidden)) {
+                tensor.read_row(*row, out);
+                let is_usable = |value: &f32| match self.limits.dtype {
+                    PackedDtype::F32 => value.is_finite(),
+                    PackedDtype::Bf16 => bf16::from_f32(*value).is_finite(),
+                };
+                if let Some(column) = out.iter().position(|value| !is_usable(value)) {
+                    return Err(tensor.not_finite(row * hidden + column, out[column]));
+                }
+            }
+            self.report.token_rows.insert(module_path(id), rows.len());
+            let token_ids: Vec<u32> = rows.keys().copied().collect();
+            let same = planned
+                .rows
+                .iter()
+                .find(|(other, others)| other.token_ids == token_ids && *others == values);
+            let offset_bytes = match same {
+                Some((other, _)) => other.offset_bytes,
+                None => self.push(values.len() * self.element_bytes(), Source::Rows(values.clone())),
+            };
+            let own = TokenRows { id, token_ids, offset_bytes };
+            planned.rows.push((own, values));
+        }
+        planned.trained.extend(trained);
+        Ok(())
+    }
+
+    /// The rows of a weight that the base model's has not, where that is few enough to be worth it; `None`: take it whole. After
+    /// `resize_token_embeddings` the others are copies, and there may be gigabytes of them.
+    fn rows_beside_base(&mut self, id: ModuleId, tensor: &Tensor<'a>) -> Result<Option<Vec<u32>>, AdapterError> {
+        /// Of a weight's rows so many at most are kept one by one.
+        const WORTH_IT: f64 = 0.25;
+        if self.limits.base.is_none() || !self.limits.features.own_tokens {
+            return Ok(None);
+        }
+        let (vocab_size, hidden, base_vocab_size) = (self.decoder.vocab_size, self.decoder.hidden_size, self.base_vocab_size);
+        let most = (WORTH_IT * vocab_size as f64) as usize;
+        let base = self.base()?;
+        let (mut own, mut of_base) = (vec![0.0; hidden], vec![0.0; hidden]);
+        let mut rows = Vec::new();
+        for row in 0..vocab_size {
+            let is_same = row < base_vocab_size && {
+                tensor.read_row(row, &mut own);
+                base.read_row(id, row, &mut of_base);
+                own == of_base
+            };
+            if !is_same {
+                rows.push(narrow(row)?);
+            }
+            if rows.len() > most {
+                return Ok(None);
+            }
+        }
+        Ok(Some(rows))
     }
 
     /// PEFT saves the base's embedding beside a pair on it, and loads it back over the base's.
@@ -787,7 +1064,12 @@ impl<'a> Loader<'a> {
         let rank = module.lora_rank as usize;
         let scaling = module.scaling as f32;
         let threads = self.limits.pack_threads;
+        let resized = self.resized.get(&module.id).cloned();
         let base = self.base()?;
+        let read_row = |row: usize, out: &mut [f32]| match &resized {
+            Some(tensor) => tensor.read_row(row, out),
+            None => base.read_row(module.id, row, out),
+        };
         let magnitude = magnitude.to_f32()?;
         let a = source_values(&pair.a)?;
         let b_t = source_values(&pair.b_t)?;
@@ -795,7 +1077,7 @@ impl<'a> Loader<'a> {
             let mut sums = vec![0.0f64; d_out];
             let mut row = vec![0.0; d_out];
             for token in 0..d_in {
-                base.read_row(module.id, token, &mut row);
+                read_row(token, &mut row);
                 for k in 0..rank {
                     axpy(scaling * a[token * rank + k], &b_t[k * d_out..(k + 1) * d_out], &mut row);
                 }
@@ -804,7 +1086,7 @@ impl<'a> Loader<'a> {
             sums.into_iter().map(|sum| sum.sqrt() as f32).collect()
         } else {
             row_norms(threads, d_out, d_in, &|output, row| {
-                base.read_row(module.id, output, row);
+                read_row(output, row);
                 for k in 0..rank {
                     axpy(scaling * b_t[k * d_out + output], &a[k * d_in..(k + 1) * d_in], row);
                 }
@@ -866,7 +1148,8 @@ impl<'a> Loader<'a> {
             Role::A | Role::B => format!("adapter_config.json puts no pair on `{}`", module_path(*id)),
             Role::BBias => "`lora_bias` is not set".into(),
             Role::Magnitude => "`use_dora` is not set".into(),
-            Role::Weight => format!("`{}` is not in `modules_to_save`", module_path(*id)),
+            Role::Weight | Role::SavedWeight | Role::OriginalWeight => format!("`{}` is not in `modules_to_save`", module_path(*id)),
+            Role::TokenRows => format!("`{}` is not in `trainable_token_indices`", module_path(*id)),
             Role::Bias => format!("the bias of `{}` is not trained by `bias`", module_path(*id)),
         };
         Err(bad(WEIGHTS_FILE, format!("tensor {} would not be used: {why}{others}", tensor.name)))
@@ -892,11 +1175,18 @@ impl<'a> Loader<'a> {
         mut self,
         resolution: &Resolution,
         modules: Vec<PackedModule>,
-        replaced: Vec<ReplacedWeight>,
+        embeddings: Embeddings<'_>,
     ) -> Result<(HostAdapter, CoverageReport), AdapterError> {
+        let whole = embeddings.whole.iter();
+        let replaced: Vec<ReplacedWeight> = whole.map(|&(id, _, offset_bytes)| ReplacedWeight { id, offset_bytes }).collect();
+        let token_rows: Vec<TokenRows> = embeddings.rows.into_iter().map(|(rows, _)| rows).collect();
+        let resized_vocab = (self.decoder.vocab_size != self.base_vocab_size)
+            .then(|| narrow(self.decoder.vocab_size))
+            .transpose()?;
+        let own_tokens = (&token_rows[..], resized_vocab);
         let mut blob = AlignedBytes::zeroed(self.packed_bytes());
         let digests = fill(&self.pieces, &mut blob, self.limits.dtype, self.limits.pack_threads)?;
-        let version = version(&modules, &replaced, self.limits.dtype, &self.pieces, &digests);
+        let version = version(&modules, &replaced, own_tokens, self.limits.dtype, &self.pieces, &digests);
         let mut layers: Vec<u16> = modules
             .iter()
             .filter_map(|module| match module.id {
@@ -914,6 +1204,8 @@ impl<'a> Loader<'a> {
             blob,
             max_lora_rank,
             replaced,
+            token_rows,
+            resized_vocab,
         };
         Ok((adapter, self.report))
     }
@@ -948,7 +1240,7 @@ fn axpy(factor: f32, x: &[f32], y: &mut [f32]) {
 fn source_values(source: &Source<'_>) -> Result<Vec<f32>, AdapterError> {
     Ok(match source {
         Source::Copy(tensor) => tensor.to_f32()?,
-        Source::Values(values) => values.clone(),
+        Source::Values(values) | Source::Rows(values) => values.clone(),
         Source::Transpose(tensor, rows, columns) => {
             let values = tensor.to_f32()?;
             let mut transposed = vec![0.0; values.len()];
@@ -1040,7 +1332,12 @@ fn fill(pieces: &[Piece<'_>], blob: &mut AlignedBytes, dtype: PackedDtype, threa
 
 fn write_source(source: &Source<'_>, bytes: &mut [u8], dtype: PackedDtype) -> Result<(), AdapterError> {
     match (source, dtype) {
-        (Source::Values(values), _) => {
+        (Source::Rows(values), PackedDtype::Bf16) => {
+            let to: &mut [bf16] = bytemuck::cast_slice_mut(bytes);
+            to.iter_mut().zip(values).for_each(|(to, value)| *to = bf16::from_f32(*value));
+            Ok(())
+        }
+        (Source::Values(values), _) | (Source::Rows(values), PackedDtype::F32) => {
             bytemuck::cast_slice_mut::<u8, f32>(bytes).copy_from_slice(values);
             Ok(())
         }
@@ -1056,7 +1353,7 @@ fn write_source(source: &Source<'_>, bytes: &mut [u8], dtype: PackedDtype) -> Re
 fn transpose_shape(source: &Source<'_>) -> Option<(usize, usize)> {
     match source {
         Source::Transpose(_, rows, columns) => Some((*rows, *columns)),
-        Source::Copy(_) | Source::Values(_) => None,
+        Source::Copy(_) | Source::Values(_) | Source::Rows(_) => None,
     }
 }
 
@@ -1152,7 +1449,14 @@ fn copy_elements<P: Packed>(from: &[u8], to: &mut [P]) -> bool {
 
 /// SHA-256 over what the adapter does: shapes and scalings of its modules, and a digest of each run of packed weights. File names,
 /// adapter names, tensor order, the file's dtype and keys without effect leave it as it is.
-fn version(modules: &[PackedModule], replaced: &[ReplacedWeight], dtype: PackedDtype, pieces: &[Piece<'_>], digests: &[[u8; 32]]) -> VersionId {
+fn version(
+    modules: &[PackedModule],
+    replaced: &[ReplacedWeight],
+    (token_rows, resized_vocab): (&[TokenRows], Option<u32>),
+    dtype: PackedDtype,
+    pieces: &[Piece<'_>],
+    digests: &[[u8; 32]],
+) -> VersionId {
     use std::fmt::Write;
     let by_offset: BTreeMap<usize, &[u8; 32]> = pieces.iter().map(|piece| piece.offset).zip(digests).collect();
     // The fixed part is hashed as text: unambiguous, and independent of how the structs lie in memory.
@@ -1179,6 +1483,13 @@ fn version(modules: &[PackedModule], replaced: &[ReplacedWeight], dtype: PackedD
     for weight in replaced {
         let _ = writeln!(shapes, "{} replaced", module_path(weight.id));
         offsets.push(Some(weight.offset_bytes));
+    }
+    for rows in token_rows {
+        let _ = writeln!(shapes, "{} rows {:?}", module_path(rows.id), rows.token_ids);
+        offsets.push(Some(rows.offset_bytes));
+    }
+    if let Some(vocab_size) = resized_vocab {
+        let _ = writeln!(shapes, "{vocab_size} tokens");
     }
     let mut hash = Sha256::new();
     hash.update((shapes.len() as u64).to_le_bytes());
@@ -1602,31 +1913,144 @@ mod tests {
         check(&[("added_tokens.json", json!({"<new>": 7}))], &["added_tokens.json", "\"<new>\" as 7"]);
     }
 
-    #[test]
-    fn a_resized_vocabulary_is_refused_by_name() {
-        let decoder = tiny_decoder();
-        let limits = LoraLimits {
+    fn with_own_tokens() -> LoraLimits {
+        LoraLimits {
             features: LoraFeatures {
                 replaced_weights: true,
+                own_tokens: true,
                 ..LoraFeatures::default()
             },
             ..limits()
-        };
-        for (modules_to_save, rows) in [(json!(["embed_tokens"]), 13), (json!(["embed_tokens"]), 9), (json!(null), 13)] {
-            let mut files = AdapterFiles::simple(&decoder, 1).with("modules_to_save", modules_to_save.clone());
-            files.add(
-                ModuleId::EmbedTokens,
-                if modules_to_save.is_null() { "base_layer.weight" } else { "weight" },
-                &[rows, 8],
-                &mut 1,
-            );
-            if modules_to_save.is_null() {
-                // PEFT saves resized embeddings that nobody asked to train under the module's own name.
-                let tensor = files.tensors.remove(&tensor_name(ModuleId::EmbedTokens, "base_layer.weight")).unwrap();
-                files.tensors.insert(tensor_name(ModuleId::EmbedTokens, "weight"), tensor);
+        }
+    }
+
+    /// q and v, and whole embeddings under the names that PEFT gives them when the vocabulary was resized.
+    fn resized(decoder: &DecoderConfig, embedding: Option<usize>, head: Option<usize>) -> AdapterFiles {
+        let mut files = AdapterFiles::simple(decoder, 1);
+        for (id, rows) in [(ModuleId::EmbedTokens, embedding), (ModuleId::LmHead, head)] {
+            if let Some(rows) = rows {
+                files.add(id, "weight", &[rows, 8], &mut 7);
             }
-            let shown = format!("rows for {rows} tokens");
-            check_refused(&files, &decoder, &limits, &["save_embedding_layers", &shown, "vocabulary has 11"]);
+        }
+        files
+    }
+
+    #[test]
+    fn a_resized_vocabulary_is_the_adapters_own() {
+        let decoder = tiny_decoder();
+        let tied = DecoderConfig {
+            tie_word_embeddings: true,
+            ..decoder.clone()
+        };
+        let load = |files: &AdapterFiles, decoder: &DecoderConfig| load_adapter(&source(&files.write()), decoder, &with_own_tokens());
+        let plain = load(&AdapterFiles::simple(&decoder, 1), &decoder).unwrap().0;
+        assert_eq!((plain.resized_vocab, plain.vocab_size(11)), (None, 11));
+        for rows in [13, 9] {
+            let (adapter, report) = load(&resized(&decoder, Some(rows), Some(rows)), &decoder).unwrap();
+            assert_eq!((adapter.resized_vocab, report.resized_vocab), (Some(rows as u32), Some(rows)));
+            assert_eq!(adapter.vocab_size(11), rows);
+            assert_eq!(adapter.replaced.len(), 2);
+            assert_ne!(adapter.version, plain.version);
+            // A tied head is the embedding, and not kept twice.
+            let (adapter, _) = load(&resized(&decoder, Some(rows), None), &tied).unwrap();
+            assert_eq!(adapter.replaced[0].offset_bytes, adapter.replaced[1].offset_bytes);
+        }
+        // With fewer tokens nothing is missing.
+        load(&resized(&decoder, Some(9), None), &decoder).unwrap();
+        let check = |files: &AdapterFiles, decoder: &DecoderConfig, words: &[&str]| check_refused(files, decoder, &with_own_tokens(), words);
+        check(
+            &resized(&decoder, Some(13), None),
+            &decoder,
+            &["save_embedding_layers", "no rows of `lm_head`", "13 tokens", "base model 11"],
+        );
+        check(
+            &resized(&decoder, None, Some(13)),
+            &decoder,
+            &["save_embedding_layers", "no rows of `model.embed_tokens`"],
+        );
+        check(
+            &resized(&decoder, Some(13), Some(12)),
+            &decoder,
+            &["lm_head.weight has rows for 12 tokens", "for 13"],
+        );
+        check(
+            &resized(&decoder, Some(11 + MAX_ADDED_TOKENS + 1), None),
+            &decoder,
+            &["at most 65536 more than the base model's 11"],
+        );
+        // A trained embedding leaves the head that was tied to it as it was: with new rows that are in no file.
+        let saved = resized(&decoder, Some(13), None).with("modules_to_save", json!(["embed_tokens"]));
+        check(&saved, &tied, &["save_embedding_layers", "no rows of `lm_head`"]);
+        let mut with_original = saved.clone();
+        with_original.add(ModuleId::EmbedTokens, "original_module.weight", &[13, 8], &mut 9);
+        let (adapter, _) = load(&with_original, &tied).unwrap();
+        assert_ne!(adapter.replaced[0].offset_bytes, adapter.replaced[1].offset_bytes);
+        // PEFT's second copy is the same or the file is damaged.
+        let mut copied = saved.clone().with("modules_to_save", json!(["embed_tokens", "lm_head"]));
+        copied.add(ModuleId::LmHead, "weight", &[13, 8], &mut 7);
+        let name = tensor_name(ModuleId::EmbedTokens, "modules_to_save.weight");
+        copied
+            .tensors
+            .insert(name.clone(), copied.tensors[&tensor_name(ModuleId::EmbedTokens, "weight")].clone());
+        let (_, report) = load(&copied, &decoder).unwrap();
+        assert_eq!(report.tensors_without_effect, std::slice::from_ref(&name));
+        copied.tensors.get_mut(&name).unwrap().bytes[0] ^= 1;
+        check(&copied, &decoder, &[&name, "are the same one and differ"]);
+    }
+
+    #[test]
+    fn a_backend_without_own_tokens_refuses_them_by_key() {
+        let decoder = tiny_decoder();
+        let limits = LoraLimits {
+            features: LoraFeatures {
+                own_tokens: false,
+                ..with_own_tokens().features
+            },
+            ..limits()
+        };
+        let words = ["`save_embedding_layers` is not supported", "rows for 13 tokens", "base model has 11"];
+        check_refused(&resized(&decoder, Some(13), Some(13)), &decoder, &limits, &words);
+        let rows = AdapterFiles::simple(&decoder, 1).with("trainable_token_indices", json!([3]));
+        check_refused(&rows, &decoder, &limits, &["`trainable_token_indices` is not supported"]);
+    }
+
+    #[test]
+    fn rows_of_single_tokens_are_checked() {
+        let decoder = tiny_decoder();
+        let form = "token_adapter.trainable_tokens_delta";
+        let files = |indices: serde_json::Value, rows: usize| {
+            let mut files = AdapterFiles::simple(&decoder, 1).with("trainable_token_indices", indices);
+            files.add(ModuleId::EmbedTokens, form, &[rows, 8], &mut 5);
+            files
+        };
+        let load = |files: &AdapterFiles| load_adapter(&source(&files.write()), &decoder, &with_own_tokens());
+        let (adapter, report) = load(&files(json!([7, 3]), 2)).unwrap();
+        assert_eq!(
+            (&adapter.token_rows[0].token_ids[..], report.token_rows["model.embed_tokens"]),
+            (&[3, 7][..], 2)
+        );
+        let (other, _) = load(&files(json!([8, 3]), 2)).unwrap();
+        assert_ne!(adapter.version, other.version, "the same rows for other tokens");
+        let check = |files: &AdapterFiles, words: &[&str]| check_refused(files, &decoder, &with_own_tokens(), words);
+        check(
+            &files(json!([7, 3, 1]), 2),
+            &["trainable_tokens_delta", "expected shape [3, 8], got [2, 8]"],
+        );
+        check(&files(json!(null), 2), &["is not in `trainable_token_indices`"]);
+        // New tokens, of which the head has no rows.
+        check(&files(json!([11, 12]), 2), &["no rows of `lm_head`", "13 tokens"]);
+        check(&files(json!([4_000_000_000u32, 1]), 2), &["at most 65536 more"]);
+        let mut nan = files(json!([7, 3]), 2);
+        nan.tensors.get_mut(&tensor_name(ModuleId::EmbedTokens, form)).unwrap().bytes[32..36].copy_from_slice(&f32::NAN.to_le_bytes());
+        check(&nan, &[form, "row 1, column 0 is NaN"]);
+        for (key, value) in [
+            ("modules_to_save", json!(["embed_tokens"])),
+            ("target_modules", json!(["q_proj", "v_proj", "embed_tokens"])),
+        ] {
+            check(
+                &files(json!([7, 3]), 2).with(key, value),
+                &["trainable_token_indices", "`model.embed_tokens`", ", too"],
+            );
         }
     }
 
@@ -1761,9 +2185,15 @@ mod tests {
             &limits,
             &[&name, "row 1, column 5", "must be named in `modules_to_save`"],
         );
-        // A vocabulary that grew.
+        // A vocabulary that grew: then the pair has a column for each token, too.
         files.tensors.insert(name.clone(), FileTensor::f32(&[12, 8], &[0.0; 96]));
-        check_refused(&files, &decoder, &limits, &["rows for 12 tokens, the base model's vocabulary has 11"]);
+        let limits = LoraLimits {
+            features: with_own_tokens().features,
+            ..limits
+        };
+        check_refused(&files, &decoder, &limits, &["no rows of `lm_head`", "12 tokens"]);
+        files.add(ModuleId::LmHead, "weight", &[12, 8], &mut 3);
+        check_refused(&files, &decoder, &limits, &["lora_embedding_A: expected shape [2, 12], got [2, 11]"]);
     }
 
     #[test]

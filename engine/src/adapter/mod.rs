@@ -158,7 +158,19 @@ pub struct PackedModule {
 pub struct ReplacedWeight {
     /// `EmbedTokens` or `LmHead`.
     pub id: ModuleId,
-    /// Byte offset of `[vocab, hidden]`, row-major, in the adapter's dtype; a multiple of 64. Both may name the same bytes.
+    /// Byte offset of `[vocab, hidden]`, row-major, in the adapter's dtype; a multiple of 64. Both may name the same bytes. The vocabulary
+    /// is the adapter's ([`HostAdapter::resized_vocab`]).
+    pub offset_bytes: usize,
+}
+
+/// Rows of the embedding or of the head that the adapter brings, in place of those of [`ReplacedWeight`] or of the base model's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenRows {
+    /// `EmbedTokens` or `LmHead`.
+    pub id: ModuleId,
+    /// The tokens whose rows they are, ascending; at least one.
+    pub token_ids: Vec<u32>,
+    /// Byte offset of `[token_ids.len(), hidden]`, row-major, in the adapter's dtype; a multiple of 64. Both may name the same bytes.
     pub offset_bytes: usize,
 }
 
@@ -186,8 +198,16 @@ pub struct HostAdapter {
     pub blob: AlignedBytes,
     /// Largest `lora_rank`.
     pub max_lora_rank: u32,
-    /// Weights used in place of the base model's; sorted by `id`. A module in here may not be in `modules`.
+    /// Weights used in place of the base model's; sorted by `id`. A module in here that is in `modules`, too, has its pair on top of it:
+    /// only where the vocabulary is resized.
     pub replaced: Vec<ReplacedWeight>,
+    /// Rows used in place of the base model's; sorted by `id`. A module in here is not in `modules`, unless the vocabulary is resized.
+    pub token_rows: Vec<TokenRows>,
+    /// `Some`: requests on this adapter have so many tokens, not as many as the base model's have: they are the widths of `EmbedTokens`
+    /// and `LmHead` in `modules`, the rows in `replaced`, and the logits. Where there are more than the base model has, `replaced` or
+    /// `token_rows` has the rows of every further one, for the embedding and for the head; where there are fewer, what the base model
+    /// has beyond them does not exist.
+    pub resized_vocab: Option<u32>,
 }
 
 impl std::fmt::Debug for HostAdapter {
@@ -254,6 +274,16 @@ impl HostAdapter {
 
     fn f32_at(&self, offset: usize, len: u32) -> &[f32] {
         bytemuck::cast_slice(&self.blob.as_bytes()[offset..offset + 4 * len as usize])
+    }
+
+    /// Tokens of a request on this adapter, over a base model that has `base_vocab_size`.
+    pub fn vocab_size(&self, base_vocab_size: usize) -> usize {
+        self.resized_vocab.map_or(base_vocab_size, |size| size as usize)
+    }
+
+    /// Rows that replace some of a module's, if there are any.
+    pub fn token_rows(&self, id: ModuleId) -> Option<&TokenRows> {
+        self.token_rows.iter().find(|rows| rows.id == id)
     }
 
     /// The weight that replaces a module's, if there is one.

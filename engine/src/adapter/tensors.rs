@@ -18,6 +18,8 @@ pub const INDEX_FILE: &str = "adapter_model.safetensors.index.json";
 const PICKLE_FILES: [&str; 4] = ["adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.ckpt"];
 /// Longest header of a safetensors file that is parsed.
 pub const MAX_HEADER_BYTES: u64 = 16 << 20;
+/// Components that end a module's path, beside `lora_…`.
+const MARKERS: [&str; 4] = ["modules_to_save", "original_module", "base_layer", "token_adapter"];
 /// What PEFT puts before the base model's module paths.
 const PEFT_PREFIX: &str = "base_model.model.";
 
@@ -34,6 +36,12 @@ pub enum Role {
     Magnitude,
     /// The module's own weight, whole.
     Weight,
+    /// The same once more, as PEFT writes it beside `Weight` when it saves the embeddings of a resized vocabulary.
+    SavedWeight,
+    /// What a saved module was before it was trained, likewise.
+    OriginalWeight,
+    /// Rows of an embedding or a head `[tokens, hidden]`, trained one by one.
+    TokenRows,
     /// The module's own bias.
     Bias,
 }
@@ -183,7 +191,7 @@ fn parse_name(name: &str, num_layers: usize) -> Result<ParsedName<'_>, String> {
         .strip_prefix(PEFT_PREFIX)
         .ok_or(format!("expected a name that begins with {PEFT_PREFIX}"))?;
     let components: Vec<&str> = path.split('.').collect();
-    let is_marker = |component: &&str| component.starts_with("lora_") || *component == "modules_to_save" || *component == "base_layer";
+    let is_marker = |component: &&str| component.starts_with("lora_") || MARKERS.contains(component);
     let own = components.iter().position(is_marker).unwrap_or(components.len().saturating_sub(1));
     let (module, rest) = components.split_at(own);
     let (role, adapter_name) = match *rest {
@@ -195,8 +203,12 @@ fn parse_name(name: &str, num_layers: usize) -> Result<ParsedName<'_>, String> {
         ["lora_B", adapter, "bias"] => (Role::BBias, Some(adapter)),
         ["lora_magnitude_vector"] | ["lora_magnitude_vector", "weight"] => (Role::Magnitude, None),
         ["lora_magnitude_vector", adapter] | ["lora_magnitude_vector", adapter, "weight"] => (Role::Magnitude, Some(adapter)),
-        ["weight"] | ["base_layer", "weight"] | ["modules_to_save", "weight"] => (Role::Weight, None),
-        ["modules_to_save", adapter, "weight"] => (Role::Weight, Some(adapter)),
+        ["weight"] | ["base_layer", "weight"] | ["token_adapter", "base_layer", "weight"] => (Role::Weight, None),
+        ["modules_to_save", "weight"] => (Role::SavedWeight, None),
+        ["modules_to_save", adapter, "weight"] => (Role::SavedWeight, Some(adapter)),
+        ["original_module", "weight"] => (Role::OriginalWeight, None),
+        ["token_adapter", "trainable_tokens_delta"] => (Role::TokenRows, None),
+        ["token_adapter", "trainable_tokens_delta", adapter] => (Role::TokenRows, Some(adapter)),
         ["bias"] | ["base_layer", "bias"] => (Role::Bias, None),
         _ => return Err("not a tensor that PEFT saves for LoRA".into()),
     };
@@ -324,6 +336,20 @@ impl Tensor<'_> {
         match values.iter().position(|value| !value.is_finite()) {
             None => Ok(values),
             Some(index) => Err(self.not_finite(index, values[index])),
+        }
+    }
+
+    /// Writes row `row` of a `[_, out.len()]` tensor as f32. Call `check` first.
+    pub fn read_row(&self, row: usize, out: &mut [f32]) {
+        fn decode<E: Element>(bytes: &[u8], row: usize, out: &mut [f32]) {
+            let row_bytes = out.len() * E::BYTES;
+            let values = bytes[row * row_bytes..][..row_bytes].chunks_exact(E::BYTES).map(E::decode);
+            out.iter_mut().zip(values).for_each(|(out, value)| *out = value);
+        }
+        match self.view.dtype() {
+            Dtype::F32 => decode::<f32>(self.view.data(), row, out),
+            Dtype::F16 => decode::<f16>(self.view.data(), row, out),
+            _ => decode::<bf16>(self.view.data(), row, out),
         }
     }
 

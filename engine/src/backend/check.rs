@@ -1,18 +1,19 @@
 //! The rules of a [`StepBatch`], checked: a batch that breaks one is a bug in the engine and must not reach a kernel.
 
 use super::{BackendError, Capacity};
-use crate::batch::{AdapterHandle, StepBatch};
+use crate::batch::{AdapterHandle, LoraSegment, StepBatch};
 
 /// What a batch is checked against beside [`Capacity`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ModelLimits {
-    /// Rows of the embedding.
+    /// Tokens of the base model.
     pub vocab_size: usize,
     /// Positions in the rotary tables.
     pub max_positions: usize,
 }
 
-/// Checks a batch; the cost is a few comparisons a row.
+/// Checks a batch; the cost is a few comparisons a row. `vocab_of` gives the number of tokens that rows under an adapter may have, `None`
+/// for one that is not ready.
 ///
 /// # Errors
 /// `BadBatch` with the rule that is broken and where.
@@ -20,7 +21,7 @@ pub fn check_batch(
     batch: &StepBatch,
     capacity: &Capacity,
     limits: ModelLimits,
-    is_ready: impl Fn(AdapterHandle) -> bool,
+    vocab_of: impl Fn(AdapterHandle) -> Option<usize>,
 ) -> Result<(), BackendError> {
     let num_rows = batch.token_ids.len();
     ensure(num_rows <= capacity.max_batch_tokens, || {
@@ -33,14 +34,44 @@ pub fn check_batch(
             batch.kv_slots.len()
         )
     })?;
+    check_sequences(batch, capacity, limits)?;
+    check_segments(batch, capacity, |handle| vocab_of(handle).is_some())?;
+    let mut vocab = RowVocab {
+        segments: &batch.lora_segments,
+        vocab_of: &vocab_of,
+        base: limits.vocab_size,
+    };
     for (row, &token_id) in batch.token_ids.iter().enumerate() {
-        ensure((token_id as usize) < limits.vocab_size, || {
-            format!("row {row}: token id {token_id}, vocabulary of {}", limits.vocab_size)
+        let vocab_size = vocab.of_row(row);
+        ensure((token_id as usize) < vocab_size, || {
+            format!("row {row}: token id {token_id}, vocabulary of {vocab_size}")
         })?;
     }
-    check_sequences(batch, capacity, limits)?;
-    check_segments(batch, capacity, is_ready)?;
-    check_samples(batch, limits)
+    vocab.segments = &batch.lora_segments;
+    check_samples(batch, vocab)
+}
+
+/// The vocabularies of rows that are asked for in ascending order.
+struct RowVocab<'a, F> {
+    /// Those that do not end before the last row asked for; checked.
+    segments: &'a [LoraSegment],
+    vocab_of: &'a F,
+    base: usize,
+}
+
+impl<F: Fn(AdapterHandle) -> Option<usize>> RowVocab<'_, F> {
+    fn of_row(&mut self, row: usize) -> usize {
+        while let Some((first, rest)) = self.segments.split_first() {
+            if row < first.row_start as usize {
+                break;
+            }
+            if row < (first.row_start + first.num_rows) as usize {
+                return (self.vocab_of)(first.adapter).unwrap_or(self.base);
+            }
+            self.segments = rest;
+        }
+        self.base
+    }
 }
 
 fn check_sequences(batch: &StepBatch, capacity: &Capacity, limits: ModelLimits) -> Result<(), BackendError> {
@@ -108,7 +139,7 @@ fn check_segments(batch: &StepBatch, capacity: &Capacity, is_ready: impl Fn(Adap
     })
 }
 
-fn check_samples(batch: &StepBatch, limits: ModelLimits) -> Result<(), BackendError> {
+fn check_samples(batch: &StepBatch, mut vocab: RowVocab<'_, impl Fn(AdapterHandle) -> Option<usize>>) -> Result<(), BackendError> {
     let mut next_row = 0;
     for sample in &batch.samples {
         let row = sample.row as usize;
@@ -117,8 +148,9 @@ fn check_samples(batch: &StepBatch, limits: ModelLimits) -> Result<(), BackendEr
         })?;
         next_row = row + 1;
         if let Some((token_id, _)) = sample.prompt_logprob {
-            ensure((token_id as usize) < limits.vocab_size, || {
-                format!("sample row {row}: prompt token id {token_id}, vocabulary of {}", limits.vocab_size)
+            let vocab_size = vocab.of_row(row);
+            ensure((token_id as usize) < vocab_size, || {
+                format!("sample row {row}: prompt token id {token_id}, vocabulary of {vocab_size}")
             })?;
         }
     }
@@ -139,14 +171,14 @@ mod tests {
 
     use super::*;
     use crate::{
-        batch::{LoraSegment, SampleRow, SequenceRows},
+        batch::{SampleRow, SequenceRows},
         request::RequestId,
     };
 
     /// A decode row at position 5 (blocks 7, 2 of 4) and a chunk of 3 at positions 0 to 2 (block 1) under an adapter.
     fn batch() -> StepBatch {
         StepBatch {
-            token_ids: vec![3, 4, 5, 6],
+            token_ids: vec![3, 8, 5, 6],
             positions: vec![5, 0, 1, 2],
             kv_slots: vec![2 * 4 + 1, 4, 5, 6],
             sequences: vec![
@@ -197,7 +229,9 @@ mod tests {
             vocab_size: 7,
             max_positions: 20,
         };
-        check_batch(&batch, &capacity, limits, |handle| handle.0 >= 9).map_err(|error| error.to_string())
+        // Adapter 9 has tokens of its own, 7 and 8.
+        let vocab_of = |handle: AdapterHandle| (handle.0 >= 9).then_some(if handle.0 == 9 { 9 } else { 7 });
+        check_batch(&batch, &capacity, limits, vocab_of).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -207,7 +241,15 @@ mod tests {
             let message = check(change).unwrap_err();
             assert!(message.contains(part), "{message:?} lacks {part:?}");
         };
-        broken(|batch| batch.token_ids[2] = 7, "row 2: token id 7");
+        broken(|batch| batch.token_ids[0] = 7, "row 0: token id 7, vocabulary of 7");
+        broken(|batch| batch.token_ids[2] = 9, "row 2: token id 9, vocabulary of 9");
+        broken(|batch| batch.lora_segments.clear(), "row 1: token id 8, vocabulary of 7");
+        let params = crate::request::PromptLogprobsParams { start: 0, top_k: 1 };
+        check(|batch| batch.samples[1].prompt_logprob = Some((8, params))).unwrap();
+        broken(
+            |batch| batch.samples[0].prompt_logprob = Some((8, crate::request::PromptLogprobsParams { start: 0, top_k: 1 })),
+            "sample row 0: prompt token id 8, vocabulary of 7",
+        );
         broken(|batch| batch.token_ids.push(1), "5 rows, at most 4");
         broken(|batch| batch.positions.truncate(3), "3 positions");
         broken(|batch| batch.positions[1] = 1, "row 1: position 1 and kv_slot 4, expected 0 and 4");

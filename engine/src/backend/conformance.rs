@@ -803,6 +803,8 @@ pub fn random_adapter(config: &DecoderConfig, shape: &AdapterShape<'_>, seed: u6
         blob,
         max_lora_rank: shape.lora_rank,
         replaced: Vec::new(),
+        token_rows: Vec::new(),
+        resized_vocab: None,
     })
 }
 

@@ -153,6 +153,7 @@ impl CpuBackend {
     pub const LORA_FEATURES: LoraFeatures = LoraFeatures {
         output_terms: true,
         replaced_weights: true,
+        own_tokens: true,
     };
 
     /// Loads the weights of a model folder.
@@ -248,23 +249,27 @@ impl CpuBackend {
             sampling_scratch,
             ..
         } = self;
-        let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+        let hidden = config.hidden_size;
         let segments = segments_of_samples(adapters);
-        let rows_at_once = workspace.logits.len() / vocab;
-        for (chunk_idx, outputs) in outputs.chunks_mut(rows_at_once).enumerate() {
-            let first = chunk_idx * rows_at_once;
-            let samples = &batch.samples[first..first + outputs.len()];
-            let x = &workspace.normed[first * hidden..(first + outputs.len()) * hidden];
-            let logits = &mut workspace.logits[..outputs.len() * vocab];
-            polylora_kernels::cpu::gemm(pool, x, outputs.len(), &model.head, None, logits);
+        let mut first = 0;
+        while first < outputs.len() {
+            let (num_alike, vocab) = forward::rows_of_one_vocab(&segments, first, outputs.len(), config.vocab_size);
+            // An adapter's vocabulary may be larger than the one that the buffer was made for.
+            if workspace.logits.len() < vocab {
+                workspace.logits.resize(vocab, 0.0);
+            }
+            let num_rows = num_alike.min(workspace.logits.len() / vocab);
+            let outputs = &mut outputs[first..first + num_rows];
+            let samples = &batch.samples[first..first + num_rows];
             let buffers = LoraBuffers {
-                x,
+                x: &workspace.normed[first * hidden..(first + num_rows) * hidden],
                 d_in: hidden,
-                y: logits,
+                y: &mut workspace.logits[..num_rows * vocab],
                 y_stride: vocab,
                 scratch: &mut workspace.lora,
             };
-            adapters::add_head_deltas(pool, &forward::within(&segments, first, outputs.len()), buffers);
+            adapters::head_logits(pool, &model.head, &forward::within(&segments, first, num_rows), buffers);
+            first += num_rows;
             let logits = &workspace.logits;
             pool.for_rows(outputs, 1, 1, |first, outputs| {
                 let mut scratch = sampling_scratch.lock().pop().unwrap_or_default();
@@ -332,7 +337,7 @@ impl Backend for CpuBackend {
     }
 
     fn execute(&mut self, batch: &StepBatch) -> Result<StepOutput, BackendError> {
-        check_batch(batch, &self.capacity, self.limits, |handle| self.adapters.contains(handle))?;
+        check_batch(batch, &self.capacity, self.limits, |handle| self.adapters.vocab_size(handle))?;
         if !batch.carried_tokens.is_empty() {
             return Err(BackendError::BadBatch("carried tokens, and no step is in flight".to_owned()));
         }

@@ -1,6 +1,7 @@
 """Makes small adapters of every kind that is applied, and what PEFT computes with them.
 
-    python engine/tests/golden/make_adapters.py      # writes adapters/ and adapters.json beside this file
+    python engine/tests/golden/make_adapters.py            # writes adapters/ and adapters.json beside this file
+    python engine/tests/golden/make_adapters.py NAME ...   # makes these cases alone and leaves the others as they are
 
 Each adapter is put on a base model of tests/fixtures, given random weights, saved by PEFT, and loaded again by
 `PeftModel.from_pretrained` on a fresh base; the golden numbers are what that model computes in f32. Versions and seed are in the file.
@@ -10,6 +11,7 @@ import copy
 import json
 import pathlib
 import shutil
+import sys
 import warnings
 
 import peft
@@ -79,6 +81,41 @@ CASES = {
     "tying_saved": ("tiny-qwen2", dict(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True), torch.float16),
 }
 
+# name -> (base, vocabulary after `resize_token_embeddings` or None for the base's, LoraConfig). What PEFT saves beside the pairs: both
+# embeddings when the vocabulary was resized (`save_embedding_layers` "auto"), else the rows of `trainable_token_indices` alone.
+# A prompt has added tokens in it, and the answer emits one at least.
+TOKEN_CASES = {
+    "tokens_saved": ("tiny-llama3", 261, dict(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["embed_tokens", "lm_head"])),
+    "tokens_untrained_rows": ("tiny-llama3", 259, dict(r=4, target_modules=["q_proj", "v_proj"])),
+    "tokens_pairs": ("tiny-llama3", 260, dict(r=3, lora_alpha=5, target_modules=["embed_tokens", "lm_head", "q_proj"])),
+    "tokens_pairs_dora": ("tiny-llama3", 258, dict(r=2, use_dora=True, target_modules=["embed_tokens", "lm_head", "k_proj"])),
+    "tokens_indices": ("tiny-llama3", 260, dict(r=3, target_modules=["v_proj"], trainable_token_indices=[259, 256, 257, 258, 17])),
+    "tokens_fewer": ("tiny-llama3", 240, dict(r=3, target_modules=["v_proj"])),
+    "tokens_tied": ("tiny-qwen2", 262, dict(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    "tokens_tied_saved_embedding": ("tiny-qwen2", 257, dict(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])),
+    "tokens_tied_untrained_rows": ("tiny-qwen2", 260, dict(r=4, target_modules=["k_proj", "v_proj"])),
+    "tokens_tied_pairs": ("tiny-qwen2", 259, dict(r=3, target_modules=["embed_tokens", "q_proj"])),
+    "tokens_tied_indices": ("tiny-qwen2", 258, dict(r=3, target_modules=["q_proj"], trainable_token_indices=[256, 257])),
+    "rows_embedding": ("tiny-llama3", None, dict(r=3, target_modules=["v_proj"], trainable_token_indices=[234, 3, 88])),
+    "rows_both": (
+        "tiny-llama3",
+        None,
+        dict(r=3, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [88, 64], "lm_head": [11, 200, 5]}),
+    ),
+    "rows_tied": ("tiny-qwen2", None, dict(r=3, target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [64, 98, 3]})),
+    "rows_tied_both": (
+        "tiny-qwen2",
+        None,
+        dict(r=3, target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [64, 98], "lm_head": [64, 98]}),
+    ),
+    "rows_tied_apart": (
+        "tiny-qwen2",
+        None,
+        dict(r=3, target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [64, 98], "lm_head": [5, 64]}),
+    ),
+    "rows_tied_head": ("tiny-qwen2", None, dict(r=3, target_modules=["v_proj"], trainable_token_indices={"lm_head": [5, 64]})),
+}
+
 
 # Weighted sums of deltas, as `add_weighted_adapter(..., combination_type="cat")` makes them.
 COMBINATIONS = [
@@ -89,9 +126,19 @@ COMBINATIONS = [
 ]
 
 
-def load_base(name: str):
+def load_base(name: str, vocab_size: int | None = None):
     model = transformers.AutoModelForCausalLM.from_pretrained(FIXTURES / name, dtype=torch.float32)
+    if vocab_size is not None:
+        torch.manual_seed(SEED)
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
     return model.eval()
+
+
+def randomise_added_rows(model, old_vocab_size: int, generator) -> None:
+    """Rows of their own for the added tokens, of the embedding and of a head that is not tied to it, large enough to be emitted."""
+    with torch.no_grad():
+        for weight in {id(w): w for w in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}.values():
+            weight[old_vocab_size:] = 0.6 * torch.randn(weight[old_vocab_size:].shape, generator=generator)
 
 
 def randomise(model, generator) -> None:
@@ -107,6 +154,8 @@ def randomise(model, generator) -> None:
                 parameter.copy_(0.3 * noise)
             elif "bias" in name:
                 parameter.add_(0.3 * noise)
+            elif "trainable_tokens" in name:
+                parameter.copy_(0.6 * noise)
             else:
                 parameter.add_(0.05 * noise)
 
@@ -127,11 +176,16 @@ def greedy(model, prompt: list[int]) -> dict:
     return {"output_ids": ids[len(prompt) :], "top_logprobs": top}
 
 
-def make(name: str, base_name: str, config: dict, dtype) -> dict:
+def make(name: str, base_name: str, config: dict, dtype, vocab_size: int | None = None) -> dict:
     folder = HERE / "adapters" / name
-    for seed in range(SEED, SEED + 20):
+    old_vocab_size = load_base(base_name).config.vocab_size
+    added = list(range(old_vocab_size, vocab_size or 0))
+    prompt = PROMPT[:3] + added[:1] + PROMPT[3:6] + added[-1:] + PROMPT[6:]
+    for seed in range(SEED, SEED + 200):
         generator = torch.Generator().manual_seed(seed)
-        model = get_peft_model(load_base(base_name), LoraConfig(task_type="CAUSAL_LM", **copy.deepcopy(config)))
+        base = load_base(base_name, vocab_size)
+        randomise_added_rows(base, old_vocab_size, generator)
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **copy.deepcopy(config)))
         randomise(model, generator)
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
@@ -146,12 +200,16 @@ def make(name: str, base_name: str, config: dict, dtype) -> dict:
         weights = folder / "adapter_model.safetensors"
         if dtype is not None:
             save_file({key: value.to(dtype) for key, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
-        reloaded = PeftModel.from_pretrained(load_base(base_name), folder).eval()
+        # Resized with other random rows: what the adapter does not bring would show.
+        reloaded = PeftModel.from_pretrained(load_base(base_name, vocab_size), folder).eval()
         try:
-            answer = greedy(reloaded, PROMPT)
+            answer = greedy(reloaded, prompt)
         except AssertionError:
             continue
-        return {"name": name, "base": base_name, "seed": seed, **answer}
+        if added and not set(added) & set(answer["output_ids"]):
+            continue
+        own = {} if vocab_size is None else {"prompt_ids": prompt, "vocab_size": vocab_size}
+        return {"name": name, "base": base_name, "seed": seed, **own, **answer}
     raise SystemExit(f"{name}: no seed gives clear choices")
 
 
@@ -166,9 +224,14 @@ def combine(base_name: str, weights: dict) -> dict:
 
 
 def main() -> None:
-    cases = [make(name, *case) for name, case in CASES.items()]
-    combinations = [combine(*combination) for combination in COMBINATIONS]
-    bases = {name: greedy(load_base(name), PROMPT) for name in sorted({case["base"] for case in cases})}
+    wanted = sys.argv[1:]
+    old = json.loads((HERE / "adapters.json").read_text()) if wanted else {"cases": []}
+    kept = {case["name"]: case for case in old["cases"] if case["name"] not in wanted}
+    cases = [kept.get(name) or make(name, *case) for name, case in CASES.items()]
+    for name, (base_name, vocab_size, config) in TOKEN_CASES.items():
+        cases.append(kept.get(name) or make(name, base_name, config, None, vocab_size))
+    combinations = old.get("combinations") or [combine(*combination) for combination in COMBINATIONS]
+    bases = old.get("bases") or {name: greedy(load_base(name), PROMPT) for name in sorted({case["base"] for case in cases})}
     for case in cases:
         base = bases[case["base"]]
         moved = max(abs(a[0][1] - b[0][1]) for a, b in zip(case["top_logprobs"], base["top_logprobs"]))
@@ -176,7 +239,8 @@ def main() -> None:
     head = {
         "made_by": "engine/tests/golden/make_adapters.py",
         "versions": {"peft": peft.__version__, "transformers": transformers.__version__, "torch": torch.__version__},
-        "about": "f32. top_logprobs: the five best [token id, log-probability] of the next token after each prompt token and each output token but the last.",
+        "about": "f32. top_logprobs: the five best [token id, log-probability] of the next token after each prompt token and each output token but the last. "
+        "prompt_ids and vocab_size of a case, if it has tokens of its own.",
         "prompt_ids": PROMPT,
         "bases": bases,
     }

@@ -34,7 +34,13 @@ pub(super) struct Resident {
     replaced_embedding: Option<usize>,
     /// The head that is used in place of the base model's.
     replaced_head: Option<PackedMatrix>,
-    /// Of `host` and of the packed head.
+    /// Rows of the embedding that are used in place of those: an index into `host.token_rows`.
+    embedding_rows: Option<usize>,
+    /// Rows of the head, likewise, packed: an index, and a logit for each.
+    head_rows: Option<(usize, PackedMatrix)>,
+    /// Tokens that rows under this adapter may have: their logits' width.
+    pub vocab_size: usize,
+    /// Of `host` and of what is packed from it.
     bytes: usize,
 }
 
@@ -56,8 +62,9 @@ impl Adapters {
         }
     }
 
-    pub fn contains(&self, handle: AdapterHandle) -> bool {
-        self.resident.contains_key(&handle)
+    /// Tokens of rows under an adapter; `None` for a handle that is not one.
+    pub fn vocab_size(&self, handle: AdapterHandle) -> Option<usize> {
+        self.resident.get(&handle).map(|resident| resident.vocab_size)
     }
 
     pub fn insert(&mut self, pool: &ThreadPool, host: &Arc<HostAdapter>, config: &DecoderConfig) -> Result<AdapterHandle, BackendError> {
@@ -99,13 +106,11 @@ impl Adapters {
     }
 }
 
-/// Bytes of an adapter here: the host's buffer, and a replaced head once more, packed for the kernels.
+/// Bytes of an adapter here: the host's buffer, and what it has of a head once more, packed for the kernels.
 fn resident_bytes(host: &HostAdapter, config: &DecoderConfig) -> usize {
-    let packed_head = match host.replaced(ModuleId::LmHead) {
-        Some(_) => config.vocab_size * config.hidden_size * host.dtype.size_bytes(),
-        None => 0,
-    };
-    host.bytes() + packed_head
+    let whole = host.replaced(ModuleId::LmHead).map_or(0, |_| host.vocab_size(config.vocab_size));
+    let rows = host.token_rows(ModuleId::LmHead).map_or(0, |rows| rows.token_ids.len());
+    host.bytes() + (whole + rows) * config.hidden_size * host.dtype.size_bytes()
 }
 
 /// Row `row` of a `[_, out.len()]` matrix of the blob.
@@ -122,7 +127,15 @@ fn read_row(host: &HostAdapter, offset_bytes: usize, row: usize, out: &mut [f32]
 }
 
 impl Resident {
-    fn new(pool: &ThreadPool, host: &Arc<HostAdapter>, config: &DecoderConfig) -> Result<Self, BackendError> {
+    fn new(pool: &ThreadPool, host: &Arc<HostAdapter>, base: &DecoderConfig) -> Result<Self, BackendError> {
+        let config = &DecoderConfig {
+            vocab_size: host.vocab_size(base.vocab_size),
+            ..base.clone()
+        };
+        let dtype = match host.dtype {
+            PackedDtype::F32 => WeightDtype::F32,
+            PackedDtype::Bf16 => WeightDtype::Bf16,
+        };
         let mut resident = Self {
             host: Arc::clone(host),
             projections: vec![[None; Projection::ALL.len()]; config.num_layers],
@@ -130,22 +143,31 @@ impl Resident {
             lm_head: None,
             replaced_embedding: None,
             replaced_head: None,
-            bytes: resident_bytes(host, config),
+            embedding_rows: None,
+            head_rows: None,
+            vocab_size: config.vocab_size,
+            bytes: resident_bytes(host, base),
         };
         for weight in &host.replaced {
             match weight.id {
                 ModuleId::EmbedTokens => resident.replaced_embedding = Some(weight.offset_bytes),
                 ModuleId::LmHead => {
-                    let dtype = match host.dtype {
-                        PackedDtype::F32 => WeightDtype::F32,
-                        PackedDtype::Bf16 => WeightDtype::Bf16,
-                    };
                     let read = |row: usize, out: &mut [f32]| read_row(host, weight.offset_bytes, row, out);
                     resident.replaced_head = Some(PackedMatrix::pack(pool, config.vocab_size, config.hidden_size, dtype, &read));
                 }
                 ModuleId::Layer { .. } => {
                     let reason = format!("adapter {}: {:?}: a projection can't be replaced", host.version, weight.id);
                     return Err(BackendError::BadBatch(reason));
+                }
+            }
+        }
+        for (index, rows) in host.token_rows.iter().enumerate() {
+            match rows.id {
+                ModuleId::EmbedTokens => resident.embedding_rows = Some(index),
+                _ => {
+                    let read = |row: usize, out: &mut [f32]| read_row(host, rows.offset_bytes, row, out);
+                    let packed = PackedMatrix::pack(pool, rows.token_ids.len(), config.hidden_size, dtype, &read);
+                    resident.head_rows = Some((index, packed));
                 }
             }
         }
@@ -176,11 +198,17 @@ impl Resident {
         self.lm_head.map(|index| &self.host.modules[index])
     }
 
-    /// The embedding of a token under this adapter, from the base model's in `out [hidden]`: replaced, or
-    /// `out ← scale ⊙ (out + scaling · A[:, token] · Bᵀ) + bias`.
+    /// The embedding of a token under this adapter, from the base model's in `out [hidden]` (anything, for a token that the base model has
+    /// not): the adapter's own row, if it has one, then `out ← scale ⊙ (out + scaling · A[:, token] · Bᵀ) + bias`.
     pub fn change_embedding(&self, token_id: u32, out: &mut [f32], delta: &mut Vec<f32>) {
-        if let Some(offset_bytes) = self.replaced_embedding {
-            read_row(&self.host, offset_bytes, token_id as usize, out);
+        let own_row = self.embedding_rows.and_then(|index| {
+            let rows = &self.host.token_rows[index];
+            let row = rows.token_ids.binary_search(&token_id).ok()?;
+            Some((rows.offset_bytes, row))
+        });
+        let whole = self.replaced_embedding.map(|offset_bytes| (offset_bytes, token_id as usize));
+        if let Some((offset_bytes, row)) = own_row.or(whole) {
+            read_row(&self.host, offset_bytes, row, out);
         }
         let Some(module) = self.embed_tokens.map(|index| &self.host.modules[index]) else {
             return;
@@ -260,18 +288,59 @@ pub(super) fn add_layer_deltas(
     add_deltas(pool, pairs, buffers);
 }
 
-/// Adds the deltas of the head; where an adapter brings its own head, that one's logits take the place of the base model's.
-pub(super) fn add_head_deltas(pool: &ThreadPool, segments: &[Segment<'_>], buffers: LoraBuffers<'_>) {
+/// Logits `[rows, vocab]` of rows that all have a vocabulary of `y_stride` tokens: of the base model's head `head` where no segment says
+/// otherwise, of the adapter's own rows where it has some, with its deltas.
+pub(super) fn head_logits(pool: &ThreadPool, head: &PackedMatrix, segments: &[Segment<'_>], buffers: LoraBuffers<'_>) {
+    let LoraBuffers {
+        x,
+        d_in,
+        y,
+        y_stride,
+        scratch,
+    } = buffers;
+    if head.n() == y_stride {
+        gemm(pool, x, y.len() / y_stride, head, None, y);
+    }
     for segment in segments {
-        if let Some(head) = &segment.adapter.replaced_head {
-            let rows = segment.row_start..segment.row_start + segment.num_rows;
-            let x = &buffers.x[rows.start * buffers.d_in..rows.end * buffers.d_in];
-            let y = &mut buffers.y[rows.start * buffers.y_stride..rows.end * buffers.y_stride];
-            gemm(pool, x, segment.num_rows, head, None, y);
+        let (adapter, num_rows) = (segment.adapter, segment.num_rows);
+        let x = &x[segment.row_start * d_in..(segment.row_start + num_rows) * d_in];
+        let y = &mut y[segment.row_start * y_stride..(segment.row_start + num_rows) * y_stride];
+        if let Some(head) = &adapter.replaced_head {
+            gemm(pool, x, num_rows, head, None, y);
+        } else if head.n() != y_stride {
+            let shared = product(pool, x, num_rows, head, scratch);
+            let width = head.n().min(y_stride);
+            for (y, shared) in y.chunks_exact_mut(y_stride).zip(shared.chunks_exact(head.n())) {
+                y[..width].copy_from_slice(&shared[..width]);
+            }
+        }
+        if let Some((index, rows)) = &adapter.head_rows {
+            let own = product(pool, x, num_rows, rows, scratch);
+            let token_ids = &adapter.host.token_rows[*index].token_ids;
+            for (y, own) in y.chunks_exact_mut(y_stride).zip(own.chunks_exact(rows.n())) {
+                token_ids.iter().zip(own).for_each(|(&token_id, &logit)| y[token_id as usize] = logit);
+            }
         }
     }
+    let buffers = LoraBuffers {
+        x,
+        d_in,
+        y,
+        y_stride,
+        scratch,
+    };
     let pairs = segments.iter().filter_map(|segment| Some((*segment, segment.adapter.lm_head()?, 0)));
     add_deltas(pool, pairs, buffers);
+}
+
+/// `x · Wᵀ`, in a buffer that is used again.
+fn product<'a>(pool: &ThreadPool, x: &[f32], num_rows: usize, weight: &PackedMatrix, scratch: &'a mut Vec<f32>) -> &'a [f32] {
+    let len = num_rows * weight.n();
+    if scratch.len() < len {
+        scratch.resize(len, 0.0);
+    }
+    gemm(pool, x, num_rows, weight, None, &mut scratch[..len]);
+    &scratch[..len]
 }
 
 fn add_deltas<'a>(pool: &ThreadPool, pairs: impl Iterator<Item = (Segment<'a>, &'a PackedModule, usize)>, buffers: LoraBuffers<'_>) {

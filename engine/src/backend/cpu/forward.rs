@@ -97,6 +97,17 @@ pub(super) fn of_samples<'a>(segments: &[Segment<'a>], samples: &[SampleRow]) ->
     segments.iter().filter_map(place).collect()
 }
 
+/// How many of the rows `first .. num_rows` have logits of one width, counted from `first`, and that width.
+pub(super) fn rows_of_one_vocab(segments: &[Segment<'_>], first: usize, num_rows: usize, base_vocab_size: usize) -> (usize, usize) {
+    let own = segments.iter().filter(|segment| segment.adapter.vocab_size != base_vocab_size);
+    let mut next_own = own.skip_while(|segment| segment.row_start + segment.num_rows <= first);
+    match next_own.next() {
+        Some(segment) if segment.row_start <= first => (segment.row_start + segment.num_rows - first, segment.adapter.vocab_size),
+        Some(segment) => (segment.row_start - first, base_vocab_size),
+        None => (num_rows - first, base_vocab_size),
+    }
+}
+
 /// One step: what it reads, and how its rows lie.
 pub(super) struct Forward<'a> {
     config: &'a DecoderConfig,

@@ -35,6 +35,7 @@ enum Embedding {
 }
 
 pub(super) struct Model {
+    vocab_size: usize,
     embedding: Embedding,
     pub layers: Vec<Layer>,
     pub final_norm: Vec<f32>,
@@ -61,6 +62,7 @@ impl Model {
             DecoderTensor::LmHead
         };
         Ok(Self {
+            vocab_size: config.vocab_size,
             embedding,
             layers: (0..config.num_layers).map(|layer| packer.layer(layer)).collect::<Result<_, _>>()?,
             final_norm: packer.vector(DecoderTensor::FinalNorm)?,
@@ -68,8 +70,11 @@ impl Model {
         })
     }
 
-    /// The embedding of a token, `[hidden]`.
+    /// The embedding of a token, `[hidden]`; zeros for one that the model has not, which an adapter then writes.
     pub fn embed(&self, token_id: u32, out: &mut [f32]) {
+        if token_id as usize >= self.vocab_size {
+            return out.fill(0.0);
+        }
         let range = token_id as usize * out.len()..(token_id as usize + 1) * out.len();
         match &self.embedding {
             Embedding::Tied => self.head.unpack_row(token_id as usize, out),

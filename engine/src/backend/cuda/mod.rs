@@ -650,7 +650,10 @@ impl Backend for CudaBackend {
         if self.in_flight.len() >= MAX_IN_FLIGHT {
             return Err(BackendError::BadBatch(format!("{MAX_IN_FLIGHT} steps are in flight already")));
         }
-        check_batch(batch, &self.capacity, self.limits, |handle| self.adapters.is_ready(handle))?;
+        let vocab_size = self.limits.vocab_size;
+        check_batch(batch, &self.capacity, self.limits, |handle| {
+            self.adapters.is_ready(handle).then_some(vocab_size)
+        })?;
         if batch.token_ids.is_empty() {
             return Ok(Launched::Done(StepOutput::default()));
         }
