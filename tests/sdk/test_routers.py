@@ -1,6 +1,7 @@
 """PyPI's sglang-router and vllm-router, as they are, in front of three replicas of the demo model, one of which is killed in mid-traffic."""
 import concurrent.futures
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -133,7 +134,77 @@ class Traffic:
             time.sleep(0.01)
 
 
+class LongStream(threading.Thread):
+    """A stream of a few thousand tokens, read to its end."""
+
+    CHOICES = 4
+
+    def __init__(self, client, number):
+        super().__init__(daemon=True)
+        self.client, self.model, self.ended, self.error, self.has_begun = client, MODELS[number % len(MODELS)][0], 0, None, threading.Event()
+        self.start()
+
+    def run(self):
+        try:
+            stream = self.client.chat.completions.create(model=self.model, messages=[{"role": "user", "content": LIST_3}], n=self.CHOICES, stream=True,
+                                                         max_tokens=1500, extra_body={"ignore_eos": True})
+            for chunk in stream:
+                self.has_begun.set()
+                self.ended += sum(choice.finish_reason is not None for choice in chunk.choices)
+        except Exception as error:
+            self.error = error
+        self.has_begun.set()
+
+    @property
+    def is_whole(self):
+        return self.ended == self.CHOICES
+
+
+def until(condition, what):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
 class Routers(unittest.TestCase):
+    def check_streams(self, router_name):
+        """A replica is killed while streams run on it: those end, visibly and soon, and nothing else is touched."""
+        with Replicas() as replicas, Router(router_name, replicas.urls, "round_robin") as router:
+            client = openai.OpenAI(base_url=f"{router.url}/v1", api_key="none", max_retries=0, timeout=300)
+            for _ in range(10):
+                streams = [LongStream(client, number) for number in range(6)]
+                for stream in streams:
+                    self.assertTrue(stream.has_begun.wait(120))
+                    self.assertIsNone(stream.error)
+                # Frozen first: what does not end now is what runs there, at most as much as now.
+                sequences = replicas.servers[0].get("/v1/loads")[1]["aggregate"]["total_reqs"]
+                most = math.ceil(sequences / LongStream.CHOICES)
+                replicas.servers[0].process.send_signal(signal.SIGSTOP)
+                others = replicas.servers[1:]
+                until(lambda: all(server.get("/v1/loads")[1]["aggregate"]["total_reqs"] == 0 for server in others), "the others' streams end")
+                until(lambda: sum(stream.is_whole for stream in streams) >= len(streams) - most, "the others' streams are whole")
+                running = [stream for stream in streams if not stream.is_whole]
+                if running:
+                    break
+                # They had ended before: once more.
+                replicas.servers[0].process.send_signal(signal.SIGCONT)
+            self.assertTrue(running, "streams run when the replica is killed")
+            replicas.kill()
+            for stream in running:
+                stream.join(120)
+                self.assertFalse(stream.is_alive(), "a stream whose replica is gone ends")
+                self.assertFalse(stream.is_whole, "and does not look like a whole one")
+            for stream in streams:
+                if stream not in running:
+                    stream.join(120)
+                    self.assertIsNone(stream.error)
+            # What the router may try elsewhere is not lost meanwhile.
+            for model, adapter in MODELS * 2:
+                answer = client.chat.completions.create(model=model, messages=[{"role": "user", "content": LIST_3}], temperature=0)
+                self.assertEqual(answer.choices[0].message.content, golden(adapter, "chat")["output_text"])
+            print(f"{router_name}: {len(running)} of {len(streams)} streams cut by the kill", file=sys.stderr)
+
     def check(self, router_name):
         with Replicas() as replicas, Router(router_name, replicas.urls, "round_robin") as router:
             traffic = Traffic(router.url)
@@ -173,6 +244,12 @@ class Routers(unittest.TestCase):
 
     def test_vllm_router_loses_nothing_when_a_replica_is_killed(self):
         self.check("vllm-router")
+
+    def test_sglang_router_ends_the_streams_of_a_killed_replica(self):
+        self.check_streams("sglang-router")
+
+    def test_vllm_router_ends_the_streams_of_a_killed_replica(self):
+        self.check_streams("vllm-router")
 
     def test_sglang_router_hands_on_errors(self):
         self.check_errors("sglang-router")
