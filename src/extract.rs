@@ -1,5 +1,7 @@
 //! JSON bodies, paths and queries, with errors that say which field is wrong.
 
+use std::time::Duration;
+
 use axum::{
     body::Bytes,
     extract::{FromRequest, FromRequestParts, Path, Query, Request},
@@ -8,6 +10,10 @@ use axum::{
 use serde::de::DeserializeOwned;
 
 use crate::error::{ApiError, NativeError};
+
+/// How long a JSON body may take as a whole, in a request's extensions: who sends a byte now and then would have the connection for good.
+#[derive(Clone, Copy, Debug)]
+pub struct BodyTime(pub Duration);
 
 /// A JSON body; its errors have OpenAI's form.
 pub struct ApiJson<T>(pub T);
@@ -24,7 +30,13 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for ApiJson<T> {
                 "The body must be JSON, with the header `Content-Type: application/json`.",
             ));
         }
-        let body = Bytes::from_request(request, state).await.map_err(|rejection| {
+        let time = request.extensions().get().map_or(Duration::MAX, |BodyTime(time)| *time);
+        let body = tokio::time::timeout(time, Bytes::from_request(request, state)).await;
+        let body = body.map_err(|_| {
+            let message = format!("The body was not received within {} seconds.", time.as_secs_f64());
+            ApiError::bad_body(StatusCode::REQUEST_TIMEOUT, message)
+        })?;
+        let body = body.map_err(|rejection| {
             let timed_out = std::error::Error::source(&rejection).is_some_and(is_timeout);
             let status = if timed_out { StatusCode::REQUEST_TIMEOUT } else { rejection.status() };
             ApiError::bad_body(status, rejection.body_text())
@@ -141,6 +153,8 @@ fn json_words(message: &str) -> String {
         "u64" | "usize" => "an integer of at least 0",
         "i32" | "i64" => "an integer",
         "f32" | "f64" => "a number",
+        "a sequence" => "a list",
+        "a map" => "an object",
         name if name.starts_with("struct ") => "an object",
         other => other,
     };

@@ -32,10 +32,25 @@ pub enum MessagePart {
     },
 }
 
+/// What becomes of what a model thinks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Thoughts {
+    /// They go out as they come.
+    #[default]
+    AsTheyCome,
+    /// They go out in one piece, before what follows them.
+    InOnePiece,
+    /// They are left out.
+    LeftOut,
+}
+
 /// Reads one output.
 #[derive(Clone, Debug, Default)]
 pub struct MessageParser {
     reasoning: Option<ReasoningSplitter>,
+    thoughts: Thoughts,
+    /// Thoughts that wait for their end.
+    held_thoughts: String,
     tools: Option<ToolParser>,
     /// Calls after the first are left out.
     single_call: bool,
@@ -47,10 +62,18 @@ impl MessageParser {
     pub fn new(reasoning: Option<ReasoningSplitter>, tools: Option<ToolParser>, single_call: bool) -> Self {
         Self {
             reasoning,
+            thoughts: Thoughts::default(),
+            held_thoughts: String::new(),
             tools,
             single_call,
             reasoning_tokens: 0,
         }
+    }
+
+    /// The same, with another use of the thoughts.
+    #[must_use]
+    pub fn with_thoughts(self, thoughts: Thoughts) -> Self {
+        Self { thoughts, ..self }
     }
 
     /// Whether calls are looked for.
@@ -99,6 +122,7 @@ impl MessageParser {
     pub fn finish(&mut self) -> Vec<MessagePart> {
         let last = self.reasoning.as_mut().and_then(ReasoningSplitter::finish);
         let mut parts: Vec<MessagePart> = last.into_iter().flat_map(|part| self.part(part)).collect();
+        parts.extend(self.whole_thoughts());
         if let Some(tools) = &mut self.tools {
             let rest = tools.finish();
             parts.extend(self.tool_parts(rest));
@@ -108,9 +132,25 @@ impl MessageParser {
 
     fn part(&mut self, part: Part) -> Vec<MessagePart> {
         match part {
-            Part::Reasoning(text) => vec![MessagePart::Reasoning(text)],
-            Part::Answer(text) => self.answer(text),
+            Part::Reasoning(text) => match self.thoughts {
+                Thoughts::AsTheyCome => vec![MessagePart::Reasoning(text)],
+                Thoughts::InOnePiece => {
+                    self.held_thoughts.push_str(&text);
+                    Vec::new()
+                }
+                Thoughts::LeftOut => Vec::new(),
+            },
+            Part::Answer(text) => {
+                let thoughts = self.whole_thoughts();
+                let answer = self.answer(text);
+                thoughts.into_iter().chain(answer).collect()
+            }
         }
+    }
+
+    fn whole_thoughts(&mut self) -> Option<MessagePart> {
+        let thoughts = std::mem::take(&mut self.held_thoughts);
+        (!thoughts.is_empty()).then_some(MessagePart::Reasoning(thoughts))
     }
 
     fn answer(&mut self, text: String) -> Vec<MessagePart> {

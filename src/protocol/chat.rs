@@ -134,10 +134,13 @@ pub struct ChatRequest {
     pub continue_final_message: Option<bool>,
     /// Extension. Put the model's reasoning into `reasoning_content`; the default is yes.
     pub separate_reasoning: Option<bool>,
-    /// Extension. Only `true`, which routers add: reasoning is streamed as it comes.
+    /// Extension. Stream reasoning as it comes; the default is yes, else it is sent in one piece before the answer.
     pub stream_reasoning: Option<bool>,
-    /// Extension. Only `true`, which routers add: reasoning is part of the answer.
+    /// Extension. Give the model's reasoning out; the default is yes, else it is left out of the answer.
     pub include_reasoning: Option<bool>,
+    /// Extension. Only 0, which vLLM's clients send: requests have no priorities.
+    #[schema(minimum = 0, maximum = 0)]
+    pub priority: Option<i64>,
     /// Extension. Only `false`, which routers add: hidden states are not given out.
     pub return_hidden_states: Option<bool>,
     /// Extension. The output matches this regular expression.
@@ -287,7 +290,7 @@ pub struct FunctionDefinition {
 
 /// Whether the model may, must, or must not, or which function it must call.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected `none`, `auto`, `required` or an object that names a function")]
 pub enum ToolChoice {
     /// `none`, `auto` or `required`.
     Mode(ToolChoiceMode),

@@ -88,6 +88,9 @@ pub struct CompletionRequest {
     pub response_format: Option<ResponseFormat>,
     /// Extension. The output is JSON of this schema: an object, or a string with one.
     pub json_schema: Option<JsonSchemaSource>,
+    /// Extension. Only 0, which vLLM's clients send: requests have no priorities.
+    #[schema(minimum = 0, maximum = 0)]
+    pub priority: Option<i64>,
     /// Extension. Only `false`, which routers add: hidden states are not given out.
     pub return_hidden_states: Option<bool>,
     /// Extension. The output matches this regular expression.

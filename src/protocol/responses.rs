@@ -89,7 +89,7 @@ pub struct ResponsesRequest {
 
 /// What the user says, or all items so far.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a string or a list of items")]
 pub enum Input {
     /// What the user says.
     #[schema(title = "Text")]
@@ -142,7 +142,7 @@ pub struct FunctionTool {
 
 /// Whether the model may, must, or must not call functions, or which it must call.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected `none`, `auto`, `required` or an object that names a function")]
 pub enum ResponsesToolChoice {
     /// `none`, `auto` or `required`.
     Mode(ToolChoiceMode),

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use axum::{
     Json,
-    extract::{Path, State},
+    extract::State,
     http::StatusCode,
     response::{IntoResponse, Response},
 };
@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     app::{AppState, Gateway},
     error::{ApiError, ErrorBody, ErrorDetail},
-    extract::{ApiJson, NativeJson},
+    extract::{ApiJson, ApiPath, NativeJson},
     lifecycle::Load,
     protocol::adapters::{
         AdapterFailure, AdapterResponse, AdapterUnloaded, DynamoList, DynamoLoadRequest, DynamoResponse, LoadAdapterRequest, PinAdapterRequest,
@@ -248,8 +248,9 @@ pub async fn dynamo_list(State(state): State<AppState>) -> Json<DynamoList> {
     delete, path = "/v1/loras/{name}", tag = "Adapters", params(("name" = String, Path, description = "The adapter's name.")),
     responses((status = 200, description = "Unloaded.", body = DynamoResponse), crate::openapi::LoadErrors),
 )]
-pub async fn dynamo_unload(State(state): State<AppState>, Path(name): Path<String>) -> Result<Json<DynamoResponse>, ApiError> {
-    state.unload_adapter(&name, UnloadMode::Drain, None).await?;
+pub async fn dynamo_unload(State(state): State<AppState>, ApiPath(name): ApiPath<String>) -> Result<Json<DynamoResponse>, ApiError> {
+    let unloaded = state.unload_adapter(&name, UnloadMode::Drain, None).await;
+    unloaded.map_err(|error| error.rename_param("model", "name").rename_param("lora_name", "name"))?;
     let message = format!("LoRA adapter '{name}' unloaded successfully");
     Ok(dynamo_answer(name, message))
 }

@@ -18,7 +18,7 @@ use crate::{
     extract::ApiJson,
     generation::{Grammar, Job, MaxTokens, SamplingFields, new_id},
     logprobs::chat_logprobs,
-    message_parser::{MessageParser, MessagePart, message},
+    message_parser::{MessageParser, MessagePart, Thoughts, message},
     protocol::{
         StreamOptions, Usage,
         chat::{ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatMessage, ChatRequest, ChatResponse, Role, Tool, ToolChoice, ToolChoiceMode},
@@ -70,12 +70,25 @@ pub(super) async fn start(state: &AppState, caller: &Caller, request: ChatReques
     let users = [request.user.as_deref(), request.safety_identifier.as_deref()];
     let target = state.resolve(caller, target, caller.sticky_key(users, &caller.request_id))?;
     let prompt = prompt_text(state, &request, &tools)?;
-    let separates = request.separate_reasoning.unwrap_or(true);
+    let thoughts = match (request.include_reasoning, request.stream_reasoning) {
+        (Some(false), _) => Thoughts::LeftOut,
+        (_, Some(false)) => Thoughts::InOnePiece,
+        _ => Thoughts::AsTheyCome,
+    };
+    // What is to be left out has to be told from the rest.
+    let separates = request.separate_reasoning.unwrap_or(true) || thoughts == Thoughts::LeftOut;
     let reasoning = separates
         .then(|| ReasoningSplitter::for_prompt(state.prompt.templates(), &prompt))
         .flatten();
+    if reasoning.is_some() && thoughts == Thoughts::LeftOut && request.logprobs == Some(true) {
+        return Err(ApiError::unsupported(
+            "include_reasoning",
+            "with logprobs only true is: they would tell what was left out",
+        ));
+    }
     let grammar = grammar(state, &request, &tools, reasoning.as_ref()).await?;
-    let envelope = Envelope::new(state, &request, parser(state, &tools, reasoning));
+    let most = max_tokens_field(&request);
+    let envelope = Envelope::new(state, &request, parser(state, &tools, reasoning).with_thoughts(thoughts));
     // The template wrote the special tokens.
     let prompt_tokens = state.prompt.encode(prompt, false).await?;
     let lease = state.lease(caller, &target).await?;
@@ -89,9 +102,13 @@ pub(super) async fn start(state: &AppState, caller: &Caller, request: ChatReques
     if envelope.parser.reads_reasoning() {
         job.text.shown_tokens.extend(reasoning::shown_tokens(tokenizer));
     }
-    let streams = state.start(caller, vec![job])?;
+    let started = state.start(caller, vec![job]);
+    let streams = started.map_err(|error| error.rename_param("prompt", "messages").rename_param("max_tokens", most))?;
     Ok(Started { lease, envelope, streams })
 }
+
+/// Why other priorities than 0 are refused.
+pub(super) const PRIORITY: &str = "only 0 is; who is next is decided by tokens served to each adapter and key";
 
 /// What is known but can't be honoured. Values that ask for what happens anyway pass.
 fn refuse_unsupported(request: &ChatRequest) -> Result<(), ApiError> {
@@ -106,8 +123,7 @@ fn refuse_unsupported(request: &ChatRequest) -> Result<(), ApiError> {
     refuse(request.functions.is_some(), "functions", "use `tools`")?;
     refuse(request.function_call.is_some(), "function_call", "use `tool_choice`")?;
     refuse(request.store == Some(true), "store", "nothing is stored")?;
-    refuse(request.stream_reasoning == Some(false), "stream_reasoning", "only true is")?;
-    refuse(request.include_reasoning == Some(false), "include_reasoning", "only true is")?;
+    refuse(request.priority.is_some_and(|priority| priority != 0), "priority", PRIORITY)?;
     refuse(request.return_hidden_states == Some(true), "return_hidden_states", "only false is")?;
     let verbosity = request.verbosity.as_ref().is_some_and(|verbosity| verbosity != "medium");
     refuse(verbosity, "verbosity", "the model has no such setting; ask for it in a message")?;
@@ -119,13 +135,19 @@ fn refuse_unsupported(request: &ChatRequest) -> Result<(), ApiError> {
     if request.top_logprobs.is_some_and(|top| top > 0) && request.logprobs != Some(true) {
         return Err(ApiError::invalid("top_logprobs", "top_logprobs needs logprobs to be true"));
     }
-    if request.max_tokens == Some(0) || request.max_completion_tokens == Some(0) {
-        return Err(ApiError::invalid(
-            "max_completion_tokens",
-            "max_completion_tokens must be at least 1, got 0",
-        ));
+    if request.max_completion_tokens.or(request.max_tokens) == Some(0) {
+        let field = max_tokens_field(request);
+        return Err(ApiError::invalid(field, format!("{field} must be at least 1, got 0")));
     }
     Ok(())
+}
+
+/// Under which name a request says how many tokens it wants at most.
+fn max_tokens_field(request: &ChatRequest) -> &'static str {
+    match request.max_completion_tokens {
+        Some(_) => "max_completion_tokens",
+        None => "max_tokens",
+    }
 }
 
 /// The functions that a request offers, and what the model has to do with them.

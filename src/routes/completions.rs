@@ -10,7 +10,7 @@ use axum::{
 use bytes::Bytes;
 use polylora_engine::{AdapterLease, LogprobsParams, PromptLogprobsParams, TokenLogprobs};
 
-use super::with_adapter_header;
+use super::{chat_completions::PRIORITY, with_adapter_header};
 use crate::{
     app::{AppState, Caller, Gateway, unix_seconds},
     constraint::form_of_answer,
@@ -86,6 +86,7 @@ fn refuse_unsupported(request: &CompletionRequest) -> Result<(), ApiError> {
     let suffix = request.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty());
     refuse(suffix, "suffix", "the model writes onwards only")?;
     refuse(request.return_hidden_states == Some(true), "return_hidden_states", "only false is")?;
+    refuse(request.priority.is_some_and(|priority| priority != 0), "priority", PRIORITY)?;
     let obfuscation = request.stream_options.as_ref().and_then(|options| options.include_obfuscation);
     refuse(obfuscation == Some(true), "stream_options.include_obfuscation", "chunks are not padded")?;
     if request.stream_options.is_some() && request.stream != Some(true) {

@@ -2,16 +2,14 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use axum::{
-    Json,
-    extract::{Path, State},
-};
+use axum::{Json, extract::State};
 use polylora_engine::{AdapterInfo, adapter::AdapterState};
 
 use crate::{
     aliases::Alias,
     app::{AppState, Caller, Gateway},
     error::ApiError,
+    extract::ApiPath,
     protocol::models::{AdapterCard, ModelCard, ModelList},
     routing::Target,
 };
@@ -109,7 +107,7 @@ pub async fn list(State(state): State<AppState>, caller: Caller) -> Json<ModelLi
     params(("id" = String, Path, description = "What `model` of a request may be.", example = "sql")),
     responses((status = 200, description = "About it.", body = ModelCard), crate::openapi::ReadOneErrors),
 )]
-pub async fn one(State(state): State<AppState>, caller: Caller, Path(id): Path<String>) -> Result<Json<ModelCard>, ApiError> {
+pub async fn one(State(state): State<AppState>, caller: Caller, ApiPath(id): ApiPath<String>) -> Result<Json<ModelCard>, ApiError> {
     let router = state.router(&caller.identity);
     let card = match router.target(&id, None)? {
         Target::Base => base_card(&state, &id),
@@ -131,6 +129,10 @@ pub async fn one(State(state): State<AppState>, caller: Caller, Path(id): Path<S
     ),
     responses((status = 200, description = "About it.", body = ModelCard), crate::openapi::ReadOneErrors),
 )]
-pub async fn one_of_org(state: State<AppState>, caller: Caller, Path((org, name)): Path<(String, String)>) -> Result<Json<ModelCard>, ApiError> {
-    one(state, caller, Path(format!("{org}/{name}"))).await
+pub async fn one_of_org(
+    state: State<AppState>,
+    caller: Caller,
+    ApiPath((org, name)): ApiPath<(String, String)>,
+) -> Result<Json<ModelCard>, ApiError> {
+    one(state, caller, ApiPath(format!("{org}/{name}"))).await
 }

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use serde_json::{Map, Value, json};
 
 use super::{
-    chat_completions::{Started, start},
+    chat_completions::{PRIORITY, Started, start},
     with_adapter_header,
 };
 use crate::{
@@ -46,7 +46,8 @@ pub async fn responses(State(state): State<AppState>, caller: Caller, ApiJson(re
     refuse_unsupported(&request)?;
     let streaming = request.stream.unwrap_or(false);
     let object = object(&request);
-    let Started { lease, envelope, streams } = start(&state, &caller, chat_request(request)?).await?;
+    let started = start(&state, &caller, chat_request(request)?).await;
+    let Started { lease, envelope, streams } = started.map_err(own_names)?;
     let mut merged = MergedStream::new(streams);
     merged.wait_for_first().await?;
     let mut answer = Answer {
@@ -76,9 +77,25 @@ pub async fn responses(State(state): State<AppState>, caller: Caller, ApiJson(re
     Ok(with_adapter_header(response, lease.as_ref()))
 }
 
+/// The chat API's names of fields as this one has them.
+fn own_names(error: ApiError) -> ApiError {
+    let Some(param) = error.param().map(str::to_owned) else { return error };
+    match param.as_str() {
+        "messages" => error.with_message(|message| message.replace("messages", "input")).for_param("input"),
+        name @ ("max_tokens" | "max_completion_tokens") => {
+            let error = error.with_message(|message| message.replace(name, "max_output_tokens"));
+            error.for_param("max_output_tokens")
+        }
+        "response_format" | "response_format.json_schema" => error.for_param("text.format"),
+        "reasoning_effort" => error.for_param("reasoning.effort"),
+        _ if param.starts_with("tools[") => error.for_param(param.replace(".function", "")),
+        _ => error,
+    }
+}
+
 fn refuse_unsupported(request: &ResponsesRequest) -> Result<(), ApiError> {
     let refuse = |given: bool, param, why| if given { Err(ApiError::unsupported(param, why)) } else { Ok(()) };
-    refuse(request.priority.is_some_and(|priority| priority != 0), "priority", "only 0 is")?;
+    refuse(request.priority.is_some_and(|priority| priority != 0), "priority", PRIORITY)?;
     refuse(
         request.previous_response_id.is_some(),
         "previous_response_id",
@@ -209,6 +226,21 @@ fn chat_content(content: MessageContent) -> MessageContent {
     }
 }
 
+/// Here and not where the chat's parts are checked: there the place in the list is another.
+fn check_parts(index: usize, content: &MessageContent) -> Result<(), ApiError> {
+    let MessageContent::Parts(parts) = content else { return Ok(()) };
+    for (part, ContentPart { kind, .. }) in parts.iter().enumerate() {
+        if !matches!(kind.as_str(), "input_text" | "output_text" | "text" | "refusal") {
+            let param = format!("input[{index}].content[{part}].type");
+            return Err(ApiError::unsupported(
+                &param,
+                &format!("parts of type '{kind}' are not: the model reads text only"),
+            ));
+        }
+    }
+    Ok(())
+}
+
 fn push_item(messages: &mut Vec<ChatMessage>, index: usize, item: InputItem) -> Result<(), ApiError> {
     let missing = |field: &str| {
         ApiError::invalid(
@@ -220,6 +252,7 @@ fn push_item(messages: &mut Vec<ChatMessage>, index: usize, item: InputItem) -> 
         None | Some("message") => {
             let role = item.role.ok_or_else(|| missing("role"))?;
             let content = item.content.ok_or_else(|| missing("content"))?;
+            check_parts(index, &content)?;
             messages.push(message(role, Some(chat_content(content))));
         }
         Some("function_call") => {

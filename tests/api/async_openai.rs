@@ -212,7 +212,7 @@ async fn errors_are_the_crate_s_own() {
             json!({"max_completion_tokens": 100_000}),
             400,
             Some("context_length_exceeded"),
-            Some("max_tokens"),
+            Some("max_completion_tokens"),
         ),
         (
             json!({"response_format": {"type": "json_schema", "json_schema": {"name": "t", "schema": {"type": "nonsense"}}}}),

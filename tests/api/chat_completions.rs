@@ -140,7 +140,7 @@ async fn wrong_requests_are_refused_by_the_field_s_name() {
         (json!({"min_p": 2}), "min_p"),
         (json!({"n": 0}), "n"),
         (json!({"n": 1000}), "n"),
-        (json!({"max_tokens": 0}), "max_completion_tokens"),
+        (json!({"max_tokens": 0}), "max_tokens"),
         (json!({"max_tokens": 5000}), "max_tokens"),
         (json!({"min_tokens": 5, "max_tokens": 4}), "min_tokens"),
         (json!({"logit_bias": {"x": 1}}), "logit_bias"),
@@ -467,4 +467,15 @@ async fn a_long_prompt_is_refused_with_the_numbers() {
     assert_eq!(error["code"], "context_length_exceeded");
     let message = error["message"].as_str().unwrap();
     assert!(message.contains("619 tokens") && message.contains("512 tokens"), "{message}");
+}
+
+#[tokio::test]
+async fn an_error_about_the_number_of_tokens_names_the_field_that_was_sent() {
+    let server = Server::new();
+    for field in ["max_tokens", "max_completion_tokens"] {
+        for tokens in [0, 100_000] {
+            let body = json!({"model": BASE, "messages": [{"role": "user", "content": "a"}], field: tokens});
+            assert_eq!(server.post("/v1/chat/completions", body).await.error(400).await["param"], field);
+        }
+    }
 }

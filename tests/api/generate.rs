@@ -291,6 +291,11 @@ async fn errors_of_a_prompt_name_the_field_that_it_came_in() {
         (json!({"input_ids": [[1], [5000]]}), "input_ids"),
         (json!({"input_ids": vec![97; 600]}), "input_ids"),
         (json!({"text": long}), "text"),
+        (
+            json!({"text": "a", "sampling_params": {"json_schema": "{"}}),
+            "sampling_params.json_schema",
+        ),
+        (json!({"text": "a", "sampling_params": {"regex": "("}}), "sampling_params.regex"),
     ] {
         let error = server.post(PATH, body).await.json(400).await["error"].take();
         assert_eq!(error["param"], param, "{error}");

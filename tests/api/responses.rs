@@ -170,7 +170,7 @@ async fn what_cannot_be_honoured_is_refused() {
         (json!({"input": [{"type": "function_call_output", "output": "x"}]}), "input[0].call_id"),
         (
             json!({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}),
-            "messages[0].content[0].type",
+            "input[0].content[0].type",
         ),
         (json!({"unheard_of": 1}), "unheard_of"),
     ] {
@@ -224,4 +224,33 @@ async fn texts_and_tokens_are_turned_into_each_other() {
         assert_eq!(server.post(path, body).await.error(400).await["param"], param);
     }
     server.post("/tokenize", json!({"prompt": "a", "model": "nope"})).await.error(404).await;
+}
+
+#[tokio::test]
+async fn errors_name_fields_as_this_api_has_them() {
+    let server = Server::new();
+    let tool = json!({"type": "function", "name": "no name", "parameters": {}});
+    for (body, param) in [
+        (json!({"model": BASE, "input": "a".repeat(600)}), "input"),
+        (json!({"model": BASE, "input": "a", "max_output_tokens": 5000}), "max_output_tokens"),
+        (json!({"model": BASE, "input": "a", "max_output_tokens": 0}), "max_output_tokens"),
+        (json!({"model": BASE, "input": []}), "input"),
+        (json!({"model": BASE, "input": 5}), "input"),
+        (json!({"model": BASE, "input": "a", "tool_choice": "x"}), "tool_choice"),
+        (
+            json!({"model": BASE, "instructions": "x", "input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}),
+            "input[0].content[0].type",
+        ),
+        (json!({"model": BASE, "input": "a", "tools": [tool]}), "tools[0].name"),
+    ] {
+        let error = server.post("/v1/responses", body).await.error(400).await;
+        assert_eq!(error["param"], param, "{error}");
+        let message = error["message"].as_str().unwrap();
+        assert!(
+            !message.contains("messages") && !message.contains("enum") && !message.contains("completion_tokens"),
+            "{message}"
+        );
+    }
+    let chat = json!({"model": BASE, "messages": [{"role": "user", "content": "a".repeat(600)}]});
+    assert_eq!(server.post("/v1/chat/completions", chat).await.error(400).await["param"], "messages");
 }

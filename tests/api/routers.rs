@@ -72,16 +72,8 @@ async fn what_routers_add_changes_nothing() {
 async fn what_they_add_is_refused_where_it_would_change_something() {
     let server = Server::new();
     for (path, body, param) in [
-        (
-            "/v1/chat/completions",
-            with(chat(), json!({"stream_reasoning": false})),
-            "stream_reasoning",
-        ),
-        (
-            "/v1/chat/completions",
-            with(chat(), json!({"include_reasoning": false})),
-            "include_reasoning",
-        ),
+        ("/v1/chat/completions", with(chat(), json!({"priority": 1})), "priority"),
+        ("/v1/completions", with(completion(), json!({"priority": -1})), "priority"),
         (
             "/v1/chat/completions",
             with(chat(), json!({"return_hidden_states": true})),

@@ -150,6 +150,6 @@ async fn forms_that_cannot_be_are_refused() {
         .await
         .json(400)
         .await;
-    assert_eq!(error["error"]["param"], "regex");
+    assert_eq!(error["error"]["param"], "sampling_params.regex");
     assert!(server.engine.recorded().is_empty());
 }

@@ -378,6 +378,37 @@ async fn thoughts_are_split_off() {
         .filter_map(|chunk| chunk["choices"][0]["delta"]["reasoning_content"].as_str())
         .collect();
     assert_eq!((thoughts.as_str(), streamed_content(&chunks, 0).as_str()), ("Well…", "Yes."));
+    // In one piece, although the thoughts come token by token.
+    let chunks = ask(json!({"stream": true, "stream_reasoning": false})).await.json_events().await;
+    let pieces: Vec<&Value> = chunks
+        .iter()
+        .flat_map(|chunk| ["reasoning_content", "content"].map(|key| &chunk["choices"][0]["delta"][key]))
+        .filter(|piece| piece.as_str().is_some_and(|piece| !piece.is_empty()))
+        .collect();
+    assert_eq!((pieces[0], pieces.len() > 2), (&json!("Well…"), true), "{pieces:?}");
+    assert_eq!(streamed_content(&chunks, 0), "Yes.");
+    // Not at all; what it cost is said.
+    for separate in [true, false] {
+        let left_out = json!({"include_reasoning": false, "separate_reasoning": separate});
+        let body = ask(left_out).await.json(200).await;
+        let message = &body["choices"][0]["message"];
+        assert_eq!(
+            (&message["content"], message.get("reasoning_content").and_then(Value::as_str)),
+            (&json!("Yes."), None),
+            "{body}"
+        );
+        assert!(
+            body["usage"]["completion_tokens_details"]["reasoning_tokens"].as_u64().unwrap() > 5,
+            "{body}"
+        );
+    }
+    let text = ask(json!({"stream": true, "include_reasoning": false})).await.text().await;
+    assert!(
+        text.contains("Y") && !text.contains("reasoning_content\":\"") && !text.contains("Well"),
+        "{text}"
+    );
+    let refused = ask(json!({"include_reasoning": false, "logprobs": true})).await.error(400).await;
+    assert_eq!(refused["param"], "include_reasoning");
     let body = ask(json!({"separate_reasoning": false})).await.json(200).await;
     assert_eq!(body["choices"][0]["message"]["content"], "<think>\nWell…\n</think>\n\nYes.");
 }
