@@ -19,7 +19,6 @@ use crate::{
     app::Gateway,
     auth::Identity,
     error::ApiError,
-    metrics::LoadStage,
     pushed::Upload,
     state_dir::KeptAdapter,
 };
@@ -244,11 +243,9 @@ impl Gateway {
             replace,
             expected_version,
         };
-        let fetched = Instant::now();
-        self.metrics.adapter_load_stage(LoadStage::Fetch, fetched - began);
+        self.metrics.adapter_fetched(began.elapsed());
         let loaded = self.engine.load_adapter(request).await;
         let info = loaded.map_err(|error| if kept.pushed.is_some() { pushed_error(error) } else { error.into() })?;
-        self.metrics.adapter_load_stage(LoadStage::Pack, fetched.elapsed());
         let old = self.runtime.change(|changes| {
             // One that takes another's place is pinned as that one was.
             if info.pinned {

@@ -701,7 +701,12 @@ fn metrics_show_the_adapters_of_the_traffic() {
         "polylora_requests_total{adapter=\"(base)\",outcome=\"stop\"} 1",
         "polylora_adapter_load_seconds_count{stage=\"pack\"} 8",
         "vllm:num_requests_running{model_name=\"demo\",engine=\"0\"} 0",
-        "polylora_http_requests_total{route=\"/generate\",status=\"200\"} 1",
+        "polylora_http_requests_total{route=\"/generate\",model=\"demo\",adapter=\"(several)\",status=\"200\"} 1",
+        "polylora_adapter_loads_total{adapter=\"json\",outcome=\"ok\"} 1",
+        "polylora_adapter_uploads_total{adapter=\"json\"} 1",
+        "polylora_adapter_evictions_total{adapter=\"json\",tier=\"device\"} 0",
+        "polylora_adapter_load_seconds_count{stage=\"fetch\"} 8",
+        "polylora_adapter_load_seconds_count{stage=\"upload\"} 1",
     ] {
         assert!(text.lines().any(|have| have == line), "{line}\n{text}");
     }

@@ -33,7 +33,7 @@ pub use request::{
     Constraint, FinishReason, GenerationRequest, LogprobsParams, PromptLogprobsParams, RequestError, RequestId, SamplingParams, SubmitError,
     TokenEvent, TokenLogprobs,
 };
-pub use stats::{AdapterStats, Histogram};
+pub use stats::{AdapterMoves, AdapterStats, Histogram};
 
 /// A boxed future, so that the trait stays object-safe.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -77,6 +77,10 @@ pub trait InferenceEngine: Send + Sync + 'static {
     fn stats(&self) -> EngineStats;
     /// Counters of every adapter that was asked for since the start, by name. As cheap as `stats`, but one entry an adapter.
     fn adapter_stats(&self) -> Vec<AdapterStats> {
+        Vec::new()
+    }
+    /// The adapters that came or went since this was asked last: for one asker.
+    fn take_adapter_moves(&self) -> Vec<AdapterMoves> {
         Vec::new()
     }
     /// Drops every cached prefix that no running sequence uses. False (and nothing done) while requests run or wait.
@@ -179,6 +183,8 @@ pub struct EngineStats {
     pub queue_seconds: Histogram,
     /// From the first admission of a request to the end of its prompt's computation.
     pub prefill_seconds: Histogram,
+    /// From the begin of an adapter's copy to the device until a batch may use it.
+    pub upload_seconds: Histogram,
 }
 
 /// The events of one request. Dropping it cancels the request.

@@ -13,7 +13,7 @@ use std::{
 use tokio::sync::oneshot;
 
 use crate::{
-    AdapterStats, BoxFuture, EngineDescription, EngineStats, InferenceEngine, TokenStream,
+    AdapterMoves, AdapterStats, BoxFuture, EngineDescription, EngineStats, InferenceEngine, TokenStream,
     adapter::{
         AdapterError, AdapterInfo, AdapterLease, LoadRequest, UnloadMode, Unloading,
         load::LoraLimits,
@@ -358,6 +358,10 @@ impl InferenceEngine for LlmEngine {
 
     fn adapter_stats(&self) -> Vec<AdapterStats> {
         self.shared.adapters.read()
+    }
+
+    fn take_adapter_moves(&self) -> Vec<AdapterMoves> {
+        self.adapters.as_ref().map(|registry| registry.take_moves()).unwrap_or_default()
     }
 
     fn flush_cache(&self) -> BoxFuture<'_, bool> {

@@ -3,13 +3,14 @@
 //! Bounded by bytes, each adapter at its own rank. An adapter that a running sequence or a step in flight holds, or that is pinned,
 //! never leaves. Uploads are begun here and polled; nothing waits for one.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use crate::{
     adapter::{HostAdapter, VersionId, registry::ResidentSet},
     backend::{Backend, BackendError},
     batch::AdapterHandle,
     llm::EvictionPolicy,
+    stats::{Histogram, LOAD_SECONDS_BOUNDS},
 };
 
 /// An adapter on the device. Held by each running sequence that uses it and by steps in flight: while anyone but
@@ -47,6 +48,8 @@ pub trait AdapterResidency {
 struct Entry {
     adapter: Arc<ResidentAdapter>,
     bytes: usize,
+    /// When its upload began.
+    began: Instant,
     ready: bool,
     uploaded_at: u64,
     last_used: u64,
@@ -64,6 +67,7 @@ pub struct DeviceResidency {
     pass: u64,
     evictions: u64,
     uploads: u64,
+    upload_seconds: Histogram,
     residents: Arc<ResidentSet>,
 }
 
@@ -81,6 +85,7 @@ impl DeviceResidency {
             pass: 0,
             evictions: 0,
             uploads: 0,
+            upload_seconds: Histogram::new(LOAD_SECONDS_BOUNDS),
         }
     }
 
@@ -104,6 +109,11 @@ impl DeviceResidency {
         self.uploads
     }
 
+    /// From the begin of an upload until a batch may use the adapter.
+    pub fn upload_seconds(&self) -> &Histogram {
+        &self.upload_seconds
+    }
+
     /// Whether an upload is on its way.
     pub fn is_uploading(&self) -> bool {
         self.entries.values().any(|entry| !entry.ready)
@@ -118,6 +128,7 @@ impl DeviceResidency {
         for entry in self.entries.values_mut().filter(|entry| !entry.ready) {
             entry.ready = backend.poll_upload(entry.adapter.handle)?;
             if entry.ready {
+                self.upload_seconds.observe(entry.began.elapsed().as_secs_f64());
                 self.residents.insert(entry.adapter.version);
             }
         }
@@ -157,6 +168,7 @@ impl DeviceResidency {
             return Ok(Residency::NoRoom);
         }
         loop {
+            let began = Instant::now();
             match backend.begin_upload(adapter) {
                 Ok(handle) => {
                     let ready = backend.poll_upload(handle)?;
@@ -164,7 +176,7 @@ impl DeviceResidency {
                         version: adapter.version,
                         handle,
                     });
-                    self.insert(resident.clone(), adapter.bytes(), ready);
+                    self.insert(resident.clone(), adapter.bytes(), began, ready);
                     return Ok(if ready { Residency::Ready(resident) } else { Residency::Uploading });
                 }
                 // The backend's own measure of what fits may be stricter than the sum of the bytes.
@@ -176,14 +188,16 @@ impl DeviceResidency {
         }
     }
 
-    fn insert(&mut self, adapter: Arc<ResidentAdapter>, bytes: usize, ready: bool) {
+    fn insert(&mut self, adapter: Arc<ResidentAdapter>, bytes: usize, began: Instant, ready: bool) {
         self.used_bytes += bytes;
         self.uploads += 1;
         if ready {
+            self.upload_seconds.observe(began.elapsed().as_secs_f64());
             self.residents.insert(adapter.version);
         }
         let entry = Entry {
             bytes,
+            began,
             ready,
             uploaded_at: self.clock,
             last_used: self.clock,
@@ -235,7 +249,7 @@ impl DeviceResidency {
             .map(|entry| entry.adapter.version);
         let Some(version) = victim else { return false };
         let entry = self.entries.remove(&version).expect("it was just found");
-        self.residents.remove(&version);
+        self.residents.evict(&version);
         backend.free_adapter(entry.adapter.handle);
         self.used_bytes -= entry.bytes;
         self.evictions += 1;

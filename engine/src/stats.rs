@@ -45,6 +45,26 @@ impl Histogram {
     }
 }
 
+/// Bounds for the stages of an adapter's load, seconds.
+pub const LOAD_SECONDS_BOUNDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+
+/// How often one adapter came and went since this was asked last.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct AdapterMoves {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Times that it was read, checked and packed into host memory.
+    pub loads: u64,
+    /// Times that this failed.
+    pub load_failures: u64,
+    /// Times that it left host memory for others.
+    pub host_evictions: u64,
+    /// Times that it was copied to the device.
+    pub device_uploads: u64,
+    /// Times that it left the device for others.
+    pub device_evictions: u64,
+}
+
 /// One adapter's counters and gauges, since it was first asked for.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct AdapterStats {

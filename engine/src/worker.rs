@@ -30,7 +30,7 @@ use crate::{
     residency::{BackendResidency, DeviceResidency},
     scheduler::{Schedule, ScheduledStep, Scheduler},
     sequence::Sequence,
-    stats::{AdapterCounters, AdapterTable},
+    stats::{AdapterCounters, AdapterTable, LOAD_SECONDS_BOUNDS},
 };
 
 /// How often an upload is looked at while nothing else can run.
@@ -239,6 +239,7 @@ impl Worker {
             step_sequences: Histogram::new(STEP_ROWS_BOUNDS),
             queue_seconds: Histogram::new(QUEUE_SECONDS_BOUNDS),
             prefill_seconds: Histogram::new(QUEUE_SECONDS_BOUNDS),
+            upload_seconds: Histogram::new(LOAD_SECONDS_BOUNDS),
             ..EngineStats::default()
         };
         let mut worker = Self {
@@ -658,6 +659,9 @@ impl Worker {
         stats.device_adapter_capacity_bytes = self.residency.capacity_bytes();
         stats.device_uploads_total = self.residency.uploads();
         stats.device_evictions_total = self.residency.evictions();
+        if stats.upload_seconds != *self.residency.upload_seconds() {
+            stats.upload_seconds = self.residency.upload_seconds().clone();
+        }
         *self.shared.stats.lock() = Arc::new(stats.clone());
         for outgoing in self.outbox.drain(..) {
             match outgoing {

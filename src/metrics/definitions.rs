@@ -1,6 +1,7 @@
 //! Every metric once: name, kind, labels, help, buckets.
 
 use ::metrics::{Key, Label};
+use polylora_engine::stats::LOAD_SECONDS_BOUNDS;
 
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -59,7 +60,6 @@ const ADAPTER_TTFT_BUCKETS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 const DETOKENIZE_BUCKETS: &[f64] = &[
     0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1,
 ];
-const LOAD_BUCKETS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 
 const VLLM: &[&str] = &["model_name", "engine"];
 
@@ -111,7 +111,7 @@ definitions! {
     BUILD_INFO = "polylora_build_info", Kind::Gauge, &["version", "model", "architecture", "device", "dtype"], "Always 1; what runs is in the labels.";
     CONFIG_INFO = "polylora_config_info", Kind::Gauge, &["context_length", "max_running_requests", "max_queued_requests", "max_loras_per_batch", "max_loaded_loras", "num_blocks", "block_size"], "Always 1; the engine's bounds are in the labels.";
     HEALTHY = "polylora_engine_healthy", Kind::Gauge, &[], "1 until the device has failed.";
-    HTTP_REQUESTS = "polylora_http_requests_total", Kind::Counter, &["route", "status"], "HTTP requests answered, by route and status.";
+    HTTP_REQUESTS = "polylora_http_requests_total", Kind::Counter, &["route", "model", "adapter", "status"], "HTTP requests answered, by route, the model and adapter that they ran on (empty if they named none that there is), and status.";
     REQUESTS = "polylora_requests_total", Kind::Counter, &["adapter", "outcome"], "Sequences that ended, by adapter and outcome (stop, length, abort, error).";
     PROMPT_TOKENS = "polylora_prompt_tokens_total", Kind::Counter, &["adapter"], "Prompt tokens of started sequences, by adapter.";
     CACHED_TOKENS = "polylora_cached_prompt_tokens_total", Kind::Counter, &["adapter"], "Of those, tokens whose KV was in the prefix cache.";
@@ -122,9 +122,11 @@ definitions! {
     ADAPTER_RUNNING = "polylora_adapter_running_requests", Kind::Gauge, &["adapter"], "Requests in the batch, by adapter.";
     ADAPTER_WAITING = "polylora_adapter_waiting_requests", Kind::Gauge, &["adapter"], "Requests waiting, by adapter.";
     ADAPTER_WAITED = "polylora_adapter_waiting_seconds_total", Kind::Counter, &["adapter"], "Time that admitted requests had waited, by adapter.";
-    LOADS = "polylora_adapter_loads_total", Kind::Counter, &["outcome"], "Times that an adapter was read, checked and packed into host memory, by outcome (ok, error).";
+    LOADS = "polylora_adapter_loads_total", Kind::Counter, &["adapter", "outcome"], "Times that an adapter was read, checked and packed into host memory, by outcome (ok, error).";
     UNLOADS = "polylora_adapter_unloads_total", Kind::Counter, &[], "Adapters unloaded by an operator.";
-    LOAD_SECONDS = "polylora_adapter_load_seconds", Kind::Histogram(LOAD_BUCKETS), &["stage"], "Time of the loads at start and of those that clients asked for, by stage: fetch (find or download the files), pack (read, check, pack).";
+    LOAD_SECONDS = "polylora_adapter_load_seconds", Kind::Histogram(LOAD_SECONDS_BOUNDS), &["stage"], "Time that loads of adapters took, by stage: fetch (find or download the files), pack (read, check, pack into host memory), upload (copy to the device).";
+    ADAPTER_UPLOADS = "polylora_adapter_uploads_total", Kind::Counter, &["adapter"], "Times that an adapter was copied to the device.";
+    EVICTIONS = "polylora_adapter_evictions_total", Kind::Counter, &["adapter", "tier"], "Times that an adapter left a tier (device, host) for others.";
     HOST_EVICTIONS = "polylora_host_adapter_evictions_total", Kind::Counter, &[], "Adapters that left host memory for others.";
     DEVICE_HITS = "polylora_device_adapter_hits_total", Kind::Counter, &[], "Requests that found their adapter on the device when they were first scheduled.";
     DEVICE_UPLOADS = "polylora_device_adapter_uploads_total", Kind::Counter, &[], "Times that an adapter had to be copied to the device.";

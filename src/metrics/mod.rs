@@ -25,7 +25,7 @@ use ::metrics::{Counter, Histogram, Level, Metadata, Recorder};
 use metrics_exporter_prometheus::{LabelSet, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder, formatting};
 use metrics_util::MetricKindMask;
 use parking_lot::Mutex;
-use polylora_engine::{AdapterInfo, AdapterStats, EngineDescription, EngineStats, InferenceEngine, adapter::AdapterState};
+use polylora_engine::{AdapterInfo, AdapterMoves, AdapterStats, EngineDescription, EngineStats, InferenceEngine, adapter::AdapterState};
 
 use crate::aliases::Aliases;
 
@@ -41,6 +41,8 @@ pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub const BASE_LABEL: &str = "(base)";
 /// Label value shared by adapters beyond the bound.
 pub const OTHER_LABEL: &str = "(other)";
+/// Label value of a request that runs on several adapters.
+pub const SEVERAL_LABEL: &str = "(several)";
 
 /// The library keeps observations one by one until a scrape puts them into buckets; without scrapes, this many do.
 const OBSERVATIONS_PER_UPKEEP: u64 = 8192;
@@ -169,9 +171,12 @@ pub struct Metrics {
     latency: Latency,
     successes: [Counter; 4],
     unloads: Counter,
+    fetch_seconds: Mutex<polylora_engine::Histogram>,
     adapters: Registry,
     labels: Mutex<HashMap<Arc<str>, AdapterLabel>>,
+    http: Mutex<HashMap<HttpSeries, Counter>>,
     base: Arc<AdapterSeries>,
+    others: Arc<AdapterSeries>,
     adapters_text: Mutex<Option<(Instant, String)>>,
     observations: AtomicU64,
 }
@@ -191,7 +196,46 @@ struct Latency {
 
 struct AdapterLabel {
     series: Arc<AdapterSeries>,
-    asked_at: Instant,
+    /// None for one that has only been loaded: it gives way to any that is asked for.
+    asked_at: Option<Instant>,
+}
+
+/// One counter of HTTP requests. Routes and statuses are few, and adapters are labels.
+#[derive(PartialEq, Eq, Hash)]
+struct HttpSeries {
+    route: Arc<str>,
+    adapter: Arc<str>,
+    status: u16,
+}
+
+/// The adapters at a scrape, as the engine tells of them.
+#[derive(Default)]
+struct AdapterReport {
+    list: Vec<AdapterInfo>,
+    busy: Vec<AdapterStats>,
+    /// Since the last such report.
+    moves: Vec<AdapterMoves>,
+}
+
+/// On what a request runs, as far as it is known by now. Shared between the layer that counts requests and the routes.
+#[derive(Clone, Debug, Default)]
+pub struct RunsOn(Arc<Mutex<Option<Arc<str>>>>);
+
+impl RunsOn {
+    /// It runs on this adapter (or [`BASE_LABEL`]); if on another, too, then on several.
+    pub fn add(&self, name: &str) {
+        let mut runs_on = self.0.lock();
+        match &*runs_on {
+            Some(other) if **other == *name => {}
+            Some(_) => *runs_on = Some(SEVERAL_LABEL.into()),
+            None => *runs_on = Some(name.into()),
+        }
+    }
+
+    /// What is known.
+    pub fn name(&self) -> Option<Arc<str>> {
+        self.0.lock().clone()
+    }
 }
 
 /// The counters of one adapter (or of the base model, or of all others).
@@ -204,18 +248,22 @@ struct AdapterSeries {
     /// By [`TIERS`].
     hits: [Counter; 3],
     misses: [Counter; 3],
+    /// Good ones, failed ones.
+    loads: [Counter; 2],
+    uploads: Counter,
+    /// Of the device, of host memory.
+    evictions: [Counter; 2],
 }
 
 impl AdapterSeries {
     fn new(adapters: &Registry, label: &str) -> Self {
         let counter = |definition| adapters.counter(definition, &[label]);
-        let tiers = |definition| {
-            TIERS.map(|tier| match label {
-                // The base model is looked for nowhere.
-                BASE_LABEL => Counter::noop(),
-                _ => adapters.counter(definition, &[label, tier]),
-            })
+        // The base model is looked for nowhere, and neither comes nor goes.
+        let moving = |definition, labels: &[&str]| match label {
+            BASE_LABEL => Counter::noop(),
+            _ => adapters.counter(definition, labels),
         };
+        let tiers = |definition| TIERS.map(|tier| moving(definition, &[label, tier]));
         let series = Self {
             label: label.into(),
             outcomes: Outcome::ALL.map(|outcome| adapters.counter(&REQUESTS, &[label, outcome.as_str()])),
@@ -224,6 +272,9 @@ impl AdapterSeries {
             output_tokens: counter(&OUTPUT_TOKENS),
             hits: tiers(&CACHE_HITS),
             misses: tiers(&CACHE_MISSES),
+            loads: ["ok", "error"].map(|outcome| moving(&LOADS, &[label, outcome])),
+            uploads: moving(&ADAPTER_UPLOADS, &[label]),
+            evictions: [TIERS[0], TIERS[1]].map(|tier| moving(&EVICTIONS, &[label, tier])),
         };
         series.keep();
         series
@@ -231,10 +282,19 @@ impl AdapterSeries {
 
     /// Tells the library that the series are wanted, also if nothing has been counted for long.
     fn keep(&self) {
-        let tokens = [&self.prompt_tokens, &self.cached_tokens, &self.output_tokens];
-        for counter in self.outcomes.iter().chain(tokens).chain(&self.hits).chain(&self.misses) {
+        let others = [&self.prompt_tokens, &self.cached_tokens, &self.output_tokens, &self.uploads];
+        let tiers = self.hits.iter().chain(&self.misses).chain(&self.evictions);
+        for counter in self.outcomes.iter().chain(others).chain(tiers).chain(&self.loads) {
             counter.increment(0);
         }
+    }
+
+    fn moved(&self, moves: &AdapterMoves) {
+        self.loads[0].increment(moves.loads);
+        self.loads[1].increment(moves.load_failures);
+        self.uploads.increment(moves.device_uploads);
+        self.evictions[0].increment(moves.device_evictions);
+        self.evictions[1].increment(moves.host_evictions);
     }
 }
 
@@ -246,10 +306,8 @@ impl Metrics {
         let histogram = |definition| server.histogram(definition, &[served_model_name, "0"]);
         // The base model's series are there before any traffic: a missing series makes alerts and routers blind.
         let base = Arc::new(AdapterSeries::new(&adapters, BASE_LABEL));
+        let others = Arc::new(AdapterSeries::new(&adapters, OTHER_LABEL));
         let _ = adapters.histogram(&ADAPTER_TTFT, &[BASE_LABEL]);
-        for stage in LOAD_STAGES {
-            let _ = server.histogram(&LOAD_SECONDS, &[stage]);
-        }
         Self {
             config,
             model: served_model_name.to_owned(),
@@ -272,16 +330,34 @@ impl Metrics {
             unloads: server.counter(&UNLOADS, &[]),
             server,
             adapters,
+            fetch_seconds: Mutex::new(polylora_engine::Histogram::new(polylora_engine::stats::LOAD_SECONDS_BOUNDS)),
             labels: Mutex::default(),
+            http: Mutex::default(),
             base,
+            others,
             adapters_text: Mutex::default(),
             observations: AtomicU64::new(0),
         }
     }
 
-    /// Counts an HTTP request by its route's pattern (never the raw path, which clients choose) and status.
-    pub fn http_request(&self, route: &str, status: u16) {
-        self.server.counter(&HTTP_REQUESTS, &[route, &status.to_string()]).increment(1);
+    /// Counts an HTTP request by its route's pattern (never the raw path, which clients choose), what it ran on, and status.
+    pub fn http_request(&self, route: &str, runs_on: &RunsOn, status: u16) {
+        let (model, adapter) = match runs_on.name() {
+            None => ("", "".into()),
+            Some(name) if *name == *BASE_LABEL || *name == *SEVERAL_LABEL => (self.model.as_str(), name),
+            Some(name) => (self.model.as_str(), Arc::clone(&self.adapter(Some(&name)).label)),
+        };
+        let series = HttpSeries {
+            route: route.into(),
+            adapter,
+            status,
+        };
+        let mut http = self.http.lock();
+        let counter = http.entry(series).or_insert_with_key(|series| {
+            let labels = [route, model, &series.adapter, &status.to_string()];
+            self.adapters.counter(&HTTP_REQUESTS, &labels)
+        });
+        counter.increment(1);
     }
 
     /// Starts measuring one sequence, at its arrival. To be finished, or dropped (which counts as an abort).
@@ -296,6 +372,13 @@ impl Metrics {
             output_tokens: 0,
             detokenizing: Duration::ZERO,
             finished: false,
+            request: tracing::Span::current(),
+            stage: tracing::debug_span!(
+                "prefill",
+                adapter = adapter.unwrap_or(BASE_LABEL),
+                prompt_tokens,
+                cached_tokens = tracing::field::Empty
+            ),
         }
     }
 
@@ -318,10 +401,9 @@ impl Metrics {
         series.hits[found_in].increment(1);
     }
 
-    /// Records how long a stage of an adapter's load took, at the start or when a client asked for it.
-    pub fn adapter_load_stage(&self, stage: LoadStage, took: Duration) {
-        self.server.histogram(&LOAD_SECONDS, &[stage.as_str()]).record(took.as_secs_f64());
-        self.observed(1);
+    /// Records how long it took to find an adapter's files, downloading them if need be. The engine measures the stages after that.
+    pub fn adapter_fetched(&self, took: Duration) {
+        self.fetch_seconds.lock().observe(took.as_secs_f64());
     }
 
     /// Records an unload.
@@ -334,21 +416,37 @@ impl Metrics {
         let now = Instant::now();
         let mut labels = self.labels.lock();
         if let Some(label) = labels.get_mut(name) {
-            label.asked_at = now;
+            label.asked_at = Some(now);
             return Arc::clone(&label.series);
         }
-        let others = usize::from(labels.contains_key(OTHER_LABEL));
-        if labels.len() - others >= self.config.max_adapter_labels {
+        if labels.len() >= self.config.max_adapter_labels {
             let idle = self.config.adapter_idle;
-            labels.retain(|name, label| &**name == OTHER_LABEL || now - label.asked_at < idle);
+            labels.retain(|_, label| label.asked_at.is_some_and(|asked_at| now - asked_at < idle));
         }
-        let is_full = labels.len() - others >= self.config.max_adapter_labels;
-        let name = if is_full { OTHER_LABEL } else { name };
-        let new = || AdapterLabel {
-            series: Arc::new(AdapterSeries::new(&self.adapters, name)),
-            asked_at: now,
+        self.label(&mut labels, name, Some(now))
+    }
+
+    /// Where what an adapter does unasked is counted: it takes no label that others may want.
+    fn moving_adapter(&self, name: &str) -> Arc<AdapterSeries> {
+        let mut labels = self.labels.lock();
+        match labels.get(name) {
+            Some(label) => Arc::clone(&label.series),
+            None => self.label(&mut labels, name, None),
+        }
+    }
+
+    /// A label for a name that has none, if there is one left.
+    fn label(&self, labels: &mut HashMap<Arc<str>, AdapterLabel>, name: &str, asked_at: Option<Instant>) -> Arc<AdapterSeries> {
+        if labels.len() >= self.config.max_adapter_labels {
+            return Arc::clone(&self.others);
+        }
+        let series = Arc::new(AdapterSeries::new(&self.adapters, name));
+        let label = AdapterLabel {
+            series: Arc::clone(&series),
+            asked_at,
         };
-        Arc::clone(&labels.entry(name.into()).or_insert_with(new).series)
+        labels.insert(name.into(), label);
+        series
     }
 
     /// So many observations were made; now and then somebody has to put them into buckets.
@@ -362,20 +460,23 @@ impl Metrics {
 
     /// The text of `/metrics`.
     pub fn render(&self, engine: &dyn InferenceEngine, aliases: &Aliases) -> String {
-        let mut text = self.render_from(&engine.stats(), || (engine.list_adapters(), engine.adapter_stats()));
+        let mut text = self.render_from(&engine.stats(), || AdapterReport {
+            list: engine.list_adapters(),
+            busy: engine.adapter_stats(),
+            moves: engine.take_adapter_moves(),
+        });
         text.push_str(&aliases_text(aliases));
         text
     }
 
-    fn render_from(&self, stats: &EngineStats, list_adapters: impl FnOnce() -> (Vec<AdapterInfo>, Vec<AdapterStats>)) -> String {
+    fn render_from(&self, stats: &EngineStats, report: impl FnOnce() -> AdapterReport) -> String {
         let mut text = self.server.handle.render();
         text.push_str(&self.engine_text(stats));
         let mut adapters = self.adapters_text.lock();
         match &*adapters {
             Some((written, adapters)) if written.elapsed() < self.config.adapter_refresh => text.push_str(adapters),
             _ => {
-                let (list, busy) = list_adapters();
-                let written = self.write_adapters(&list, &busy);
+                let written = self.write_adapters(&report());
                 text.push_str(&written);
                 *adapters = Some((Instant::now(), written));
             }
@@ -393,6 +494,12 @@ impl Metrics {
         let model = [self.model.as_str(), "0"];
         write_histogram(&mut text, &VLLM_QUEUE_TIME, &model, &stats.queue_seconds);
         write_histogram(&mut text, &VLLM_PREFILL_TIME, &model, &stats.prefill_seconds);
+        let stages: [(&[&str], &polylora_engine::Histogram); 3] = [
+            (&["fetch"], &self.fetch_seconds.lock().clone()),
+            (&["pack"], &stats.registry.pack_seconds),
+            (&["upload"], &stats.upload_seconds),
+        ];
+        write_histograms(&mut text, &LOAD_SECONDS, &stages);
         write_histogram(&mut text, &STEP_SECONDS, &[], &stats.step_seconds);
         write_histogram(&mut text, &STEP_ROWS, &[], &stats.step_rows);
         write_histogram(&mut text, &STEP_SEQUENCES, &[], &stats.step_sequences);
@@ -448,8 +555,6 @@ impl Metrics {
         let loaded = most(built.max_loaded_loras);
         scrape.set(&CONFIG_INFO, &[&context, &running, &queued, &slots, &loaded, &blocks, &block_size], 1.0);
         scrape.set(&HEALTHY, &[], f64::from(u8::from(stats.healthy)));
-        scrape.count(&LOADS, &["ok"], stats.registry.loads_total);
-        scrape.count(&LOADS, &["error"], stats.registry.load_failures_total);
         scrape.count(&HOST_EVICTIONS, &[], stats.registry.evictions_total);
         scrape.count(&DEVICE_HITS, &[], stats.device_hits_total);
         scrape.count(&DEVICE_UPLOADS, &[], stats.device_uploads_total);
@@ -469,9 +574,20 @@ impl Metrics {
     }
 
     /// Everything by adapter. With ten thousand registered their list is too long for every scrape, too.
-    fn write_adapters(&self, list: &[AdapterInfo], busy: &[AdapterStats]) -> String {
+    fn write_adapters(&self, AdapterReport { list, busy, moves }: &AdapterReport) -> String {
+        for moves in moves {
+            self.moving_adapter(&moves.name).moved(moves);
+        }
         let labels = self.labels.lock();
         self.base.keep();
+        self.others.keep();
+        self.http.lock().retain(|series, counter| {
+            let is_wanted = ["", BASE_LABEL, OTHER_LABEL, SEVERAL_LABEL].contains(&&*series.adapter) || labels.contains_key(&series.adapter);
+            if is_wanted {
+                counter.increment(0);
+            }
+            is_wanted
+        });
         labels.values().for_each(|label| label.series.keep());
         let mut text = self.adapters.handle.render();
 
@@ -517,26 +633,6 @@ impl Metrics {
     }
 }
 
-/// What a load that a client asks for consists of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LoadStage {
-    /// Finding the files, downloading them if need be.
-    Fetch,
-    /// Reading, checking and packing them.
-    Pack,
-}
-
-const LOAD_STAGES: [&str; 2] = [LoadStage::Fetch.as_str(), LoadStage::Pack.as_str()];
-
-impl LoadStage {
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Fetch => "fetch",
-            Self::Pack => "pack",
-        }
-    }
-}
-
 /// The measures of one sequence. Finish it with how it ended; dropped without that it counts as aborted (the client went away).
 pub struct RequestMetrics {
     metrics: Arc<Metrics>,
@@ -548,6 +644,10 @@ pub struct RequestMetrics {
     output_tokens: u64,
     detokenizing: Duration,
     finished: bool,
+    /// The span of the request that it is a part of.
+    request: tracing::Span,
+    /// The span of what is being done.
+    stage: tracing::Span,
 }
 
 impl RequestMetrics {
@@ -555,6 +655,15 @@ impl RequestMetrics {
     pub fn started(&mut self, cached_tokens: u32) {
         self.adapter.prompt_tokens.increment(self.prompt_tokens);
         self.adapter.cached_tokens.increment(u64::from(cached_tokens));
+        self.stage.record("cached_tokens", cached_tokens);
+        // The one ends before the other begins.
+        self.stage = tracing::Span::none();
+        self.stage = tracing::debug_span!(
+            parent: &self.request,
+            "decode",
+            output_tokens = tracing::field::Empty,
+            outcome = tracing::field::Empty
+        );
     }
 
     /// A token came.
@@ -591,6 +700,8 @@ impl RequestMetrics {
         if std::mem::replace(&mut self.finished, true) {
             return;
         }
+        self.stage.record("output_tokens", self.output_tokens).record("outcome", outcome.as_str());
+        self.stage = tracing::Span::none();
         let now = Instant::now();
         let latency = &self.metrics.latency;
         self.metrics.successes[outcome as usize].increment(1);
@@ -627,7 +738,18 @@ fn label_set(definition: &Definition, labels: &[&str]) -> LabelSet {
 
 /// One that the engine keeps, with bounds of its own; an engine that keeps none has an empty one.
 fn write_histogram(text: &mut String, definition: &Definition, labels: &[&str], histogram: &polylora_engine::Histogram) {
+    write_histograms(text, definition, &[(labels, histogram)]);
+}
+
+/// Several, by the values of their labels.
+fn write_histograms(text: &mut String, definition: &Definition, series: &[(&[&str], &polylora_engine::Histogram)]) {
     write_head(text, definition, "histogram");
+    for (labels, histogram) in series {
+        write_buckets(text, definition, labels, histogram);
+    }
+}
+
+fn write_buckets(text: &mut String, definition: &Definition, labels: &[&str], histogram: &polylora_engine::Histogram) {
     let (name, labels) = (definition.name, label_set(definition, labels));
     let mut count = 0;
     let mut bounds = histogram.bounds.iter();
@@ -803,8 +925,6 @@ mod tests {
                 ADAPTER_RUNNING,
                 ADAPTER_WAITING,
                 ADAPTER_WAITED,
-                CACHE_HITS,
-                CACHE_MISSES,
                 ALIAS_REQUESTS,
                 ALIAS_SHARE,
             ]
@@ -872,6 +992,18 @@ mod tests {
     #[test]
     fn adapters_beyond_the_bound_share_one_label() {
         let metrics = metrics(2);
+        let loaded = AdapterMoves {
+            name: "loaded".into(),
+            loads: 1,
+            ..AdapterMoves::default()
+        };
+        // One that was only loaded gives way to those that are asked for.
+        let report = || AdapterReport {
+            moves: vec![loaded],
+            ..AdapterReport::default()
+        };
+        let text = metrics.render_from(&stats(), report);
+        assert_eq!(value(&text, "polylora_adapter_loads_total{adapter=\"loaded\",outcome=\"ok\"}"), 1.0);
         for name in ["a", "b", "c", "d", "a"] {
             metrics.begin_request(Some(name), 1).finish(Outcome::Stop);
         }
@@ -887,7 +1019,7 @@ mod tests {
         metrics.adapter_acquired("a", AdapterState::Registered);
         metrics.adapter_acquired("a", AdapterState::Host);
         metrics.adapter_acquired("a", AdapterState::Device);
-        metrics.adapter_load_stage(LoadStage::Pack, Duration::from_millis(20));
+        metrics.adapter_fetched(Duration::from_millis(20));
         let adapters = vec![adapter("a", AdapterState::Device, true), adapter("b", AdapterState::Registered, false)];
         let busy = [("a", 1, 2), ("c", 3, 4), ("d", 5, 6)].map(|(name, running, waiting)| AdapterStats {
             name: name.into(),
@@ -896,7 +1028,30 @@ mod tests {
             waiting_seconds_total: 0.5,
             ..AdapterStats::default()
         });
-        let text = metrics.render_from(&stats(), || (adapters, busy.into()));
+        let moves = |name: &str, loads, load_failures| AdapterMoves {
+            name: name.into(),
+            loads,
+            load_failures,
+            host_evictions: 3,
+            device_uploads: 4,
+            device_evictions: 5,
+        };
+        let report = || AdapterReport {
+            list: adapters,
+            busy: busy.into(),
+            moves: vec![moves("a", 1, 2)],
+        };
+        let first = || AdapterReport {
+            moves: vec![moves("a", 6, 0)],
+            ..AdapterReport::default()
+        };
+        metrics.render_from(&stats(), first);
+        let text = metrics.render_from(&stats(), report);
+        assert_eq!(value(&text, "polylora_adapter_loads_total{adapter=\"a\",outcome=\"ok\"}"), 7.0);
+        assert_eq!(value(&text, "polylora_adapter_loads_total{adapter=\"(other)\",outcome=\"ok\"}"), 0.0);
+        assert_eq!(value(&text, "polylora_adapter_uploads_total{adapter=\"a\"}"), 8.0);
+        assert_eq!(value(&text, "polylora_adapter_evictions_total{adapter=\"a\",tier=\"host\"}"), 6.0);
+        assert_eq!(value(&text, "polylora_adapter_evictions_total{adapter=\"a\",tier=\"device\"}"), 10.0);
         assert_eq!(value(&text, "polylora_adapter_waiting_requests{adapter=\"a\"}"), 2.0);
         assert_eq!(value(&text, "polylora_adapter_running_requests{adapter=\"(other)\"}"), 8.0);
         assert_eq!(value(&text, "polylora_adapter_waiting_seconds_total{adapter=\"(other)\"}"), 1.0);
@@ -904,9 +1059,9 @@ mod tests {
         assert_eq!(value(&text, "polylora_adapter_cache_misses_total{adapter=\"a\",tier=\"device\"}"), 2.0);
         assert_eq!(value(&text, "polylora_adapter_cache_hits_total{adapter=\"a\",tier=\"host\"}"), 1.0);
         assert_eq!(value(&text, "polylora_adapter_cache_misses_total{adapter=\"a\",tier=\"host\"}"), 1.0);
-        assert_eq!(value(&text, "polylora_adapter_load_seconds_bucket{stage=\"pack\",le=\"0.025\"}"), 1.0);
-        assert_eq!(value(&text, "polylora_adapter_load_seconds_bucket{stage=\"pack\",le=\"0.01\"}"), 0.0);
-        assert_eq!(value(&text, "polylora_adapter_loads_total{outcome=\"error\"}"), 1.0);
+        assert_eq!(value(&text, "polylora_adapter_load_seconds_bucket{stage=\"fetch\",le=\"0.025\"}"), 1.0);
+        assert_eq!(value(&text, "polylora_adapter_load_seconds_bucket{stage=\"fetch\",le=\"0.01\"}"), 0.0);
+        assert_eq!(value(&text, "polylora_adapter_loads_total{adapter=\"a\",outcome=\"error\"}"), 2.0);
         let loaded = "vllm:lora_adapter_loaded{engine=\"0\",adapter_name=\"a\",level=\"gpu\",pinned=\"true\"}";
         assert_eq!(value(&text, loaded), 1.0);
         assert!(!text.contains("adapter_name=\"b\""), "only those in memory are listed");

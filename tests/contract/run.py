@@ -63,7 +63,8 @@ def statuses(url):
         for line in response.read().decode().splitlines():
             if line.startswith("polylora_http_requests_total{"):
                 labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
-                table.setdefault(labels["route"], {})[labels["status"]] = int(float(line.rsplit(" ", 1)[1]))
+                counts = table.setdefault(labels["route"], {})
+                counts[labels["status"]] = counts.get(labels["status"], 0) + int(float(line.rsplit(" ", 1)[1]))
     return table
 
 

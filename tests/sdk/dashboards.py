@@ -79,12 +79,15 @@ def main():
         prometheus = subprocess.Popen([arguments.prometheus, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
                                        f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"])
         try:
+            status, answer = server.request("PUT", "/v1/aliases/support", {"targets": [{"adapter": "json"}, {"adapter": "yaml"}]})
+            assert status == 200, answer
             missing, versions, deadline = list(expressions()), 0, time.monotonic() + 60
             while missing and time.monotonic() < deadline:
                 # All adapters in one batch, and one that comes and goes: each time another version, which no tier can hold yet.
                 versions += 1
                 calls = [("/load_lora_adapter", {"lora_name": "guest", "lora_path": variant(folder, versions)}),
                          ("/generate", {"text": [LIST_3] * len(ADAPTERS), "lora_path": ADAPTERS, "sampling_params": {"max_new_tokens": 32}}),
+                         ("/generate", {"text": LIST_3, "lora_path": "support", "sampling_params": {"max_new_tokens": 8}}),
                          ("/unload_lora_adapter", {"lora_name": "guest"})]
                 for path, body in calls:
                     status, answer = server.post(path, body)

@@ -31,18 +31,21 @@ use crate::{
     decoder::DecoderConfig,
     files::{FileSource, SourceStamp},
     llm::EvictionPolicy,
+    stats::{AdapterMoves, Histogram, LOAD_SECONDS_BOUNDS},
 };
 
 /// Longest name, in bytes.
 const MAX_NAME_BYTES: usize = 256;
 /// What requests on combinations are counted under.
-const COMBINATION_LABEL: &str = "(combination)";
+pub const COMBINATION_LABEL: &str = "(combination)";
 /// How often loads that wait for room are looked at for having waited too long.
 const ROOM_CHECK: Duration = Duration::from_millis(250);
 /// How often a folder is read that changes while it is read.
 const READ_ATTEMPTS: usize = 3;
 /// Names listed in an `Unknown` error; a server may have thousands.
 const NAMES_IN_ERROR: usize = 32;
+/// Names (and versions) whose moves are kept for who asks; when there are more, nobody asks, and they begin anew.
+const MAX_MOVED: usize = 65_536;
 /// A failed load is not tried again for this long; doubled with each failure in a row.
 const FIRST_BACK_OFF: Duration = Duration::from_secs(1);
 /// The longest such time.
@@ -203,6 +206,8 @@ pub struct RegistryStats {
     pub load_failures_total: u64,
     /// Time spent in loads.
     pub load_seconds_total: f64,
+    /// Reading, checking and packing an adapter that could be loaded.
+    pub pack_seconds: Histogram,
     /// Adapters that left host memory for others.
     pub evictions_total: u64,
     /// Acquisitions that found the weights in host memory.
@@ -215,12 +220,35 @@ pub struct RegistryStats {
 #[derive(Debug, Default)]
 pub struct ResidentSet {
     versions: RwLock<HashSet<VersionId>>,
+    moves: Mutex<HashMap<VersionId, DeviceMoves>>,
+}
+
+/// How often a version came to the device and left it for others.
+#[derive(Clone, Copy, Debug, Default)]
+struct DeviceMoves {
+    uploads: u64,
+    evictions: u64,
 }
 
 impl ResidentSet {
     /// A version became usable.
     pub fn insert(&self, version: VersionId) {
         self.versions.write().insert(version);
+        self.moved(version, |moves| moves.uploads += 1);
+    }
+
+    /// A version left for another.
+    pub fn evict(&self, version: &VersionId) {
+        self.remove(version);
+        self.moved(*version, |moves| moves.evictions += 1);
+    }
+
+    fn moved(&self, version: VersionId, count: impl FnOnce(&mut DeviceMoves)) {
+        let mut moves = self.moves.lock();
+        if moves.len() >= MAX_MOVED {
+            moves.clear();
+        }
+        count(moves.entry(version).or_default());
     }
 
     /// A version left.
@@ -317,6 +345,9 @@ struct State {
     loads_total: u64,
     load_failures_total: u64,
     load_time: Duration,
+    pack_seconds: Histogram,
+    /// Since they were taken last.
+    moves: HashMap<Arc<str>, AdapterMoves>,
     evictions_total: u64,
     hits_total: u64,
     misses_total: u64,
@@ -519,7 +550,10 @@ impl AdapterRegistry {
             parked: AtomicUsize::new(0),
             granted: Arc::default(),
             decoder,
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                pack_seconds: Histogram::new(LOAD_SECONDS_BOUNDS),
+                ..State::default()
+            }),
             queue: Mutex::default(),
             wake: Condvar::new(),
             residents: Arc::default(),
@@ -794,6 +828,26 @@ impl AdapterRegistry {
         Some(combined_info(name, &parts))
     }
 
+    /// The adapters that came or went since this was called last.
+    pub fn take_moves(&self) -> Vec<AdapterMoves> {
+        let on_device = std::mem::take(&mut *self.shared.residents.moves.lock());
+        let mut state = self.shared.state.lock();
+        let mut moves = std::mem::take(&mut state.moves);
+        if !on_device.is_empty() {
+            // A version that no name has any more counts for none.
+            for entry in state.entries.values() {
+                let version = entry.facts.as_ref().map(|facts| facts.version);
+                if let Some(device) = version.and_then(|version| on_device.get(&version)) {
+                    let moves = moves.entry(entry.name.clone()).or_default();
+                    moves.device_uploads += device.uploads;
+                    moves.device_evictions += device.evictions;
+                }
+            }
+        }
+        drop(state);
+        moves.into_iter().map(|(name, moves)| AdapterMoves { name, ..moves }).collect()
+    }
+
     /// Counters and gauges.
     pub fn stats(&self) -> RegistryStats {
         let (waiting, running) = {
@@ -815,6 +869,7 @@ impl AdapterRegistry {
             loads_total: state.loads_total,
             load_failures_total: state.load_failures_total,
             load_seconds_total: state.load_time.as_secs_f64(),
+            pack_seconds: state.pack_seconds.clone(),
             evictions_total: state.evictions_total,
             hits_total: state.hits_total,
             misses_total: state.misses_total,
@@ -898,6 +953,17 @@ impl State {
             failure: None,
         };
         self.entries.insert(name, entry);
+    }
+
+    /// Counts a move of a name.
+    fn moved(&mut self, name: &str, count: impl FnOnce(&mut AdapterMoves)) {
+        if let Some(moves) = self.moves.get_mut(name) {
+            return count(moves);
+        }
+        if self.moves.len() >= MAX_MOVED {
+            self.moves.clear();
+        }
+        count(self.moves.entry(name.into()).or_default());
     }
 
     /// A name's weights are on the host from here on.
@@ -1217,10 +1283,13 @@ impl Shared {
         match job {
             Job::Fetch(load) => self.run_fetch(load),
             Job::Load { request, done, _claim } => {
+                let name = request.name.clone();
                 let loaded = self.read(&request.files);
                 let result = loaded.and_then(|loaded| self.finish_load(request, loaded));
                 if result.is_err() {
-                    self.state.lock().load_failures_total += 1;
+                    let mut state = self.state.lock();
+                    state.load_failures_total += 1;
+                    state.moved(&name, |moves| moves.load_failures += 1);
                 }
                 // The claim first: who hears the answer may load the same name at once.
                 drop(_claim);
@@ -1303,7 +1372,13 @@ impl Shared {
     fn read(&self, files: &FileSource) -> Result<(Arc<HostAdapter>, Facts), AdapterError> {
         let start = Instant::now();
         let result = self.read_unchanging(files);
-        self.state.lock().load_time += start.elapsed();
+        let took = start.elapsed();
+        let mut state = self.state.lock();
+        state.load_time += took;
+        if result.is_ok() {
+            state.pack_seconds.observe(took.as_secs_f64());
+        }
+        drop(state);
         result
     }
 
@@ -1496,6 +1571,7 @@ impl Shared {
                 let pinned = entry.pinned;
                 state.enter_host(name, &weights);
                 state.loads_total += 1;
+                state.moved(name, |moves| moves.loads += 1);
                 if pinned {
                     self.pins_changed.fetch_add(1, Ordering::Release);
                 }
@@ -1517,6 +1593,7 @@ impl Shared {
                     });
                 }
                 state.load_failures_total += 1;
+                state.moved(name, |moves| moves.load_failures += 1);
                 drop(state);
                 for waiter in waiters {
                     let _ = waiter.send(Err(error.clone()));
@@ -1546,6 +1623,7 @@ impl Shared {
         let pins_change = request.pinned || state.entries.get(name.as_str()).is_some_and(|entry| entry.pinned);
         let waiters = self.put(&mut state, request, weights, facts);
         state.loads_total += 1;
+        state.moved(&name, |moves| moves.loads += 1);
         if pins_change {
             self.pins_changed.fetch_add(1, Ordering::Release);
         }
@@ -1681,6 +1759,7 @@ impl Shared {
             state.leave_host(&name, &weights);
         }
         state.evictions_total += 1;
+        state.moved(&name, |moves| moves.host_evictions += 1);
         Ok(())
     }
 
@@ -2111,6 +2190,34 @@ mod tests {
         acquire(&registry, "b").unwrap();
         assert_eq!(registry.stats().loaded, 2);
         assert_eq!(registry.stats().evictions_total, 3);
+        let moved = || {
+            let moves = registry.take_moves().into_iter().map(|moves| {
+                let counts = [
+                    moves.loads,
+                    moves.load_failures,
+                    moves.host_evictions,
+                    moves.device_uploads,
+                    moves.device_evictions,
+                ];
+                (moves.name.to_string(), counts)
+            });
+            moves.collect::<std::collections::BTreeMap<_, _>>()
+        };
+        let counts = [
+            ("a", [1, 0, 1, 0, 0]),
+            ("b", [2, 1, 1, 0, 0]),
+            ("c", [1, 0, 1, 0, 0]),
+            ("d", [1, 0, 0, 0, 0]),
+        ];
+        assert_eq!(moved(), counts.map(|(name, counts)| (name.to_owned(), counts)).into());
+        assert!(registry.stats().pack_seconds.count() >= 5);
+        // Each is told once; what the device says of a version is its names'.
+        let version = acquire(&registry, "b").unwrap().version();
+        registry.residents().insert(version);
+        registry.residents().evict(&version);
+        registry.residents().evict(&VersionId([0; 32]));
+        assert_eq!(moved(), [("b".to_owned(), [0, 0, 0, 1, 1])].into());
+        assert!(moved().is_empty());
         // What was evicted is known still, with its version.
         assert!(registry.info("a").unwrap().version.is_some());
     }
