@@ -30,14 +30,16 @@ use crate::{
     auth::{AdapterSources, Auth, Identity, RequestPermit},
     constraint::GrammarCompiler,
     error::{ApiError, NativeError},
+    extract::BodyTime,
     lifecycle::{LoadingNames, NameLocks},
-    metrics::{Metrics, MetricsConfig},
+    metrics::{Metrics, MetricsConfig, RunsOn},
     prompt::PromptProcessor,
     pushed::{DEFAULT_MAX_PUSH_BYTES, PushedAdapters},
     requests::RunningRequests,
     routes,
     routing::ServedModel,
     state_dir::RuntimeState,
+    telemetry,
     tool_calls::ToolFormat,
 };
 
@@ -54,7 +56,7 @@ const MAX_FAIRNESS_KEY_BYTES: usize = 128;
 pub struct Limits {
     /// Bytes of a body.
     pub max_body_bytes: usize,
-    /// Between two pieces of a body.
+    /// Between two pieces of a body, and for a JSON body as a whole.
     pub body_timeout: Duration,
     /// Prompts of one request.
     pub max_prompts: usize,
@@ -112,6 +114,8 @@ pub struct Gateway {
     pub limits: Limits,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    /// Whether requests are traced.
+    pub traces: bool,
     /// Keys.
     pub auth: Auth,
     /// Origins that browsers may call from; `*` is any.
@@ -153,6 +157,7 @@ impl Gateway {
             loading: LoadingNames::default(),
             limits: Limits::default(),
             metrics,
+            traces: false,
             auth: Auth::open(),
             cors_origins: Vec::new(),
             owned_by: "polylora".to_owned(),
@@ -217,10 +222,11 @@ pub fn app(state: AppState) -> Router {
         Some(cors) => routes.layer(cors),
         None => routes,
     };
+    let make_span: fn(&Request) -> tracing::Span = if state.traces { traced_span } else { request_span };
     routes
         .layer(
             TraceLayer::new_for_http()
-                .make_span_with(request_span)
+                .make_span_with(make_span)
                 .on_request(())
                 .on_response(())
                 .on_failure(()),
@@ -242,6 +248,8 @@ pub struct Caller {
     pub request_id: Arc<str>,
     /// When it came.
     pub arrived: Instant,
+    /// On what it runs, for the metrics.
+    pub runs_on: RunsOn,
     /// Its place among its key's concurrent requests, once a route has asked for it.
     pub permit: Option<Arc<RequestPermit>>,
 }
@@ -285,9 +293,12 @@ async fn authenticate(State(state): State<AppState>, mut request: Request, next:
         identity,
         request_id: request_id(request.headers()).into(),
         arrived: Instant::now(),
+        // The layer that counts is around this one.
+        runs_on: request.extensions().get().cloned().unwrap_or_default(),
         permit: None,
     };
     request.extensions_mut().insert(caller);
+    request.extensions_mut().insert(BodyTime(state.limits.body_timeout));
     next.run(request).await
 }
 
@@ -371,7 +382,7 @@ async fn drop_bad_request_id(mut request: Request, next: Next) -> Response {
     next.run(request).await
 }
 
-fn request_span<B>(request: &axum::http::Request<B>) -> tracing::Span {
+fn request_span(request: &Request) -> tracing::Span {
     tracing::info_span!(
         "request",
         method = %request.method(),
@@ -380,11 +391,39 @@ fn request_span<B>(request: &axum::http::Request<B>) -> tracing::Span {
     )
 }
 
-async fn count(State(state): State<AppState>, path: Option<MatchedPath>, request: Request, next: Next) -> Response {
+/// The same, with what OpenTelemetry calls it.
+fn traced_span(request: &Request) -> tracing::Span {
+    let path = request.extensions().get::<MatchedPath>();
+    let route = path.map_or("(unknown)", MatchedPath::as_str);
+    let span = tracing::info_span!(
+        "request",
+        otel.name = format!("{} {route}", request.method()),
+        otel.kind = "server",
+        method = %request.method(),
+        path = request.uri().path(),
+        request_id = request_id(request.headers()),
+        http.route = route,
+        http.response.status_code = tracing::field::Empty,
+        polylora.adapter = tracing::field::Empty,
+    );
+    telemetry::continue_trace(&span, request.headers());
+    span
+}
+
+async fn count(State(state): State<AppState>, path: Option<MatchedPath>, mut request: Request, next: Next) -> Response {
     let arrived = Instant::now();
+    let runs_on = RunsOn::default();
+    request.extensions_mut().insert(runs_on.clone());
     let response = next.run(request).await;
     let route = path.as_ref().map_or("(unknown)", MatchedPath::as_str);
-    state.metrics.http_request(route, response.status().as_u16());
+    state.metrics.http_request(route, &runs_on, response.status().as_u16());
+    if state.traces {
+        let span = tracing::Span::current();
+        span.record("http.response.status_code", response.status().as_u16());
+        if let Some(adapter) = runs_on.name() {
+            span.record("polylora.adapter", &*adapter);
+        }
+    }
     tracing::debug!(
         route,
         status = response.status().as_u16(),

@@ -81,6 +81,10 @@ struct ServeArgs {
     /// How log lines look.
     #[arg(long, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT", help_heading = "General")]
     log_format: LogFormat,
+    /// An OpenTelemetry collector that traces are sent to (OTLP over HTTP, protobuf; /v1/traces is added): a span for each request and each
+    /// of its stages, in the trace that a request's `traceparent` names. Unset: OTEL_EXPORTER_OTLP_ENDPOINT, else none.
+    #[arg(long, value_name = "URL", help_heading = "General")]
+    otlp_endpoint: Option<String>,
 
     /// The base model: a folder in Hugging Face layout, or org/name[@revision] on the Hub. Unset: the demo model in the binary.
     #[arg(long, alias = "model", value_name = "PATH", help_heading = "Model")]
@@ -260,6 +264,8 @@ pub struct Config {
     pub log_level: String,
     /// How.
     pub log_format: LogFormat,
+    /// Traces, if they are wanted.
+    pub otlp: Option<OtlpSettings>,
     /// The base model.
     pub model: ModelSource,
     /// The base model's name for clients.
@@ -290,6 +296,15 @@ pub struct Config {
     pub hub: HubConfig,
     /// Adapters with metrics of their own.
     pub metrics_max_adapters: usize,
+}
+
+/// An OpenTelemetry collector.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OtlpSettings {
+    /// Its URL, without the path for traces.
+    pub endpoint: String,
+    /// What this server is called there.
+    pub service_name: String,
 }
 
 /// Where the base model comes from.
@@ -770,6 +785,7 @@ impl Config {
         Ok(Self {
             log_level: args.log_level.clone(),
             log_format: args.log_format,
+            otlp: OtlpSettings::from_args(&args, environment)?,
             model,
             served_model_name,
             load_format: args.load_format,
@@ -830,6 +846,26 @@ fn served_model_name(args: &ServeArgs, model: &ModelSource) -> Result<String, St
         format!("--served-model-name {name:?} must not be empty nor hold a comma or a control character")
     })?;
     Ok(name)
+}
+
+impl OtlpSettings {
+    fn from_args(args: &ServeArgs, environment: &Environment) -> Result<Option<Self>, String> {
+        let (name, endpoint) = match &args.otlp_endpoint {
+            Some(endpoint) => ("--otlp-endpoint", endpoint.as_str()),
+            None => match environment.get("OTEL_EXPORTER_OTLP_ENDPOINT") {
+                Some(endpoint) => ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint),
+                None => return Ok(None),
+            },
+        };
+        let is_url = ["http://", "https://"]
+            .iter()
+            .any(|scheme| endpoint.strip_prefix(scheme).is_some_and(|rest| !rest.is_empty()));
+        require(is_url, || format!("{name} {endpoint:?} is no URL such as http://127.0.0.1:4318"))?;
+        Ok(Some(Self {
+            endpoint: endpoint.to_owned(),
+            service_name: environment.get("OTEL_SERVICE_NAME").unwrap_or("polylora").to_owned(),
+        }))
+    }
 }
 
 impl HttpConfig {
@@ -1361,6 +1397,27 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn traces_go_where_the_flag_or_the_usual_variable_says() {
+        let otlp = |flags: &[&str], environment: Environment| {
+            let config = serve_with(&environment, flags);
+            config.map(|config| config.otlp.map(|otlp| (otlp.endpoint, otlp.service_name)))
+        };
+        let to = |endpoint: &str, name: &str| Ok(Some((endpoint.to_owned(), name.to_owned())));
+        let variables = || Environment::from([("OTEL_EXPORTER_OTLP_ENDPOINT", "https://b"), ("OTEL_SERVICE_NAME", "mine")]);
+        assert_eq!(otlp(&[], Environment::default()), Ok(None));
+        assert_eq!(
+            otlp(&["--otlp-endpoint", "http://a:4318"], Environment::default()),
+            to("http://a:4318", "polylora")
+        );
+        assert_eq!(otlp(&[], variables()), to("https://b", "mine"));
+        assert_eq!(otlp(&["--otlp-endpoint", "http://a"], variables()), to("http://a", "mine"));
+        for bad in ["a:4317", "http://", "grpc://a"] {
+            let error = otlp(&["--otlp-endpoint", bad], Environment::default()).unwrap_err();
+            assert!(error.contains("--otlp-endpoint") && error.contains(bad), "{error}");
+        }
     }
 
     #[test]

@@ -209,6 +209,7 @@ impl GrammarCompiler {
     ///
     /// # Errors
     /// 400 naming `param`, with the reason.
+    #[tracing::instrument(name = "grammar", level = "debug", skip_all)]
     pub async fn compile(self: &Arc<Self>, spec: GrammarSpec, param: &str, max_bytes: usize) -> Result<Arc<dyn Grammar>, ApiError> {
         if spec.text().len() > max_bytes {
             let reason = format!("{} bytes, at most {max_bytes} are possible", spec.text().len());

@@ -9,12 +9,18 @@ use std::{
     time::Instant,
 };
 
-use polylora_engine::{AdapterLease, GenerationRequest, LogprobsParams, SamplingParams, adapter::AdapterState};
+use polylora_engine::{
+    AdapterLease, GenerationRequest, LogprobsParams, SamplingParams,
+    adapter::{AdapterState, registry::COMBINATION_LABEL},
+};
+
+use tracing::Instrument;
 
 use crate::{
     app::{Caller, Gateway},
     auth::{RequestPermit, TokenReservation},
     error::ApiError,
+    metrics::BASE_LABEL,
     prompt::SamplingDefaults,
     routing::Target,
     stream::{Held, TextOptions, TextStream},
@@ -132,9 +138,15 @@ impl Gateway {
     /// # Errors
     /// See [`crate::aliases::Aliases::resolve`].
     pub fn resolve(&self, caller: &Caller, target: Target, sticky_key: &str) -> Result<Target, ApiError> {
-        let Target::Adapter(name) = target else { return Ok(target) };
+        let Target::Adapter(name) = target else {
+            caller.runs_on.add(BASE_LABEL);
+            return Ok(target);
+        };
         let resolved = self.aliases.resolve(&name, sticky_key, &self.router(&caller.identity));
         let resolved = resolved.map_err(|error| ApiError::from(error).for_param("model"))?;
+        // Combinations are too many to be told apart; a name may look like one.
+        let is_one = !resolved.contains(['+', '*']) || self.engine.adapter_info(&resolved).is_some_and(|info| info.parts.is_empty());
+        caller.runs_on.add(if is_one { &resolved } else { COMBINATION_LABEL });
         Ok(Target::Adapter(resolved.into_owned()))
     }
 
@@ -142,6 +154,7 @@ impl Gateway {
     ///
     /// # Errors
     /// See [`crate::routing::Router::lease`].
+    #[tracing::instrument(name = "adapter", level = "debug", skip_all)]
     pub async fn lease(&self, caller: &Caller, target: &Target) -> Result<Option<AdapterLease>, ApiError> {
         let state = self.adapter_state(target);
         let lease = self.router(&caller.identity).lease(target).await?;
@@ -172,7 +185,8 @@ impl Gateway {
             return Ok(vec![self.lease(caller, target).await?]);
         }
         let states: Vec<_> = targets.iter().map(|target| self.adapter_state(target)).collect();
-        let leases = self.router(&caller.identity).leases(targets).await?;
+        let leasing = self.router(&caller.identity);
+        let leases = leasing.leases(targets).instrument(tracing::debug_span!("adapter")).await?;
         for (lease, state) in leases.iter().zip(states) {
             self.count_acquired(lease.as_ref(), state);
         }

@@ -31,5 +31,6 @@ pub mod routing;
 pub mod server;
 pub mod state_dir;
 pub mod stream;
+pub mod telemetry;
 pub mod tokenizer;
 pub mod tool_calls;

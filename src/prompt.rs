@@ -126,6 +126,7 @@ impl PromptProcessor {
     /// # Errors
     /// 400 with the template's reason, or because there is none.
     pub fn render_chat(&self, input: &ChatInput<'_>) -> Result<String, ApiError> {
+        let _stage = tracing::debug_span!("render").entered();
         match &self.templates {
             Some(templates) => Ok(templates.render(input)?),
             None => Err(ApiError::invalid(
@@ -139,6 +140,7 @@ impl PromptProcessor {
     ///
     /// # Errors
     /// 400.
+    #[tracing::instrument(name = "tokenize", level = "debug", skip_all, fields(text_bytes = text.len()))]
     pub async fn encode(&self, text: String, add_special_tokens: bool) -> Result<Vec<u32>, ApiError> {
         if text.len() < BLOCKING_TEXT_BYTES {
             return Ok(self.tokenizer.encode(&text, add_special_tokens)?);

@@ -1,7 +1,7 @@
 //! `polylora serve`: settings → model files → tokenizer → engine → adapters → routes, until a signal; then drain.
 
 use std::{
-    io::{IsTerminal, Write},
+    io::Write,
     net::SocketAddr,
     path::PathBuf,
     sync::Arc,
@@ -16,7 +16,6 @@ use polylora_engine::{
     weights::{Dtype as StoredDtype, ModelWeights},
 };
 use tokio::net::TcpListener;
-use tracing_subscriber::EnvFilter;
 
 use super::{
     engine::{BuiltEngine, EngineInputs, build},
@@ -27,15 +26,16 @@ use crate::{
     aliases::Aliases,
     app::{Gateway, app},
     auth::{AdapterSources, Auth},
-    config::{Config, Dtype, LoadFormat, LogFormat, LoraPath, ModelSource},
+    config::{Config, Dtype, LoadFormat, LoraPath, ModelSource},
     demo,
     hub::{Hub, HubId},
-    metrics::{LoadStage, Metrics, MetricsConfig},
+    metrics::{Metrics, MetricsConfig},
     prompt::PromptProcessor,
     pushed::PushedAdapters,
     routing::ServedModel,
     server::{ServerSettings, bind, load_tls, serve},
     state_dir::{Changes, RuntimeState},
+    telemetry,
 };
 
 /// More than any machine has loader threads: none of them is idle at the start.
@@ -48,30 +48,20 @@ const LAST_BYTES: Duration = Duration::from_secs(5);
 /// # Errors
 /// What stopped the start; after it nothing is an error.
 pub fn run(config: Config) -> anyhow::Result<()> {
-    start_log(&config.log_level, config.log_format)?;
+    // Dropped last: what was traced to the very end is sent then.
+    let telemetry = telemetry::start(&config.log_level, config.log_format, config.otlp.as_ref())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(run_server(config))
+    runtime.block_on(run_server(config, telemetry.exports_traces()))
 }
 
-fn start_log(filter: &str, format: LogFormat) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(filter).with_context(|| format!("--log-level {filter:?}"))?;
-    // Standard error, so that standard output holds only what a person or a script reads: the start line.
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    let installed = match format {
-        LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).try_init(),
-        LogFormat::Json => log.json().flatten_event(true).try_init(),
-    };
-    installed.map_err(|error| anyhow!("{error}"))
-}
-
-async fn run_server(config: Config) -> anyhow::Result<()> {
+async fn run_server(config: Config, traces: bool) -> anyhow::Result<()> {
     let began = Instant::now();
     // Whatever can't be had is found out before minutes go into loading.
     let socket = bind(&config.http.host, config.http.port).await.map_err(|error| anyhow!(error))?;
     let tls = config.http.tls.as_ref().map(load_tls).transpose().map_err(|error| anyhow!(error))?;
     // From here on a signal ends the start, too.
     let mut signals = Signals::listen()?;
-    let start = load(config);
+    let start = load(config, traces);
     let loaded = tokio::select! {
         loaded = start => loaded?,
         () = signals.next() => return Ok(()),
@@ -100,7 +90,7 @@ struct Loaded {
     is_demo: bool,
 }
 
-async fn load(config: Config) -> anyhow::Result<Loaded> {
+async fn load(config: Config, traces: bool) -> anyhow::Result<Loaded> {
     let sources = Arc::new(AdapterSources::new(Hub::new(config.hub.clone()), config.source_policy.clone()));
     let (runtime, max_push_bytes) = (open_state(config.state_dir.clone()).await?, config.max_push_bytes);
     let changes = runtime.changes();
@@ -207,9 +197,8 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
         ..MetricsConfig::default()
     };
     let metrics = Metrics::new(served.name(), engine.describe(), bounds);
-    for (finding, packing) in loads {
-        metrics.adapter_load_stage(LoadStage::Fetch, finding);
-        metrics.adapter_load_stage(LoadStage::Pack, packing);
+    for finding in loads {
+        metrics.adapter_fetched(finding);
     }
     let model = if is_demo {
         format!("{} (the embedded demo model)", served.name())
@@ -218,6 +207,7 @@ async fn load(config: Config) -> anyhow::Result<Loaded> {
     };
     let mut gateway = Gateway::new(engine, prompt, served, sources);
     gateway.metrics = Arc::new(metrics);
+    gateway.traces = traces;
     gateway.auth = auth;
     gateway.aliases = aliases;
     gateway.runtime = runtime;
@@ -320,8 +310,8 @@ struct AdapterAtStart {
     finding: Duration,
 }
 
-/// Loads the adapters, several at a time, and says how long each took to be found and to be packed. The first that can't be loaded stops the start.
-async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStart>) -> anyhow::Result<Vec<(Duration, Duration)>> {
+/// Loads the adapters, several at a time, and says how long each took to be found. The first that can't be loaded stops the start.
+async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStart>) -> anyhow::Result<Vec<Duration>> {
     let loads = adapters.into_iter().map(|AdapterAtStart { path, files, finding }| async move {
         let began = Instant::now();
         let request = LoadRequest {
@@ -333,17 +323,16 @@ async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStar
             expected_version: None,
         };
         let info = engine.load_adapter(request).await.with_context(|| path.flag())?;
-        let packing = began.elapsed();
         tracing::info!(
             name = path.name,
             from = path.path,
             lora_rank = info.max_lora_rank,
             bytes = info.bytes,
             pinned = path.pinned,
-            seconds = (finding + packing).as_secs_f64(),
+            seconds = (finding + began.elapsed()).as_secs_f64(),
             "loaded an adapter"
         );
-        anyhow::Ok((finding, packing))
+        anyhow::Ok(finding)
     });
     stream::iter(loads).buffered(LOADS_AT_ONCE).try_collect().await
 }

@@ -119,7 +119,7 @@ async fn leases(state: &Gateway, caller: &Caller, prompts: &[PromptPart]) -> Res
         result => result,
     };
     let resolved = |prompt: &PromptPart| match prompt.adapter.as_deref() {
-        None => Ok(Target::Base),
+        None => state.resolve(caller, Target::Base, ""),
         // This route has no `user`: without a key an alias sticks to the prompt's `rid`.
         Some(name) => state.resolve(caller, target(name)?, caller.sticky_key([None, None], &prompt.rid)),
     };
@@ -164,7 +164,7 @@ fn native_names(error: ApiError, prompt: &'static str) -> ApiError {
         Some("min_tokens") => "sampling_params.min_new_tokens",
         Some(
             name @ ("temperature" | "top_p" | "top_k" | "min_p" | "frequency_penalty" | "presence_penalty" | "repetition_penalty" | "logit_bias"
-            | "stop" | "stop_token_ids" | "n"),
+            | "stop" | "stop_token_ids" | "n" | "json_schema" | "regex" | "ebnf"),
         ) => {
             return {
                 let param = format!("sampling_params.{name}");
@@ -218,7 +218,7 @@ impl Batch {
                 return Err(ApiError::invalid("sampling_params.n", "n must be equal for all prompts"));
             }
             prompts.push(PromptPart {
-                grammar: grammar(state, &sampling).await?,
+                grammar: grammar(state, &sampling).await.map_err(|error| native_names(error, param))?,
                 logprobs: logprobs(state, &tokens, wanted.unwrap_or(false), start.unwrap_or(-1), top.unwrap_or(0))?,
                 tokens,
                 // SGLang takes an empty name for the base model.

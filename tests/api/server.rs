@@ -134,6 +134,15 @@ async fn what_was_served_is_counted() {
         .await
         .error(404)
         .await;
+    // An error after the model is known, the base model, and several adapters in one request.
+    for (path, body, status) in [
+        ("/v1/completions", json!({"model": "json", "prompt": "a", "n": 0}), 400),
+        ("/v1/completions", json!({"model": BASE, "prompt": "a"}), 200),
+        ("/generate", json!({"text": ["a", "b"], "lora_path": ["sql", null]}), 200),
+        ("/generate", json!({"text": ["a", "b"], "lora_path": "sql"}), 200),
+    ] {
+        assert_eq!(server.post(path, body).await.status, status);
+    }
     let metrics = server.get("/metrics").await.text().await;
     let line = |start: &str, has: &[&str]| {
         metrics
@@ -145,8 +154,17 @@ async fn what_was_served_is_counted() {
             .1
             .to_owned()
     };
-    assert_eq!(line("polylora_http_requests_total", &["/v1/completions", "404"]), "1");
-    assert_eq!(line("polylora_http_requests_total", &["/v1/completions", "200"]), "1");
+    for (route, model, adapter, status) in [
+        ("/v1/completions", "", "", "404"),
+        ("/v1/completions", BASE, "sql", "200"),
+        ("/v1/completions", BASE, "json", "400"),
+        ("/v1/completions", BASE, "(base)", "200"),
+        ("/generate", BASE, "(several)", "200"),
+        ("/generate", BASE, "sql", "200"),
+    ] {
+        let series = format!("{{route=\"{route}\",model=\"{model}\",adapter=\"{adapter}\",status=\"{status}\"}}");
+        assert_eq!(line("polylora_http_requests_total", &[&series]), "1");
+    }
 }
 
 #[tokio::test]
@@ -184,5 +202,38 @@ async fn gateways_in_front_say_for_whom_they_ask() {
             .json(200)
             .await;
         assert_eq!(&*server.engine.recorded().last().unwrap().fairness_key, "team-a");
+    }
+}
+
+#[tokio::test]
+async fn a_name_that_is_no_utf_8_is_an_error_of_the_api_s_form() {
+    let server = Server::new();
+    for path in ["/v1/models/%ff", "/v1/models/a/%ff"] {
+        server.get(path).await.error(400).await;
+    }
+    let delete = |name: &str| {
+        let request = axum::http::Request::delete(format!("/v1/loras/{name}"));
+        server.send(request.body(axum::body::Body::empty()).unwrap())
+    };
+    delete("%ff").await.error(400).await;
+    assert_eq!(delete("nobody").await.error(404).await["param"], "name");
+}
+
+#[tokio::test]
+async fn a_body_that_drips_is_not_waited_for_longer_than_one_that_stops() {
+    let limit = std::time::Duration::from_millis(200);
+    let server = Server::with(|engine| engine, |gateway| gateway.limits.body_timeout = limit);
+    for (path, drips) in [("/v1/completions", true), ("/generate", true), ("/v1/completions", false)] {
+        // It never ends: whatever comes back is the limit's doing.
+        let drops = futures::stream::unfold((), move |()| async move {
+            if !drips {
+                return std::future::pending().await;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            Some((Ok::<_, std::io::Error>(" "), ()))
+        });
+        let mut answer = server.post_raw(path, axum::body::Body::from_stream(drops), &[]).await;
+        let error = answer.json(408).await["error"].take();
+        assert!(error["message"].as_str().unwrap().contains("within"), "{error}");
     }
 }
