@@ -11,7 +11,7 @@ use polylora_engine::{
     adapter::{PackedDtype, Projection},
     backend::{
         Backend,
-        conformance::{AdapterShape, random_adapter},
+        conformance::{AdapterShape, Extras, random_adapter},
         cpu::{ComputeDtype, CpuBackend, CpuOptions, KvBudget},
     },
     batch::{AdapterHandle, ChooseToken, LoraSegment, SampleRow, SequenceRows, StepBatch},
@@ -129,6 +129,7 @@ fn main() {
                     embed_and_head: false,
                     scaling: 0.1,
                     amplitude: 0.01,
+                    extras: Extras::NONE,
                 };
                 Some(
                     backend

@@ -82,6 +82,8 @@ struct Row {
     batch: usize,
     /// Ranks of the distinct adapters; row `i` runs under adapter `i % len`.
     ranks: Vec<usize>,
+    /// Scales on every output.
+    dora: bool,
 }
 
 impl Bench {
@@ -90,6 +92,7 @@ impl Bench {
         let same = |batch: usize, adapters: usize, rank: usize| Row {
             batch,
             ranks: vec![rank; adapters],
+            dora: false,
         };
         let mut rows: Vec<Row> = [
             (1, 0),
@@ -114,10 +117,15 @@ impl Bench {
         rows.push(Row {
             batch: 32,
             ranks: (0..32).map(|adapter| [8, 16, 32, 64][adapter % 4]).collect(),
+            dora: false,
         });
+        rows.extend([(1, 1), (64, 1), (64, 64)].map(|(batch, adapters)| Row {
+            dora: true,
+            ..same(batch, adapters, 16)
+        }));
         rows.retain(|row| only.is_empty() || only.contains(&(row.batch, row.ranks.len())));
         for row in rows {
-            let handles = self.upload(&row.ranks);
+            let handles = self.upload(&row.ranks, row.dora);
             let times = self.decode_steps(row.batch, &handles);
             let adapter_bytes: usize = row.ranks.iter().map(|&rank| adapter_bytes(&self.config, rank)).sum();
             let context = PROMPT + OUTPUT / 2;
@@ -128,9 +136,10 @@ impl Bench {
             let mut ranks = row.ranks.clone();
             ranks.dedup();
             println!(
-                "  {:4} {:4} rank {ranks:?}: {median:.3} ({p10:.3}, {p90:.3}), floor {floor:.2}, {:.0} %; launch {:.0} us; first {:.1} ms",
+                "  {:4} {:4} rank {ranks:?}{}: {median:.3} ({p10:.3}, {p90:.3}), floor {floor:.2}, {:.0} %; launch {:.0} us; first {:.1} ms",
                 row.batch,
                 row.ranks.len(),
+                if row.dora { ", DoRA" } else { "" },
                 floor / median * 100.0,
                 launch * 1e3,
                 times.first
@@ -143,7 +152,7 @@ impl Bench {
     fn prefill(&mut self) {
         println!("prefill: 2048 rows in one chunk");
         for (adapters, rank, sequences) in [(0, 16, 1), (1, 16, 1), (8, 16, 8), (8, 64, 8)] {
-            let handles = self.upload(&vec![rank; adapters]);
+            let handles = self.upload(&vec![rank; adapters], false);
             let rows = 2048 / sequences;
             let mut last = Instant::now();
             let mut times = Vec::new();
@@ -170,11 +179,11 @@ impl Bench {
         }
     }
 
-    fn upload(&mut self, ranks: &[usize]) -> Vec<AdapterHandle> {
+    fn upload(&mut self, ranks: &[usize], dora: bool) -> Vec<AdapterHandle> {
         let config = &self.config;
         let hosts: Vec<Arc<HostAdapter>> = std::thread::scope(|scope| {
             let made: Vec<_> = (ranks.iter().enumerate())
-                .map(|(seed, &rank)| scope.spawn(move || Arc::new(random_adapter(config, rank, seed as u64))))
+                .map(|(seed, &rank)| scope.spawn(move || Arc::new(random_adapter(config, rank, dora, seed as u64))))
                 .collect();
             made.into_iter().map(|host| host.join().expect("an adapter")).collect()
         });
@@ -347,7 +356,7 @@ fn adapter_bytes(config: &DecoderConfig, rank: usize) -> usize {
 }
 
 /// All seven projections of every layer, packed as `load.rs` packs them: per group of projections the A's, then the B's.
-fn random_adapter(config: &DecoderConfig, rank: usize, seed: u64) -> HostAdapter {
+fn random_adapter(config: &DecoderConfig, rank: usize, dora: bool, seed: u64) -> HostAdapter {
     use Projection::{Down, Gate, K, O, Q, Up, V};
     let mut modules = Vec::new();
     let mut bytes = 0;
@@ -369,7 +378,8 @@ fn random_adapter(config: &DecoderConfig, rank: usize, seed: u64) -> HostAdapter
                     scaling: 1.0,
                     a_offset_bytes,
                     b_t_offset_bytes: place(rank * d_out),
-                    output_scale_offset_bytes: None,
+                    // In f32, each as long as two rows of Bᵀ.
+                    output_scale_offset_bytes: dora.then(|| place(2 * d_out)),
                     output_bias_offset_bytes: None,
                 });
             }

@@ -58,6 +58,11 @@ fn golden() -> Golden {
     serde_json::from_str(include_str!("golden/adapters.json")).unwrap()
 }
 
+/// Those that the GPU is asked, too (`cuda.rs`).
+fn golden_of_head64() -> Golden {
+    serde_json::from_str(include_str!("golden/head64_adapters.json")).unwrap()
+}
+
 struct Base {
     decoder: Arc<DecoderConfig>,
     files: FileSource,
@@ -141,8 +146,13 @@ fn run_case(golden: &Golden, adapter: AdapterHandle, case: &Case) -> Run {
 
 #[test]
 fn every_kind_of_adapter_computes_what_peft_computes() {
-    let golden = golden();
-    assert!(golden.cases.len() >= 45);
+    let (golden, head64) = (golden(), golden_of_head64());
+    assert!(golden.cases.len() >= 45 && head64.cases.len() >= 17);
+    computes_what_peft_computes(&golden);
+    computes_what_peft_computes(&head64);
+}
+
+fn computes_what_peft_computes(golden: &Golden) {
     for (base_name, base_answer) in &golden.bases {
         let mut base = base(base_name, ComputeDtype::Float32);
         let cases: Vec<&Case> = golden.cases.iter().filter(|case| case.base == *base_name).collect();
@@ -152,18 +162,14 @@ fn every_kind_of_adapter_computes_what_peft_computes() {
             .iter()
             .zip(&handles)
             .map(|(case, handle)| {
-                let outcome = generate(&mut base.backend, &[run_case(&golden, *handle, case)]).unwrap().remove(0);
+                let outcome = generate(&mut base.backend, &[run_case(golden, *handle, case)]).unwrap().remove(0);
                 check(&case.name, &outcome, &case.answer);
                 outcome
             })
             .collect();
         // All in one batch, with a base row between: the same bits.
-        let mut runs: Vec<Run> = cases
-            .iter()
-            .zip(&handles)
-            .map(|(case, handle)| run_case(&golden, *handle, case))
-            .collect();
-        runs.insert(cases.len() / 2, run(&golden, None, base_answer));
+        let mut runs: Vec<Run> = cases.iter().zip(&handles).map(|(case, handle)| run_case(golden, *handle, case)).collect();
+        runs.insert(cases.len() / 2, run(golden, None, base_answer));
         // As many as the cache holds at once.
         let mut together = Vec::new();
         for runs in runs.chunks(12) {

@@ -165,6 +165,16 @@ fn tiny_qwen3() {
     check_fixture("tiny-qwen3");
 }
 
+#[test]
+fn tiny_llama_head64() {
+    check_fixture("tiny-llama-head64");
+}
+
+#[test]
+fn tiny_qwen2_head64() {
+    check_fixture("tiny-qwen2-head64");
+}
+
 #[derive(Deserialize)]
 struct DemoFile {
     adapter: Option<String>,

@@ -17,6 +17,7 @@ use polylora_kernels::cuda::{
     attention_prefill::{AttentionPrefill, AttentionPrefillArgs, PrefillTile},
     gemm::{Gemm, GemmArgs, GemmOutput},
     lora::{ExpandInto, ItemRows, Lora, LoraDescriptor, LoraItem, LoraItems, RANK_TILE, Shrunk},
+    lora_output::{LoraOutput, OutputInto, OutputTerms},
     rms_norm::RmsNormArgs,
     rope_kv::{HeadShape, RopeKvArgs},
     sampling::{MAX_TOP, SampleEdit, SampleParams, SampleResult, SamplingArgs, flags},
@@ -95,9 +96,10 @@ fn main() {
     bench.copy_bytes_per_second = bench.copy_roof();
     println!("{}, copy {:.2} TB/s", bench.device.info().name, bench.copy_bytes_per_second / 1e12);
     type Family = (&'static str, fn(&Bench));
-    let families: [Family; 6] = [
+    let families: [Family; 7] = [
         ("gemm", Bench::gemm),
         ("lora", Bench::lora),
+        ("outputs", Bench::lora_output),
         ("decode", Bench::attention_decode),
         ("prefill", Bench::attention_prefill),
         ("elementwise", Bench::elementwise),
@@ -244,6 +246,63 @@ impl Bench {
         self.lora_case("2048 prefill rows over 8", 2048, 8, 16, ItemRows::UpTo64);
         self.lora_case("2048 prefill rows over 8, rank 64", 2048, 8, 64, ItemRows::UpTo64);
         self.lora_case("64 rows, an adapter each, naive", 64, 64, 16, ItemRows::Naive);
+    }
+
+    /// Scales on the outputs of every projection, an adapter each; o and down with the rows set aside and brought back.
+    fn lora_output(&self) {
+        for rows in [1, 64] {
+            for group in &GROUPS {
+                let adapters: Vec<(DeviceBuffer<f32>, DeviceBuffer<OutputTerms>)> = (0..rows)
+                    .map(|_| {
+                        let scale = self.stream.upload(&vec![1.25f32; group.width()]).expect("memory");
+                        let mut terms = OutputTerms::default();
+                        let mut address = scale.view().address();
+                        for (slice, d_out) in group.d_out.iter().enumerate() {
+                            terms.scale[slice] = address;
+                            address += 4 * *d_out as u64;
+                        }
+                        (scale, self.stream.upload(&[terms]).expect("memory"))
+                    })
+                    .collect();
+                let item = |(row, (_, terms)): (usize, &(_, DeviceBuffer<OutputTerms>))| LoraItem {
+                    descriptors: terms.view().address(),
+                    row_start: row as u32,
+                    num_rows: 1,
+                    rank_tile: 0,
+                };
+                let items: Vec<LoraItem> = adapters.iter().enumerate().map(item).collect();
+                let (items, counts) = (
+                    self.stream.upload(&items).expect("memory"),
+                    self.stream.upload(&[rows as u32]).expect("memory"),
+                );
+                let work = LoraItems {
+                    items: items.view(),
+                    num_items: counts.view(),
+                    rows: ItemRows::UpTo64,
+                    descriptor_offset: 0,
+                    grid: ((rows * LoraOutput::column_tiles(group.d_out)) as u32).min(16 * self.device.num_multiprocessors()),
+                };
+                let y16 = self.random(rows * group.width(), 1, 1.0);
+                let (y32, saved) = (self.zeros::<f32>(rows * HIDDEN), self.zeros::<f32>(rows * HIDDEN));
+                let kernels = &self.kernels.lora_output;
+                let times = self.time(|| {
+                    (0..LAYERS).try_for_each(|_| {
+                        if !group.f32_output {
+                            return kernels.launch(&self.stream, work, OutputInto::Bf16(y16.view()), group.d_out);
+                        }
+                        let (y, saved) = (y32.view(), saved.view());
+                        kernels.launch_set_aside(&self.stream, work, y, saved, HIDDEN)?;
+                        kernels.launch(&self.stream, work, OutputInto::Residual { y, saved }, group.d_out)
+                    })
+                });
+                let y_bytes = if group.f32_output { 24 } else { 4 };
+                self.report(
+                    &format!("{} {rows} rows x {LAYERS}", group.name),
+                    times,
+                    (LAYERS * rows * group.width() * (4 + y_bytes)) as f64,
+                );
+            }
+        }
     }
 
     fn lora_case(&self, what: &str, rows: usize, num_adapters: usize, rank: usize, variant: ItemRows) {

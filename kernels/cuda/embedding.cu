@@ -1,9 +1,10 @@
-// embedding.cu   x[t,:] = table[token(t),:] (+ scaling · A[:,token(t)]ᵀ · Bᵀ)   bf16 in, f32 out.   Source: PEFT's lora.Embedding
+// embedding.cu   x[t,:] = table[token(t),:]   bf16 in, f32 out.   Source: PEFT's lora.Embedding
+//                rows with an adapter: x = scale ⊙ (table + scaling · A[:,token(t)]ᵀ · Bᵀ) + bias, the table its own if it brings one
 // Shapes  table [vocab, hidden]; token_sources [rows] u32; adapters [rows] address of an EmbeddingAdapter or 0; out [rows, hidden]
 // Layout  row-major, rows 16-byte aligned; an adapter's A is token-major [vocab, lora_rank], its Bᵀ is [lora_rank, hidden]
 // Token   a source below 2^31 is a token id; otherwise its low 31 bits are an index into `chosen` (ids that the step before left on the device)
 // Launch  grid (rows), block 128
-// Cost    bytes rows · hidden · (2 + 4), + 2 · lora_rank · (hidden + 1) per row with an adapter; no arithmetic to speak of
+// Cost    bytes rows · hidden · (2 + 4), + 2 · lora_rank · (hidden + 1) + 8 · hidden per row with an adapter; no arithmetic to speak of
 // Limits  hidden % 8 == 0; token ids below vocab (clamped: an id outside never reads outside)
 #include "common.cuh"
 
@@ -12,9 +13,12 @@ struct EmbeddingAdapter {
   const bf16* b_t;
   uint32_t lora_rank;
   float scaling;
-  uint32_t reserved[2];
+  const bf16* table;   // null: the base model's
+  const float* scale;  // [hidden]; null: ones
+  const float* bias;   // [hidden]; null: zeros
+  uint32_t reserved[4];
 };
-static_assert(sizeof(EmbeddingAdapter) == 32, "written by the host");
+static_assert(sizeof(EmbeddingAdapter) == 64, "written by the host");
 
 KERNEL __launch_bounds__(128) embedding(
     float* out, const bf16* table, const uint32_t* token_sources, const uint32_t* chosen, const uint64_t* adapters, int hidden, uint32_t vocab) {
@@ -25,6 +29,7 @@ KERNEL __launch_bounds__(128) embedding(
   if (token & 0x80000000u) token = chosen[token & 0x7fffffffu];
   if (token >= vocab) token = vocab - 1;
   const EmbeddingAdapter* adapter = reinterpret_cast<const EmbeddingAdapter*>(adapters[row]);
+  if (adapter != nullptr && adapter->table != nullptr) table = adapter->table;
   for (int column = threadIdx.x * 8; column < hidden; column += blockDim.x * 8) {
     const uint4 packed = load_16(table + (int64_t)token * hidden + column);
     const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
@@ -47,7 +52,11 @@ KERNEL __launch_bounds__(128) embedding(
         }
       }
 #pragma unroll
-      for (int i = 0; i < 8; i++) values[i] += adapter->scaling * delta[i];
+      for (int i = 0; i < 8; i++) {
+        values[i] += adapter->scaling * delta[i];
+        if (adapter->scale != nullptr) values[i] *= adapter->scale[column + i];
+        if (adapter->bias != nullptr) values[i] += adapter->bias[column + i];
+      }
     }
     float4* to = reinterpret_cast<float4*>(out + row * hidden + column);
     to[0] = make_float4(values[0], values[1], values[2], values[3]);

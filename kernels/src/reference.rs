@@ -67,6 +67,17 @@ pub fn attention(
     out
 }
 
+/// `y ← scale ⊙ y + bias` on `width` columns from `y_offset` of each row of `y [m, y_stride]`; without a scale ones, without a bias zeros.
+pub fn lora_output(y: &mut [f32], y_stride: usize, y_offset: usize, width: usize, scale: Option<&[f32]>, bias: Option<&[f32]>) {
+    for row in y.chunks_exact_mut(y_stride) {
+        for (column, value) in row[y_offset..y_offset + width].iter_mut().enumerate() {
+            let scale = scale.map_or(1.0, |scale| f64::from(scale[column]));
+            let bias = bias.map_or(0.0, |bias| f64::from(bias[column]));
+            *value = (scale * f64::from(*value) + bias) as f32;
+        }
+    }
+}
+
 /// `x / sqrt(mean(x²) + eps) · weight` for each row of `weight.len()`.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let mut out = Vec::with_capacity(x.len());

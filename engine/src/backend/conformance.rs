@@ -8,7 +8,7 @@ use half::bf16;
 
 use super::{Backend, BackendError, Capacity, Launched};
 use crate::{
-    adapter::{AlignedBytes, HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, VersionId},
+    adapter::{AlignedBytes, HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, ReplacedWeight, VersionId},
     batch::{AdapterHandle, CarriedToken, ChooseToken, LoraSegment, SampleFailure, SampleRow, SequenceRows, StepBatch, StepOutput, TokenCount},
     decoder::DecoderConfig,
     request::{PromptLogprobsParams, RequestId, SamplingParams, TokenLogprobs},
@@ -228,20 +228,23 @@ pub fn run_all(backend: &mut dyn Backend, agreement: Agreement) {
 
 /// Prompts of differing lengths on base and adapters of differing shapes, together and one by one.
 pub fn mixed_is_alone(backend: &mut dyn Backend, config: &DecoderConfig, agreement: Agreement) {
-    let adapters = Uploaded::new(backend, &adapters(config));
-    let runs = mixed_runs(config, &adapters.handles);
-    let together = generate(backend, &runs).expect("a mixed batch");
-    for (run_idx, (run, together)) in runs.iter().zip(&together).enumerate() {
-        let alone = generate(backend, std::slice::from_ref(run)).expect("a run alone");
-        check_same(&format!("mixed is alone, run {run_idx}"), together, &alone[0], agreement);
+    for hosts in adapter_sets(config) {
+        let adapters = Uploaded::new(backend, &hosts);
+        let runs = mixed_runs(config, &adapters.handles);
+        let together = generate(backend, &runs).expect("a mixed batch");
+        for (run_idx, (run, together)) in runs.iter().zip(&together).enumerate() {
+            let alone = generate(backend, std::slice::from_ref(run)).expect("a run alone");
+            check_same(&format!("mixed is alone, run {run_idx}"), together, &alone[0], agreement);
+        }
+        adapters.free(backend);
     }
-    adapters.free(backend);
 }
 
 /// Chunks of 1, 7 and 16 rows against the whole prompt at once.
 pub fn chunked_is_unchunked(backend: &mut dyn Backend, config: &DecoderConfig, agreement: Agreement) {
-    let adapters = Uploaded::new(backend, &adapters(config));
-    for adapter in [None, Some(adapters.handles[1])] {
+    let [plain, rich] = adapter_sets(config);
+    let adapters = Uploaded::new(backend, &[plain[1].clone(), rich[2].clone()]);
+    for adapter in [None, Some(adapters.handles[0]), Some(adapters.handles[1])] {
         let whole = Run::greedy(&prompt(config, 3, 45), adapter, 6);
         let expected = generate(backend, std::slice::from_ref(&whole)).expect("a whole prompt");
         for chunk in [1, 7, 16] {
@@ -258,19 +261,21 @@ pub fn base_rows_are_unaffected(backend: &mut dyn Backend, config: &DecoderConfi
         .map(|seed| Run::greedy(&prompt(config, seed, 9 + 5 * seed as usize), None, 5))
         .collect();
     let expected = generate(backend, &base).expect("base rows");
-    let adapters = Uploaded::new(backend, &adapters(config));
-    let mut runs = base.clone();
-    runs.extend(
-        adapters
-            .handles
-            .iter()
-            .map(|&handle| Run::greedy(&prompt(config, 8, 11), Some(handle), 5)),
-    );
-    let mixed = generate(backend, &runs).expect("base rows beside adapters");
-    for (run_idx, (mixed, expected)) in mixed.iter().zip(&expected).enumerate() {
-        check_same(&format!("base rows, run {run_idx}"), mixed, expected, agreement);
+    for hosts in adapter_sets(config) {
+        let adapters = Uploaded::new(backend, &hosts);
+        let mut runs = base.clone();
+        runs.extend(
+            adapters
+                .handles
+                .iter()
+                .map(|&handle| Run::greedy(&prompt(config, 8, 11), Some(handle), 5)),
+        );
+        let mixed = generate(backend, &runs).expect("base rows beside adapters");
+        for (run_idx, (mixed, expected)) in mixed.iter().zip(&expected).enumerate() {
+            check_same(&format!("base rows, run {run_idx}"), mixed, expected, agreement);
+        }
+        adapters.free(backend);
     }
-    adapters.free(backend);
 }
 
 /// Decode rows of every adapter in one step, several rows of some.
@@ -291,31 +296,32 @@ pub fn ranks_mix(backend: &mut dyn Backend, config: &DecoderConfig, agreement: A
 
 /// Each adapter changes the answer, and each in its own way; an adapter of zeros does not.
 pub fn adapters_matter(backend: &mut dyn Backend, config: &DecoderConfig) {
-    let mut hosts = adapters(config);
-    hosts.truncate(5);
-    let zero = AdapterShape { amplitude: 0.0, ..SHAPES[1] };
-    hosts.push(random_adapter(config, &zero, 99, PackedDtype::F32));
-    let adapters = Uploaded::new(backend, &hosts);
-    let base = Run::greedy(&prompt(config, 1, 12), None, 4);
-    let mut runs = vec![base.clone()];
-    runs.extend(adapters.handles.iter().map(|&handle| Run {
-        adapter: Some(handle),
-        ..base.clone()
-    }));
-    let outcomes = generate(backend, &runs).expect("one prompt on every adapter");
-    let first = |outcome: &Outcome| outcome.output_logprobs[0].top[0].1;
-    for (idx, outcome) in outcomes.iter().enumerate() {
-        for (other_idx, other) in outcomes.iter().enumerate().take(idx) {
-            let difference = (first(outcome) - first(other)).abs();
-            let (is_zero, is_base) = (idx == outcomes.len() - 1, other_idx == 0);
-            if is_zero && is_base {
-                assert!(difference < 1e-5, "an adapter of zeros changes the answer by {difference}");
-            } else {
-                assert!(difference > 1e-3, "runs {other_idx} and {idx} differ by {difference} only");
+    // Of zeros, and with scales of one.
+    let without_effect = [SHAPES[1], RICH_SHAPES[2]].map(|shape| AdapterShape { amplitude: 0.0, ..shape });
+    for (mut hosts, zero) in adapter_sets(config).into_iter().zip(without_effect) {
+        hosts[5] = random_adapter(config, &zero, 99, PackedDtype::F32);
+        let adapters = Uploaded::new(backend, &hosts);
+        let base = Run::greedy(&prompt(config, 1, 12), None, 4);
+        let mut runs = vec![base.clone()];
+        runs.extend(adapters.handles.iter().map(|&handle| Run {
+            adapter: Some(handle),
+            ..base.clone()
+        }));
+        let outcomes = generate(backend, &runs).expect("one prompt on every adapter");
+        let first = |outcome: &Outcome| outcome.output_logprobs[0].top[0].1;
+        for (idx, outcome) in outcomes.iter().enumerate() {
+            for (other_idx, other) in outcomes.iter().enumerate().take(idx) {
+                let difference = (first(outcome) - first(other)).abs();
+                let (is_zero, is_base) = (idx == outcomes.len() - 1, other_idx == 0);
+                if is_zero && is_base {
+                    assert!(difference < 1e-5, "an adapter of zeros changes the answer by {difference}");
+                } else {
+                    assert!(difference > 1e-3, "runs {other_idx} and {idx} differ by {difference} only");
+                }
             }
         }
+        adapters.free(backend);
     }
-    adapters.free(backend);
 }
 
 /// Seeded draws with every parameter, among others and alone.
@@ -463,19 +469,21 @@ pub fn bad_batches_are_refused(backend: &mut dyn Backend, config: &DecoderConfig
 /// Decode steps launched one ahead, their input tokens carried on the device, give what steps that are waited for give. Passes for a
 /// backend that runs one step at a time.
 pub fn pipelined_is_stepped(backend: &mut dyn Backend, config: &DecoderConfig) {
-    let adapters = Uploaded::new(backend, &adapters(config));
-    // Prompts of one length, so that both ways have the same rows in every step.
-    let handles = std::iter::once(None).chain(adapters.handles.iter().map(|&handle| Some(handle)));
-    let runs: Vec<Run> = handles
-        .enumerate()
-        .map(|(seed, handle)| Run::greedy(&prompt(config, 20 + seed as u64, 9), handle, 12))
-        .collect();
-    let expected = generate(backend, &runs).expect("stepped runs");
-    let got = generate_ahead(backend, &runs).expect("pipelined runs");
-    for (got, expected) in got.iter().zip(&expected) {
-        assert_eq!(got, &expected.output_ids);
+    for hosts in adapter_sets(config) {
+        let adapters = Uploaded::new(backend, &hosts);
+        // Prompts of one length, so that both ways have the same rows in every step.
+        let handles = std::iter::once(None).chain(adapters.handles.iter().map(|&handle| Some(handle)));
+        let runs: Vec<Run> = handles
+            .enumerate()
+            .map(|(seed, handle)| Run::greedy(&prompt(config, 20 + seed as u64, 9), handle, 12))
+            .collect();
+        let expected = generate(backend, &runs).expect("stepped runs");
+        let got = generate_ahead(backend, &runs).expect("pipelined runs");
+        for (got, expected) in got.iter().zip(&expected) {
+            assert_eq!(got, &expected.output_ids);
+        }
+        adapters.free(backend);
     }
-    adapters.free(backend);
 }
 
 /// Runs of one prompt length and one number of output tokens, each step launched before the one before it is collected.
@@ -550,16 +558,18 @@ fn generate_ahead(backend: &mut dyn Backend, runs: &[Run]) -> Result<Vec<Vec<u32
 /// Two backends over the same weights give the same log-probabilities within `tolerance`, for base and adapters in one batch, and choose
 /// the same tokens wherever the likeliest leads by more.
 pub fn backends_agree(backend: &mut dyn Backend, reference: &mut dyn Backend, config: &DecoderConfig, tolerance: f32) {
-    let hosts = adapters(config);
-    let on_backend = Uploaded::new(backend, &hosts);
-    let on_reference = Uploaded::new(reference, &hosts);
-    let got = generate(backend, &mixed_runs(config, &on_backend.handles)).expect("the backend runs");
-    let expected = generate(reference, &mixed_runs(config, &on_reference.handles)).expect("the reference runs");
-    for (run_idx, (got, expected)) in got.iter().zip(&expected).enumerate() {
-        check_same(&format!("backends agree, run {run_idx}"), got, expected, Agreement::Within(tolerance));
+    for (set, hosts) in adapter_sets(config).into_iter().enumerate() {
+        let on_backend = Uploaded::new(backend, &hosts);
+        let on_reference = Uploaded::new(reference, &hosts);
+        let got = generate(backend, &mixed_runs(config, &on_backend.handles)).expect("the backend runs");
+        let expected = generate(reference, &mixed_runs(config, &on_reference.handles)).expect("the reference runs");
+        for (run_idx, (got, expected)) in got.iter().zip(&expected).enumerate() {
+            let case = format!("backends agree, adapters of set {set}, run {run_idx}");
+            check_same(&case, got, expected, Agreement::Within(tolerance));
+        }
+        on_backend.free(backend);
+        on_reference.free(reference);
     }
-    on_backend.free(backend);
-    on_reference.free(reference);
 }
 
 fn one_row() -> StepBatch {
@@ -695,6 +705,31 @@ pub struct AdapterShape<'a> {
     pub scaling: f32,
     /// Largest weight of A (B's are up to 1).
     pub amplitude: f32,
+    /// What it has beyond A and B; grows with `amplitude`, too.
+    pub extras: Extras,
+}
+
+/// What an adapter has beyond A and B.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extras {
+    /// Scales on the outputs of its modules, near 1 (DoRA).
+    pub scales: bool,
+    /// Biases on them.
+    pub biases: bool,
+    /// An embedding of its own.
+    pub embedding: bool,
+    /// A head of its own.
+    pub head: bool,
+}
+
+impl Extras {
+    /// A and B alone.
+    pub const NONE: Self = Self {
+        scales: false,
+        biases: false,
+        embedding: false,
+        head: false,
+    };
 }
 
 /// Ranks 1 to 64, from two projections of every second layer to all modules there are.
@@ -715,16 +750,72 @@ const fn shape<'a>(lora_rank: u32, projections: &'a [Projection], layer_parity: 
         embed_and_head,
         scaling: 1.5 / lora_rank as f32,
         amplitude: 0.1,
+        extras: Extras::NONE,
     }
 }
 
-fn adapters(config: &DecoderConfig) -> Vec<Arc<HostAdapter>> {
+/// Adapters that are more than A and B: DoRA, biases, both with embedding and head, whole embeddings and heads, and biases alone.
+pub const RICH_SHAPES: [AdapterShape<'static>; 6] = [
+    AdapterShape {
+        extras: Extras {
+            scales: true,
+            ..Extras::NONE
+        },
+        ..shape(16, &Projection::ALL, None, false)
+    },
+    AdapterShape {
+        extras: Extras {
+            biases: true,
+            ..Extras::NONE
+        },
+        ..shape(4, &[Projection::Q, Projection::V, Projection::Down], Some(0), false)
+    },
+    AdapterShape {
+        extras: Extras {
+            scales: true,
+            biases: true,
+            ..Extras::NONE
+        },
+        ..shape(24, &Projection::ALL, None, true)
+    },
+    AdapterShape {
+        extras: Extras {
+            embedding: true,
+            head: true,
+            ..Extras::NONE
+        },
+        ..shape(4, &[Projection::Q], None, false)
+    },
+    AdapterShape {
+        extras: Extras {
+            scales: true,
+            head: true,
+            ..Extras::NONE
+        },
+        ..shape(3, &[Projection::K, Projection::O, Projection::Up], Some(1), false)
+    },
+    AdapterShape {
+        extras: Extras {
+            biases: true,
+            ..Extras::NONE
+        },
+        ..shape(0, &[Projection::O, Projection::Gate, Projection::Down], None, false)
+    },
+];
+
+fn adapters_of(config: &DecoderConfig, shapes: &[AdapterShape<'_>]) -> Vec<Arc<HostAdapter>> {
     let dtype = |idx| if idx % 2 == 0 { PackedDtype::F32 } else { PackedDtype::Bf16 };
-    SHAPES
-        .iter()
-        .enumerate()
-        .map(|(idx, shape)| random_adapter(config, shape, idx as u64, dtype(idx)))
-        .collect()
+    let adapter = |(idx, shape)| random_adapter(config, shape, idx as u64, dtype(idx));
+    shapes.iter().enumerate().map(adapter).collect()
+}
+
+fn adapters(config: &DecoderConfig) -> Vec<Arc<HostAdapter>> {
+    adapters_of(config, &SHAPES)
+}
+
+/// Those of A and B alone, and those that are more: as many as one step takes, each.
+fn adapter_sets(config: &DecoderConfig) -> [Vec<Arc<HostAdapter>>; 2] {
+    [adapters(config), adapters_of(config, &RICH_SHAPES)]
 }
 
 /// An adapter with random weights, a function of shape and seed.
@@ -741,56 +832,81 @@ pub fn random_adapter(config: &DecoderConfig, shape: &AdapterShape<'_>, seed: u6
     if shape.embed_and_head {
         ids.extend([ModuleId::EmbedTokens, ModuleId::LmHead]);
     }
+    let Extras {
+        scales,
+        biases,
+        embedding,
+        head,
+    } = shape.extras;
     let mut modules = Vec::new();
     let mut end_bytes = 0;
-    let mut place = |len: usize| {
+    let mut place = |bytes: usize| {
         let start = end_bytes;
-        end_bytes += (len * dtype.size_bytes()).next_multiple_of(64);
+        end_bytes += bytes.next_multiple_of(64);
         start
     };
     let half = ids.len().div_ceil(2);
     for (idx, &id) in ids.iter().enumerate() {
         let (d_in, d_out) = super::cpu::module_shape(id, config);
         let lora_rank = if idx < half { shape.lora_rank } else { shape.lora_rank.div_ceil(2) };
-        let a_offset_bytes = place(lora_rank as usize * d_in);
-        let b_t_offset_bytes = place(lora_rank as usize * d_out);
-        let (d_in, d_out) = (d_in as u32, d_out as u32);
+        let pair_bytes = |width: usize| lora_rank as usize * width * dtype.size_bytes();
         modules.push(PackedModule {
             id,
             lora_rank,
-            d_in,
-            d_out,
-            scaling: shape.scaling,
-            a_offset_bytes,
-            b_t_offset_bytes,
-            output_scale_offset_bytes: None,
-            output_bias_offset_bytes: None,
+            d_in: d_in as u32,
+            d_out: d_out as u32,
+            scaling: if lora_rank == 0 { 0.0 } else { shape.scaling },
+            a_offset_bytes: place(pair_bytes(d_in)),
+            b_t_offset_bytes: place(pair_bytes(d_out)),
+            output_scale_offset_bytes: scales.then(|| place(4 * d_out)),
+            output_bias_offset_bytes: biases.then(|| place(4 * d_out)),
         });
     }
+    let replaced_ids = [(embedding, ModuleId::EmbedTokens), (head, ModuleId::LmHead)];
+    let replaced_len = config.vocab_size * config.hidden_size;
+    let replaced: Vec<ReplacedWeight> = replaced_ids
+        .into_iter()
+        .filter(|(is_replaced, _)| *is_replaced)
+        .map(|(_, id)| ReplacedWeight {
+            id,
+            offset_bytes: place(replaced_len * dtype.size_bytes()),
+        })
+        .collect();
     let mut blob = AlignedBytes::zeroed(end_bytes);
-    for (idx, module) in modules.iter().enumerate() {
-        let key = random_bits(seed, idx as u64);
-        let mut write = |offset: usize, len: usize, amplitude: f32, key: u64| {
-            let bytes = &mut blob.as_bytes_mut()[offset..offset + len * dtype.size_bytes()];
-            let values = (0..len as u64)
-                .map(|i| (random_bits(key, i) >> 40) as f32 * (2.0 / (1 << 24) as f32) - 1.0)
-                .map(|unit| amplitude * unit);
-            match dtype {
-                PackedDtype::F32 => bytemuck::cast_slice_mut(bytes)
+    // `len` values within `amplitude` of `center`.
+    let mut write = |offset: usize, len: usize, dtype: PackedDtype, center: f32, amplitude: f32, key: u64| {
+        let bytes = &mut blob.as_bytes_mut()[offset..offset + len * dtype.size_bytes()];
+        let values = (0..len as u64)
+            .map(|i| (random_bits(key, i) >> 40) as f32 * (2.0 / (1 << 24) as f32) - 1.0)
+            .map(|unit| center + amplitude * unit);
+        match dtype {
+            PackedDtype::F32 => bytemuck::cast_slice_mut(bytes)
+                .iter_mut()
+                .zip(values)
+                .for_each(|(out, value)| *out = value),
+            PackedDtype::Bf16 => {
+                bytemuck::cast_slice_mut(bytes)
                     .iter_mut()
                     .zip(values)
-                    .for_each(|(out, value)| *out = value),
-                PackedDtype::Bf16 => {
-                    bytemuck::cast_slice_mut(bytes)
-                        .iter_mut()
-                        .zip(values)
-                        .for_each(|(out, value)| *out = bf16::from_f32(value));
-                }
+                    .for_each(|(out, value)| *out = bf16::from_f32(value));
             }
-        };
+        }
+    };
+    for (idx, module) in modules.iter().enumerate() {
+        let key = random_bits(seed, idx as u64);
         let (rank, d_in, d_out) = (module.lora_rank as usize, module.d_in as usize, module.d_out as usize);
-        write(module.a_offset_bytes, rank * d_in, shape.amplitude, key);
-        write(module.b_t_offset_bytes, rank * d_out, 1.0, key ^ 1);
+        write(module.a_offset_bytes, rank * d_in, dtype, 0.0, shape.amplitude, key);
+        write(module.b_t_offset_bytes, rank * d_out, dtype, 0.0, 1.0, key ^ 1);
+        if let Some(offset) = module.output_scale_offset_bytes {
+            write(offset, d_out, PackedDtype::F32, 1.0, 5.0 * shape.amplitude, key ^ 2);
+        }
+        if let Some(offset) = module.output_bias_offset_bytes {
+            write(offset, d_out, PackedDtype::F32, 0.0, 3.0 * shape.amplitude, key ^ 3);
+        }
+    }
+    for (idx, weight) in replaced.iter().enumerate() {
+        let key = random_bits(!seed, idx as u64);
+        write(weight.offset_bytes, replaced_len, dtype, 0.0, 1.5 * shape.amplitude, key);
     }
     let mut version = [0; 32];
     for (word, bytes) in version.as_chunks_mut::<8>().0.iter_mut().enumerate() {
@@ -802,7 +918,7 @@ pub fn random_adapter(config: &DecoderConfig, shape: &AdapterShape<'_>, seed: u6
         modules,
         blob,
         max_lora_rank: shape.lora_rank,
-        replaced: Vec::new(),
+        replaced,
         token_rows: Vec::new(),
         resized_vocab: None,
     })

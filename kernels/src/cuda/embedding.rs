@@ -16,8 +16,8 @@ const NAME: &str = "embedding";
 /// Bit of a token source that makes it an index into the chosen tokens of the step before.
 pub const FROM_CHOSEN: u32 = 0x8000_0000;
 
-/// An adapter's change of the embedding, in device memory.
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+/// An adapter's change of the embedding, in device memory: `x ← scale ⊙ (x + scaling · A[:, token]ᵀ · Bᵀ) + bias`.
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
 pub struct EmbeddingAdapter {
     /// Address of A, `[vocab, lora_rank]` bf16.
@@ -28,8 +28,14 @@ pub struct EmbeddingAdapter {
     pub lora_rank: u32,
     /// Multiplies the change.
     pub scaling: f32,
+    /// Address of `[vocab, hidden]` bf16 that is used in place of the table; 0: the table.
+    pub table: u64,
+    /// Address of `[hidden]` f32; 0: ones.
+    pub scale: u64,
+    /// Address of `[hidden]` f32; 0: zeros.
+    pub bias: u64,
     /// Zero.
-    pub reserved: [u32; 2],
+    pub reserved: [u32; 4],
 }
 
 /// Arguments of a lookup.

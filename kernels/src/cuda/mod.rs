@@ -10,6 +10,7 @@ pub mod device;
 pub mod embedding;
 pub mod gemm;
 pub mod lora;
+pub mod lora_output;
 pub mod random_fill;
 pub mod rms_norm;
 pub mod rope_kv;
@@ -74,6 +75,8 @@ pub struct Kernels {
     pub activation: activation::GatedActivation,
     /// Shrink and expand.
     pub lora: lora::Lora,
+    /// Scales and biases on outputs.
+    pub lora_output: lora_output::LoraOutput,
     /// Logits to tokens.
     pub sampling: sampling::Sampling,
     /// Random weights.
@@ -95,6 +98,7 @@ impl Kernels {
             attention_prefill: attention_prefill::AttentionPrefill::load(device)?,
             activation: activation::GatedActivation::load(device)?,
             lora: lora::Lora::load(device)?,
+            lora_output: lora_output::LoraOutput::load(device)?,
             sampling: sampling::Sampling::load(device)?,
             random_fill: random_fill::RandomFill::load(device)?,
         })

@@ -89,22 +89,41 @@ fn embedding_looks_up_and_adds_adapters() {
         gpu.stream.upload(&a).unwrap(),
         gpu.stream.upload(&b_t).unwrap(),
     );
-    let adapter = EmbeddingAdapter {
+    let own_table = rng.bf16s(vocab * hidden, 1.0);
+    let (scale, bias) = (rng.f32s(hidden, 2.0), rng.f32s(hidden, 1.0));
+    let device_own = gpu.stream.upload(&own_table).unwrap();
+    let (device_scale, device_bias) = (gpu.stream.upload(&scale).unwrap(), gpu.stream.upload(&bias).unwrap());
+    let delta = EmbeddingAdapter {
         a: device_a.view().address(),
         b_t: device_b.view().address(),
         lora_rank: rank as u32,
         scaling: 0.75,
-        reserved: [0; 2],
+        ..Default::default()
     };
-    let device_adapter = gpu.stream.upload(bytes_of(&adapter)).unwrap();
+    // A delta; DoRA with a bias; a table of its own; and that with a bias alone.
+    let adapters = [
+        delta,
+        EmbeddingAdapter {
+            scale: device_scale.view().address(),
+            bias: device_bias.view().address(),
+            ..delta
+        },
+        EmbeddingAdapter {
+            table: device_own.view().address(),
+            ..Default::default()
+        },
+        EmbeddingAdapter {
+            table: device_own.view().address(),
+            bias: device_bias.view().address(),
+            ..Default::default()
+        },
+    ];
+    let device_adapters = adapters.map(|adapter| gpu.stream.upload(bytes_of(&adapter)).unwrap());
     let chosen = [31u32, 49];
-    let sources = [7u32, FROM_CHOSEN | 1, 0, FROM_CHOSEN, 12];
-    let tokens = [7usize, 49, 0, 31, 12];
-    let with_adapter = [false, true, false, false, true];
-    let addresses: Vec<u64> = with_adapter
-        .iter()
-        .map(|&with| if with { device_adapter.view().address() } else { 0 })
-        .collect();
+    let sources = [7u32, FROM_CHOSEN | 1, 0, FROM_CHOSEN, 12, 7, FROM_CHOSEN | 1, 48];
+    let tokens = [7usize, 49, 0, 31, 12, 7, 49, 48];
+    let with_adapter = [None, Some(0), None, None, Some(1), Some(2), Some(3), Some(1)];
+    let addresses = with_adapter.map(|adapter: Option<usize>| adapter.map_or(0, |adapter| device_adapters[adapter].view().address()));
     let (device_sources, device_chosen) = (gpu.stream.upload(&sources).unwrap(), gpu.stream.upload(&chosen).unwrap());
     let device_addresses = gpu.stream.upload(&addresses).unwrap();
     let out = gpu.stream.upload(&vec![f32::NAN; sources.len() * hidden]).unwrap();
@@ -119,10 +138,17 @@ fn embedding_looks_up_and_adds_adapters() {
     };
     gpu.kernels.embedding.launch(&gpu.stream, &args).unwrap();
     let mut expected = Vec::new();
-    for (&token, with) in tokens.iter().zip(with_adapter) {
+    for (&token, adapter) in tokens.iter().zip(with_adapter) {
         for column in 0..hidden {
             let delta: f32 = (0..rank).map(|r| a[token * rank + r].to_f32() * b_t[r * hidden + column].to_f32()).sum();
-            expected.push(table[token * hidden + column].to_f32() + if with { 0.75 * delta } else { 0.0 });
+            let (base, own) = (table[token * hidden + column].to_f32(), own_table[token * hidden + column].to_f32());
+            expected.push(match adapter {
+                None => base,
+                Some(0) => base + 0.75 * delta,
+                Some(1) => scale[column] * (base + 0.75 * delta) + bias[column],
+                Some(2) => own,
+                Some(_) => own + bias[column],
+            });
         }
     }
     assert_close("embedding", &gpu.stream.download(out.view()).unwrap(), &expected, 1e-6);

@@ -12,6 +12,8 @@ mod gemm;
 #[cfg(feature = "cuda")]
 mod lora;
 #[cfg(feature = "cuda")]
+mod lora_output;
+#[cfg(feature = "cuda")]
 mod support;
 
 /// So that a run without the feature says what it leaves out.

@@ -86,6 +86,7 @@ pub(super) fn start(mut inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine>
         weight_bytes: backend.weight_bytes(),
         limits,
         lora_limits: LoraLimits {
+            features: CudaBackend::LORA_FEATURES,
             max_combined_rank: Some(options.max_lora_rank as u32),
             ..LoraLimits::new(PackedDtype::Bf16)
         },

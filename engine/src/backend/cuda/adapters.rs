@@ -15,6 +15,7 @@ use polylora_kernels::cuda::{
     CudaError, Device, DeviceBuffer, Event, PinnedBuffer, RegisteredMemory, Stream, View,
     embedding::EmbeddingAdapter,
     lora::{LoraDescriptor, RANK_TILE},
+    lora_output::OutputTerms,
 };
 
 use super::arena::{Arena, Move};
@@ -71,21 +72,49 @@ fn embedding_offset(config: &DecoderConfig) -> usize {
     head_descriptor_offset(config) as usize + LINE_BYTES
 }
 
-/// How an adapter lies in its run: a table of descriptors, then the weights in bf16.
+/// How an adapter lies in its run: a table of descriptors, then what they point to.
 struct Placement {
-    table: Vec<TableLine>,
-    /// `(bytes of the blob, offset in the run)`.
-    pieces: Vec<(Range<usize>, usize)>,
+    /// Each layer's groups, then the head.
+    lora: Vec<LoraLine>,
+    embedding: EmbeddingLine,
+    /// As `lora`; empty if no module has a scale or a bias.
+    terms: Vec<TermsLine>,
+    /// Of the head that is used in place of the base model's.
+    replaced_head: Option<usize>,
+    pieces: Vec<Piece>,
     bytes: usize,
+}
+
+/// Bytes of the blob, and their offset in the run.
+struct Piece {
+    from: Range<usize>,
+    to: usize,
+    /// f32 in any blob and here, too (scales and biases); else weights, which are bf16 here.
+    is_f32: bool,
 }
 
 /// Offsets, from which descriptors are made once the address is known (and again when the run moves).
 #[derive(Clone, Copy, Default)]
-struct TableLine {
+struct LoraLine {
     a: usize,
     b_t: [usize; 3],
     lora_rank: [u16; 3],
     scaling: [f32; 3],
+}
+
+/// Offsets likewise.
+#[derive(Clone, Copy, Default)]
+struct TermsLine {
+    scale: [Option<usize>; 3],
+    bias: [Option<usize>; 3],
+}
+
+/// Offsets likewise, and what there is.
+#[derive(Clone, Copy, Default)]
+struct EmbeddingLine {
+    lora: LoraLine,
+    terms: TermsLine,
+    table: Option<usize>,
 }
 
 /// An adapter that has a run.
@@ -98,7 +127,10 @@ pub(super) struct Resident {
     pub rank_tiles: [u16; 4],
     /// The same of the head; 0 without one.
     pub head_rank_tiles: u16,
-    pub changes_embedding: bool,
+    /// Whether outputs of each group have scales or biases in any layer.
+    pub has_output_terms: [bool; 4],
+    /// The same of the head.
+    pub head_has_output_terms: bool,
 }
 
 /// An upload that may be under way. Set once, when its last byte has arrived or it has failed.
@@ -168,12 +200,24 @@ impl Adapters {
         self.memory.view().address() + resident.offset as u64
     }
 
+    /// Where an adapter's table of [`OutputTerms`] begins; of no use for one that has none.
+    pub fn terms_address(&self, resident: &Resident, config: &DecoderConfig) -> u64 {
+        self.address(resident) + (embedding_offset(config) + LINE_BYTES) as u64
+    }
+
     /// The address of what `embedding.cu` reads, 0 for an adapter that leaves the embedding alone.
     pub fn embedding_address(&self, resident: &Resident, config: &DecoderConfig) -> u64 {
-        match resident.changes_embedding {
-            true => self.address(resident) + embedding_offset(config) as u64,
-            false => 0,
+        match resident.placement.embedding.is_identity() {
+            false => self.address(resident) + embedding_offset(config) as u64,
+            true => 0,
         }
+    }
+
+    /// `[vocab, hidden]` that makes this adapter's logits in place of the base model's head.
+    pub fn replaced_head(&self, resident: &Resident, config: &DecoderConfig) -> Option<View<'_, bf16>> {
+        let offset = resident.placement.replaced_head? + resident.offset;
+        let bytes = 2 * config.vocab_size * config.hidden_size;
+        Some(self.memory.view().slice(offset..offset + bytes).cast())
     }
 
     /// Finds room and queues the copy. `stream` is the one that steps run on: should runs have to move, they do between two steps.
@@ -193,7 +237,7 @@ impl Adapters {
         let offset = match self.arena.allocate(id, placement.bytes) {
             Some(offset) => offset,
             None => {
-                self.compact(stream, config)?;
+                self.compact(stream)?;
                 let available_bytes = self.arena.free_bytes();
                 self.arena.allocate(id, placement.bytes).ok_or_else(|| out_of_memory(available_bytes))?
             }
@@ -205,7 +249,7 @@ impl Adapters {
         let address = self.memory.view().address() + offset as u64;
         let job = Job {
             host: host.clone(),
-            table: placement.table_bytes(address, config),
+            table: placement.table_bytes(address),
             placement: placement.clone(),
             address,
             upload: upload.clone(),
@@ -248,7 +292,7 @@ impl Adapters {
     }
 
     /// Closes the gaps between runs whose uploads are done.
-    fn compact(&mut self, stream: &Stream, config: &DecoderConfig) -> Result<(), BackendError> {
+    fn compact(&mut self, stream: &Stream) -> Result<(), BackendError> {
         let residents = &self.residents;
         let is_ready = |id| {
             residents
@@ -267,7 +311,7 @@ impl Adapters {
             let resident = self.residents.get_mut(&AdapterHandle(id)).expect("only residents move");
             resident.offset = to;
             let address = self.memory.view().address() + to as u64;
-            let table = resident.placement.table_bytes(address, config);
+            let table = resident.placement.table_bytes(address);
             let to = self.memory.view().slice(to..to + table.len());
             stream.copy_to_device(to, &table).map_err(super::device_error)?;
         }
@@ -278,13 +322,15 @@ impl Adapters {
 
 impl Resident {
     fn new(placement: Arc<Placement>, offset: usize, host: &HostAdapter, upload: Arc<Upload>, config: &DecoderConfig) -> Self {
-        let tiles = |line: &TableLine| line.rank_total().div_ceil(RANK_TILE) as u16;
+        let tiles = |line: &LoraLine| line.rank_total().div_ceil(RANK_TILE) as u16;
         let lines = |group: Group| (0..config.num_layers).map(move |layer| layer * Group::ALL.len() + group as usize);
+        let has_terms = |line: usize| placement.terms.get(line).is_some_and(|terms| !terms.is_empty());
         let head = config.num_layers * Group::ALL.len();
         Self {
-            rank_tiles: Group::ALL.map(|group| lines(group).map(|line| tiles(&placement.table[line])).max().unwrap_or(0)),
-            head_rank_tiles: tiles(&placement.table[head]),
-            changes_embedding: placement.table[head + 1].lora_rank[0] > 0,
+            rank_tiles: Group::ALL.map(|group| lines(group).map(|line| tiles(&placement.lora[line])).max().unwrap_or(0)),
+            head_rank_tiles: tiles(&placement.lora[head]),
+            has_output_terms: Group::ALL.map(|group| lines(group).any(has_terms)),
+            head_has_output_terms: has_terms(head),
             placement,
             offset,
             host_bytes: host.bytes(),
@@ -293,50 +339,66 @@ impl Resident {
     }
 }
 
-impl TableLine {
+impl LoraLine {
     fn rank_total(&self) -> usize {
         self.lora_rank.iter().map(|&rank| usize::from(rank)).sum()
     }
 }
 
+impl TermsLine {
+    fn is_empty(&self) -> bool {
+        self.scale.iter().chain(&self.bias).all(Option::is_none)
+    }
+}
+
+impl EmbeddingLine {
+    /// Whether it leaves the embedding as it is.
+    fn is_identity(&self) -> bool {
+        self.lora.rank_total() == 0 && self.terms.is_empty() && self.table.is_none()
+    }
+}
+
 impl Placement {
-    /// The table as the kernels read it, for a run at `address`.
-    fn table_bytes(&self, address: u64, config: &DecoderConfig) -> Vec<u8> {
-        let embedding = embedding_offset(config) / LINE_BYTES;
-        let mut bytes = Vec::with_capacity(self.table.len() * LINE_BYTES);
-        for (index, line) in self.table.iter().enumerate() {
-            let at = |offset: usize| address + offset as u64;
-            if index == embedding {
-                let adapter = EmbeddingAdapter {
-                    a: at(line.a),
-                    b_t: at(line.b_t[0]),
-                    lora_rank: u32::from(line.lora_rank[0]),
-                    scaling: line.scaling[0],
-                    reserved: [0; 2],
-                };
-                bytes.extend_from_slice(bytes_of(&adapter));
-                bytes.resize((index + 1) * LINE_BYTES, 0);
-            } else {
-                bytes.extend_from_slice(bytes_of(&LoraDescriptor {
-                    a: at(line.a),
-                    b_t: line.b_t.map(at),
-                    lora_rank: line.lora_rank,
-                    rank_total: line.rank_total() as u16,
-                    scaling: line.scaling,
-                    reserved: [0; 3],
-                }));
-            }
+    /// The tables as the kernels read them, for a run at `address`.
+    fn table_bytes(&self, address: u64) -> Vec<u8> {
+        let at = |offset: usize| address + offset as u64;
+        let or_null = |offset: Option<usize>| offset.map_or(0, at);
+        let mut bytes = Vec::with_capacity((self.lora.len() + 1 + self.terms.len()) * LINE_BYTES);
+        for line in &self.lora {
+            bytes.extend_from_slice(bytes_of(&LoraDescriptor {
+                a: at(line.a),
+                b_t: line.b_t.map(at),
+                lora_rank: line.lora_rank,
+                rank_total: line.rank_total() as u16,
+                scaling: line.scaling,
+                reserved: [0; 3],
+            }));
+        }
+        let EmbeddingLine { lora, terms, table } = self.embedding;
+        bytes.extend_from_slice(bytes_of(&EmbeddingAdapter {
+            a: at(lora.a),
+            b_t: at(lora.b_t[0]),
+            lora_rank: u32::from(lora.lora_rank[0]),
+            scaling: lora.scaling[0],
+            table: or_null(table),
+            scale: or_null(terms.scale[0]),
+            bias: or_null(terms.bias[0]),
+            reserved: [0; 4],
+        }));
+        for line in &self.terms {
+            bytes.extend_from_slice(bytes_of(&OutputTerms {
+                scale: line.scale.map(or_null),
+                bias: line.bias.map(or_null),
+                reserved: [0; 2],
+            }));
         }
         bytes
     }
 }
 
-/// Lays an adapter out: per layer and group the A's of its slices without a gap, then each Bᵀ.
+/// Lays an adapter out: per layer and group the A's of its slices without a gap, then each Bᵀ, then scales and biases; at last whole weights.
 fn place(host: &HostAdapter, config: &DecoderConfig, max_lora_rank: usize) -> Result<Placement, BackendError> {
     let bad = |what: String| BackendError::BadBatch(format!("adapter {}: {what}", host.version));
-    if let Some(replaced) = host.replaced.first() {
-        return Err(bad(format!("{:?}: replaced weights are not applied by this backend", replaced.id)));
-    }
     for module in &host.modules {
         let (d_in, d_out) = module_shape(module.id, config);
         let is_known = !matches!(module.id, ModuleId::Layer { layer, .. } if usize::from(layer) >= config.num_layers);
@@ -353,35 +415,57 @@ fn place(host: &HostAdapter, config: &DecoderConfig, max_lora_rank: usize) -> Re
         if !module.d_out.is_multiple_of(8) {
             return Err(bad(format!("{:?}: an output width of {d_out} is no multiple of 8", module.id)));
         }
-        if module.output_scale_offset_bytes.is_some() || module.output_bias_offset_bytes.is_some() {
-            return Err(bad(format!(
-                "{:?}: scales and biases on outputs are not applied by this backend",
-                module.id
-            )));
-        }
     }
-    let num_lines = embedding_offset(config) / LINE_BYTES + 1;
+    let has_terms = |module: &PackedModule| module.output_scale_offset_bytes.is_some() || module.output_bias_offset_bytes.is_some();
+    let num_lora_lines = config.num_layers * Group::ALL.len() + 1;
+    // The embedding's terms are in its own line.
+    let num_terms_lines = if host.modules.iter().any(has_terms) { num_lora_lines } else { 0 };
     let mut placer = Placer {
         host,
         pieces: Vec::new(),
-        bytes: num_lines * LINE_BYTES,
+        bytes: (num_lora_lines + 1 + num_terms_lines) * LINE_BYTES,
     };
-    let mut table = Vec::with_capacity(num_lines);
-    for layer in 0..config.num_layers {
+    let (mut lora, mut terms) = (Vec::with_capacity(num_lora_lines), Vec::with_capacity(num_terms_lines));
+    let mut place_line = |modules: &[Option<&PackedModule>]| {
+        lora.push(placer.lora_line(modules));
+        if num_terms_lines > 0 {
+            terms.push(placer.terms_line(modules));
+        }
+    };
+    for layer in 0..config.num_layers as u16 {
         for group in Group::ALL {
-            let modules = group.projections().iter().map(|&projection| {
-                host.module(ModuleId::Layer {
-                    layer: layer as u16,
-                    projection,
-                })
-            });
-            table.push(placer.line(&modules.collect::<Vec<_>>()));
+            let of = |&projection: &Projection| host.module(ModuleId::Layer { layer, projection });
+            place_line(&group.projections().iter().map(of).collect::<Vec<_>>());
         }
     }
-    table.push(placer.line(&[host.module(ModuleId::LmHead)]));
-    table.push(placer.line(&[host.module(ModuleId::EmbedTokens)]));
+    place_line(&[host.module(ModuleId::LmHead)]);
+    let embedding = [host.module(ModuleId::EmbedTokens)];
+    let mut embedding = EmbeddingLine {
+        lora: placer.lora_line(&embedding),
+        terms: placer.terms_line(&embedding),
+        table: None,
+    };
+    let mut replaced_head = None;
+    let mut placed: Vec<(usize, usize)> = Vec::new();
+    for weight in &host.replaced {
+        // Both may be the same bytes.
+        let known = placed.iter().find(|(offset, _)| *offset == weight.offset_bytes);
+        let at = known.map_or_else(
+            || placer.weights(weight.offset_bytes, config.vocab_size * config.hidden_size),
+            |&(_, at)| at,
+        );
+        placed.push((weight.offset_bytes, at));
+        match weight.id {
+            ModuleId::EmbedTokens => embedding.table = Some(at),
+            ModuleId::LmHead => replaced_head = Some(at),
+            ModuleId::Layer { .. } => return Err(bad(format!("{:?}: a projection can't be replaced", weight.id))),
+        }
+    }
     Ok(Placement {
-        table,
+        lora,
+        embedding,
+        terms,
+        replaced_head,
         pieces: placer.pieces,
         bytes: placer.bytes,
     })
@@ -389,38 +473,79 @@ fn place(host: &HostAdapter, config: &DecoderConfig, max_lora_rank: usize) -> Re
 
 struct Placer<'a> {
     host: &'a HostAdapter,
-    pieces: Vec<(Range<usize>, usize)>,
+    pieces: Vec<Piece>,
     bytes: usize,
 }
 
 impl Placer<'_> {
-    fn line(&mut self, modules: &[Option<&PackedModule>]) -> TableLine {
-        let mut line = TableLine::default();
-        self.bytes = self.bytes.next_multiple_of(LINE_BYTES);
+    fn lora_line(&mut self, modules: &[Option<&PackedModule>]) -> LoraLine {
+        let mut line = LoraLine::default();
+        self.align();
         line.a = self.bytes;
         for module in modules.iter().flatten() {
-            self.piece(module.a_offset_bytes, module.lora_rank as usize * module.d_in as usize);
+            self.piece(module.a_offset_bytes, module.lora_rank as usize * module.d_in as usize, false);
         }
         for (slice, module) in modules.iter().enumerate() {
             if let Some(module) = module {
-                self.bytes = self.bytes.next_multiple_of(LINE_BYTES);
-                line.b_t[slice] = self.bytes;
                 line.lora_rank[slice] = module.lora_rank as u16;
                 line.scaling[slice] = module.scaling;
-                self.piece(module.b_t_offset_bytes, module.lora_rank as usize * module.d_out as usize);
+                line.b_t[slice] = self.weights(module.b_t_offset_bytes, module.lora_rank as usize * module.d_out as usize);
             }
         }
         line
     }
 
-    /// Appends `len` elements of the blob; what was neighbours there and stays so is one piece.
-    fn piece(&mut self, blob_offset: usize, len: usize) {
-        let from = blob_offset..blob_offset + len * self.host.dtype.size_bytes();
-        match self.pieces.last_mut() {
-            Some((last, to)) if last.end == from.start && *to + last.len() / self.host.dtype.size_bytes() * 2 == self.bytes => last.end = from.end,
-            _ => self.pieces.push((from, self.bytes)),
+    fn terms_line(&mut self, modules: &[Option<&PackedModule>]) -> TermsLine {
+        let mut line = TermsLine::default();
+        for (slice, module) in modules.iter().enumerate() {
+            let Some(module) = module else { continue };
+            let mut place = |offset: Option<usize>| {
+                self.align();
+                let at = self.bytes;
+                offset.map(|offset| {
+                    self.piece(offset, module.d_out as usize, true);
+                    at
+                })
+            };
+            line.scale[slice] = place(module.output_scale_offset_bytes);
+            line.bias[slice] = place(module.output_bias_offset_bytes);
         }
-        self.bytes += 2 * len;
+        line
+    }
+
+    /// Appends `len` weights of the blob and says where.
+    fn weights(&mut self, blob_offset: usize, len: usize) -> usize {
+        self.align();
+        let at = self.bytes;
+        self.piece(blob_offset, len, false);
+        at
+    }
+
+    fn align(&mut self) {
+        self.bytes = self.bytes.next_multiple_of(LINE_BYTES);
+    }
+
+    /// Appends `len` elements of the blob; what was neighbours there and stays so is one piece.
+    fn piece(&mut self, blob_offset: usize, len: usize, is_f32: bool) {
+        let element_bytes = |is_f32: bool| if is_f32 { 4 } else { self.host.dtype.size_bytes() };
+        let device_bytes = |is_f32: bool| if is_f32 { 4 } else { 2 };
+        let from = blob_offset..blob_offset + len * element_bytes(is_f32);
+        match self.pieces.last_mut() {
+            _ if len == 0 => {}
+            Some(last)
+                if last.is_f32 == is_f32
+                    && last.from.end == from.start
+                    && last.to + last.from.len() / element_bytes(is_f32) * device_bytes(is_f32) == self.bytes =>
+            {
+                last.from.end = from.end;
+            }
+            _ => self.pieces.push(Piece {
+                from,
+                to: self.bytes,
+                is_f32,
+            }),
+        }
+        self.bytes += len * device_bytes(is_f32);
     }
 }
 
@@ -455,14 +580,14 @@ impl Uploader {
 
     fn upload(&mut self, job: &Job) -> Result<(), CudaError> {
         let is_direct = page_lock(&self.device, &job.host);
-        for (from, to) in &job.placement.pieces {
+        for Piece { from, to, is_f32 } in &job.placement.pieces {
             let bytes = &job.host.blob.as_bytes()[from.clone()];
-            match is_direct {
-                true => {
-                    let to = View::from_address(job.address + *to as u64, bytes.len());
-                    self.stream.copy_to_device(to, bytes)?;
-                }
-                false => self.stage(bytes, job.host.dtype, job.address + *to as u64)?,
+            let address = job.address + *to as u64;
+            match (is_direct, is_f32) {
+                (true, _) => self.stream.copy_to_device(View::from_address(address, bytes.len()), bytes)?,
+                // Two of what the stage takes for bf16 are one f32, copied as it is.
+                (false, true) => self.stage(bytes, PackedDtype::Bf16, address)?,
+                (false, false) => self.stage(bytes, job.host.dtype, address)?,
             }
         }
         self.stream.copy_to_device(View::from_address(job.address, job.table.len()), &job.table)?;

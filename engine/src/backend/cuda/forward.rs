@@ -7,8 +7,9 @@ use polylora_kernels::cuda::{
     attention_decode::{AttentionDecode, AttentionDecodeArgs},
     attention_prefill::{AttentionPrefillArgs, PrefillTile},
     embedding::EmbeddingArgs,
-    gemm::{Gemm, GemmArgs, GemmBias, GemmOutput},
+    gemm::{Gemm, GemmArgs, GemmBias, GemmOutput, OwnGemm},
     lora::{ExpandInto, ItemRows, Lora, LoraItem, LoraItems, Shrunk},
+    lora_output::{LoraOutput, OutputInto},
     rms_norm::RmsNormArgs,
     rope_kv::{HeadShape, RopeKvArgs},
 };
@@ -30,6 +31,9 @@ const MANY_ROWS: usize = 512;
 const EXPAND_COUNT: usize = 0;
 const SHRINK_COUNT: usize = 1;
 const GATED_COUNT: usize = 5;
+const OUTPUT_COUNT: usize = 6;
+/// Rows that an adapter's own head takes at a time: the most of the kernel that needs no plan for each number of rows.
+const OWN_HEAD_ROWS: usize = 32;
 /// Blocks of a launch whose blocks stride over their work, for each multiprocessor.
 const BLOCKS_PER_MULTIPROCESSOR: u32 = 16;
 
@@ -44,7 +48,7 @@ pub(super) struct Workspace {
     qkv: DeviceBuffer<bf16>,
     /// `[q]`
     attention_out: DeviceBuffer<bf16>,
-    /// `[2·intermediate]`
+    /// `[2·intermediate]`; while o and down are computed, residual rows that are set aside, `[hidden]` f32.
     gate_up: DeviceBuffer<bf16>,
     /// `[intermediate]`
     activated: DeviceBuffer<bf16>,
@@ -84,7 +88,7 @@ impl Workspace {
             normed: DeviceBuffer::zeroed(stream, max_rows * config.hidden_size)?,
             qkv: DeviceBuffer::zeroed(stream, max_rows * shape.qkv_width())?,
             attention_out: DeviceBuffer::zeroed(stream, max_rows * config.q_size())?,
-            gate_up: DeviceBuffer::zeroed(stream, max_rows * 2 * config.intermediate_size)?,
+            gate_up: DeviceBuffer::zeroed(stream, max_rows * 2 * config.intermediate_size.max(config.hidden_size))?,
             activated: DeviceBuffer::zeroed(stream, max_rows * config.intermediate_size)?,
             shrunk: DeviceBuffer::zeroed(stream, shrunk_rows(max_rows) * v_stride)?,
             v_stride,
@@ -166,6 +170,7 @@ impl Forward<'_> {
         self.shrink(step, views, Group::Qkv, layer_idx, w.normed.view(), config.hidden_size)?;
         let y = ExpandInto::Bf16(w.qkv.view());
         self.expand(step, views, Group::Qkv, layer_idx, config.hidden_size, y, &widths)?;
+        self.output_terms(step, views, Group::Qkv, layer_idx, OutputInto::Bf16(w.qkv.view()), &widths)?;
         let kv = &self.kv_cache[layer_idx];
         self.kernels.rope_kv.launch(
             self.stream,
@@ -183,10 +188,12 @@ impl Forward<'_> {
             },
         )?;
         self.attention(step, views, kv)?;
+        self.set_aside(step, views, Group::O, layer_idx)?;
         gemm.launch(self.stream, &add_args(&layer.o, w.attention_out.view(), w.residual.view(), rows))?;
         self.shrink(step, views, Group::O, layer_idx, w.attention_out.view(), config.q_size())?;
         let y = ExpandInto::F32(w.residual.view());
-        self.expand(step, views, Group::O, layer_idx, config.q_size(), y, &[config.hidden_size])
+        self.expand(step, views, Group::O, layer_idx, config.q_size(), y, &[config.hidden_size])?;
+        self.output_terms(step, views, Group::O, layer_idx, self.back_to_residual(), &[config.hidden_size])
     }
 
     fn attention(&self, step: &StepShape, views: &StepViews<'_>, kv: &LayerKv) -> Result<(), CudaError> {
@@ -238,10 +245,12 @@ impl Forward<'_> {
         gemm.launch(self.stream, &bf16_args(&layer.gate_up, w.normed.view(), w.gate_up.view(), rows))?;
         self.shrink(step, views, Group::GateUp, layer_idx, w.normed.view(), config.hidden_size)?;
         self.activate(step, views, layer_idx)?;
+        self.set_aside(step, views, Group::Down, layer_idx)?;
         gemm.launch(self.stream, &add_args(&layer.down, w.activated.view(), w.residual.view(), rows))?;
         self.shrink(step, views, Group::Down, layer_idx, w.activated.view(), ffn)?;
         let y = ExpandInto::F32(w.residual.view());
-        self.expand(step, views, Group::Down, layer_idx, ffn, y, &[config.hidden_size])
+        self.expand(step, views, Group::Down, layer_idx, ffn, y, &[config.hidden_size])?;
+        self.output_terms(step, views, Group::Down, layer_idx, self.back_to_residual(), &[config.hidden_size])
     }
 
     /// The activation, with the deltas of gate and up added on the way if any row has some.
@@ -251,13 +260,14 @@ impl Forward<'_> {
             Activation::Silu => Gate::Silu,
             Activation::GeluTanh => Gate::GeluTanh,
         };
-        let (from, to) = (w.gate_up.view(), w.activated.view());
+        let (from, to) = (w.gate_up.view().first(w.max_rows * 2 * ffn), w.activated.view());
         let Some(lora) = step.lora else {
             return self.kernels.activation.launch(self.stream, gate, from, to, step.rows, ffn);
         };
         if !lora.is_gated {
             let y = ExpandInto::Bf16(from);
             self.expand(step, views, Group::GateUp, layer, self.config.hidden_size, y, &[ffn, ffn])?;
+            self.output_terms(step, views, Group::GateUp, layer, OutputInto::Bf16(from), &[ffn, ffn])?;
             return self.kernels.activation.launch(self.stream, gate, from, to, step.rows, ffn);
         }
         let units = max_items(step.rows, lora) * Lora::gated_column_tiles(ffn);
@@ -273,8 +283,8 @@ impl Forward<'_> {
         self.kernels.lora.launch_expand_gated(self.stream, work, shrunk, gate, (from, to), ffn)
     }
 
-    /// Enqueues the logits of residual rows `rows` into the workspace, with the head's deltas if there are `items` of them.
-    pub fn logits(&self, gemm: &mut Gemm, rows: View<'_, u32>, items: Option<HeadItems<'_>>) -> Result<(), CudaError> {
+    /// Enqueues the logits of residual rows `rows` into the workspace, with what adapters have on the head.
+    pub fn logits(&self, gemm: &mut Gemm, rows: View<'_, u32>, head: &HeadWork<'_>) -> Result<(), CudaError> {
         let (w, config) = (self.workspace, self.config);
         let num_rows = rows.len();
         self.kernels.rms_norm.launch(
@@ -289,11 +299,50 @@ impl Forward<'_> {
                 eps: config.rms_norm_eps,
             },
         )?;
-        let args = self.head_args(super::plan::bucket(num_rows).min(w.max_logits_rows));
-        gemm.launch(self.stream, &args)?;
-        let Some(HeadItems { shrink, expand, counts }) = items else {
-            return Ok(());
+        if head.own.iter().map(|own| own.num_rows).sum::<usize>() < num_rows {
+            let args = self.head_args(super::plan::bucket(num_rows).min(w.max_logits_rows));
+            gemm.launch(self.stream, &args)?;
+        }
+        head.own.iter().try_for_each(|own| self.own_head(gemm, own))?;
+        if let Some(items) = &head.deltas {
+            self.head_deltas(items, num_rows)?;
+        }
+        let Some((items, num_items)) = head.output else { return Ok(()) };
+        let widths = [config.vocab_size];
+        let work = LoraItems {
+            items,
+            num_items,
+            rows: ItemRows::UpTo64,
+            descriptor_offset: head_descriptor_offset(config),
+            grid: ((items.len() * LoraOutput::column_tiles(&widths)) as u32).min(self.most_blocks()),
         };
+        let y = OutputInto::F32(w.logits.view());
+        self.kernels.lora_output.launch(self.stream, work, y, &widths)
+    }
+
+    /// Enqueues the logits of rows whose adapter brings its own head, over whatever was computed for them.
+    fn own_head(&self, gemm: &Gemm, own: &OwnHead<'_>) -> Result<(), CudaError> {
+        let (w, hidden, vocab) = (self.workspace, self.config.hidden_size, self.config.vocab_size);
+        for first in (own.row_start..own.row_start + own.num_rows).step_by(OWN_HEAD_ROWS) {
+            let num_rows = OWN_HEAD_ROWS.min(own.row_start + own.num_rows - first);
+            let rows = first..first + num_rows;
+            let args = GemmArgs {
+                x: w.normed.view().slice(rows.start * hidden..rows.end * hidden),
+                w: own.weight,
+                bias: None,
+                y: GemmOutput::F32(w.logits.view().slice(rows.start * vocab..rows.end * vocab)),
+                m: num_rows,
+                n: vocab,
+                k: hidden,
+            };
+            gemm.launch_own(self.stream, &args, OwnGemm::Skinny)?;
+        }
+        Ok(())
+    }
+
+    fn head_deltas(&self, items: &HeadItems<'_>, num_rows: usize) -> Result<(), CudaError> {
+        let (w, config) = (self.workspace, self.config);
+        let HeadItems { shrink, expand, counts } = *items;
         let shrunk = self.shrunk(config.hidden_size, num_rows);
         let most = self.most_blocks();
         let work = |items, num_items, grid| LoraItems {
@@ -395,6 +444,51 @@ impl Forward<'_> {
         self.kernels.lora.launch_expand(self.stream, work, self.shrunk(d_in, step.rows), y, d_out)
     }
 
+    /// Enqueues the scales and biases that adapters have on a group's outputs, if any row runs under one that has.
+    fn output_terms(
+        &self,
+        step: &StepShape,
+        views: &StepViews<'_>,
+        group: Group,
+        layer: usize,
+        y: OutputInto<'_>,
+        d_out: &[usize],
+    ) -> Result<(), CudaError> {
+        match self.output_items(step, views, group, layer, d_out) {
+            Some(work) => self.kernels.lora_output.launch(self.stream, work, y, d_out),
+            None => Ok(()),
+        }
+    }
+
+    /// Before a projection that is added to the residual stream: moves the rows away whose outputs of this group have scales or biases.
+    fn set_aside(&self, step: &StepShape, views: &StepViews<'_>, group: Group, layer: usize) -> Result<(), CudaError> {
+        let hidden = self.config.hidden_size;
+        let Some(work) = self.output_items(step, views, group, layer, &[hidden]) else {
+            return Ok(());
+        };
+        let (y, saved) = (self.workspace.residual.view(), self.saved_rows());
+        self.kernels.lora_output.launch_set_aside(self.stream, work, y, saved, hidden)
+    }
+
+    /// What brings them back.
+    fn back_to_residual(&self) -> OutputInto<'_> {
+        OutputInto::Residual {
+            y: self.workspace.residual.view(),
+            saved: self.saved_rows(),
+        }
+    }
+
+    fn saved_rows(&self) -> View<'_, f32> {
+        self.workspace.gate_up.view().cast()
+    }
+
+    fn output_items<'v>(&self, step: &StepShape, views: &StepViews<'v>, group: Group, layer: usize, d_out: &[usize]) -> Option<LoraItems<'v>> {
+        let lora = step.lora.filter(|lora| lora.has_output_terms[group as usize])?;
+        let units = max_items(step.rows, lora) * LoraOutput::column_tiles(d_out);
+        let items = views.places.output_items;
+        Some(self.lora_items(step, views, items, OUTPUT_COUNT, group.descriptor_offset(layer), units))
+    }
+
     /// Items with their count; `units` of work at most, usually.
     fn lora_items<'v>(
         &self,
@@ -427,6 +521,22 @@ impl Forward<'_> {
     fn most_blocks(&self) -> u32 {
         BLOCKS_PER_MULTIPROCESSOR * self.stream.device().num_multiprocessors()
     }
+}
+
+/// What adapters do to the logits of the sample rows that are computed at once.
+#[derive(Default)]
+pub(super) struct HeadWork<'a> {
+    pub own: &'a [OwnHead<'a>],
+    pub deltas: Option<HeadItems<'a>>,
+    /// Items of rows with scales or biases, and one element: how many there are.
+    pub output: Option<(View<'a, LoraItem>, View<'a, u32>)>,
+}
+
+/// Sample rows whose adapter brings a head of its own, `[vocab, hidden]`.
+pub(super) struct OwnHead<'a> {
+    pub row_start: usize,
+    pub num_rows: usize,
+    pub weight: View<'a, bf16>,
 }
 
 /// Items of the head's deltas over the sample rows; `counts` are those of the expand and of the shrink.

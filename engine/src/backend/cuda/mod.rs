@@ -30,7 +30,7 @@ mod sampling;
 mod staging;
 
 use adapters::Adapters;
-use forward::{Forward, HeadItems, LayerKv, StepViews, Workspace, WorkspaceSize};
+use forward::{Forward, HeadItems, HeadWork, LayerKv, OwnHead, StepViews, Workspace, WorkspaceSize};
 use model::Model;
 use plan::{ForwardPlaces, LoraWork, StepPlan, StepShape};
 use sampling::{RowResult, SampleWork, needs_logits};
@@ -42,7 +42,7 @@ use super::{
     cpu::KvBudget,
 };
 use crate::{
-    adapter::HostAdapter,
+    adapter::{HostAdapter, LoraFeatures},
     batch::{AdapterHandle, ChooseToken, SampleRow, StepBatch, StepOutput},
     decoder::{DecoderConfig, RopeTables},
     files::FileSource,
@@ -209,6 +209,13 @@ impl Outputs {
 }
 
 impl CudaBackend {
+    /// What it applies of an adapter beyond A and B: everything but tokens of its own.
+    pub const LORA_FEATURES: LoraFeatures = LoraFeatures {
+        output_terms: true,
+        replaced_weights: true,
+        own_tokens: false,
+    };
+
     /// Loads the weights of a model folder.
     ///
     /// # Errors
@@ -485,13 +492,25 @@ impl CudaBackend {
             .step_by(rows_at_once)
             .map(|first| (first, rows_at_once.min(num_samples - first)))
             .collect();
-        let head_work: Vec<LoraWork> = chunks
-            .iter()
-            .map(|&(first, count)| {
-                let within = plan::segments_within(&segments, first as u32, count as u32);
-                LoraWork::new(&within, &self.adapters, 64, |resident| [resident.head_rank_tiles, 0, 0, 0])
-            })
-            .collect();
+        let mut head_work: Vec<(LoraWork, Vec<OwnHead<'_>>)> = Vec::with_capacity(chunks.len());
+        for &(first, count) in &chunks {
+            let within = plan::segments_within(&segments, first as u32, count as u32);
+            let mut work = LoraWork::new(&within, &self.adapters, 64, |resident| [resident.head_rank_tiles, 0, 0, 0]);
+            let mut own = Vec::new();
+            for segment in &within {
+                let resident = self.adapters.get(segment.adapter).expect("the batch was checked");
+                if resident.head_has_output_terms {
+                    let address = self.adapters.terms_address(resident, config);
+                    work.output_items.extend(plan::items(segment, address, 64));
+                }
+                own.extend(self.adapters.replaced_head(resident, config).map(|weight| OwnHead {
+                    row_start: segment.row_start as usize,
+                    num_rows: segment.num_rows as usize,
+                    weight,
+                }));
+            }
+            head_work.push((work, own));
+        }
 
         let mut layout = Layout::default();
         let places = (
@@ -502,11 +521,12 @@ impl CudaBackend {
         );
         let head_places: Vec<_> = head_work
             .iter()
-            .map(|work| {
+            .map(|(work, _)| {
                 (
-                    layout.place::<u32>(2),
+                    layout.place::<u32>(3),
                     layout.place(work.expand_items.len()),
                     layout.place(work.shrink_items.len()),
+                    layout.place(work.output_items.len()),
                 )
             })
             .collect();
@@ -519,17 +539,18 @@ impl CudaBackend {
         stage.array(places.1).copy_from_slice(&work.params);
         stage.array(places.2).copy_from_slice(&work.edits);
         stage.array(places.3).copy_from_slice(&work.masks);
-        for (place, work) in head_places.iter().zip(&head_work) {
-            let counts = [work.expand_items.len() as u32, work.num_shrink_items[0]];
+        for (place, (work, _)) in head_places.iter().zip(&head_work) {
+            let counts = [work.expand_items.len() as u32, work.num_shrink_items[0], work.output_items.len() as u32];
             stage.array(place.0).copy_from_slice(&counts);
             stage.array(place.1).copy_from_slice(&work.expand_items);
             stage.array(place.2).copy_from_slice(&work.shrink_items);
+            stage.array(place.3).copy_from_slice(&work.output_items);
         }
         self.sample_staging.copy(&self.stream, layout.bytes())?;
 
         self.outputs.turn = (self.outputs.turn + 1) % self.outputs.slots.len();
         let staging = &self.sample_staging;
-        for ((&(first, count), head_work), head_place) in chunks.iter().zip(&head_work).zip(&head_places) {
+        for ((&(first, count), (head_work, own)), head_place) in chunks.iter().zip(&head_work).zip(&head_places) {
             let range = first..first + count;
             let forward = Forward {
                 config,
@@ -541,12 +562,17 @@ impl CudaBackend {
                 workspace: &self.workspace,
                 stream: &self.stream,
             };
-            let items = (!head_work.expand_items.is_empty()).then(|| HeadItems {
-                counts: staging.view(head_place.0),
-                expand: staging.view(head_place.1),
-                shrink: staging.view(head_place.2),
-            });
-            forward.logits(&mut self.gemm, staging.view(places.0).slice(range.clone()), items)?;
+            let counts = staging.view(head_place.0);
+            let head = HeadWork {
+                own,
+                deltas: (!head_work.expand_items.is_empty()).then(|| HeadItems {
+                    counts,
+                    expand: staging.view(head_place.1),
+                    shrink: staging.view(head_place.2),
+                }),
+                output: (!head_work.output_items.is_empty()).then(|| (staging.view(head_place.3), counts.slice(2..3))),
+            };
+            forward.logits(&mut self.gemm, staging.view(places.0).slice(range.clone()), &head)?;
             let tops = first * MAX_TOP..(first + count) * MAX_TOP;
             self.kernels.sampling.launch(
                 &self.stream,

@@ -53,8 +53,11 @@ pub(super) struct StepShape {
 pub(super) struct LoraShape {
     /// Items of up to 64 rows, else of up to 8.
     pub has_chunks: bool,
-    /// The expand of gate and up and the activation are one kernel; for chunks under higher ranks two are faster.
+    /// The expand of gate and up and the activation are one kernel; for chunks under higher ranks two are faster, and scales and biases on the
+    /// outputs go in between.
     pub is_gated: bool,
+    /// By group: some row's outputs have scales or biases.
+    pub has_output_terms: [bool; 4],
 }
 
 impl LoraShape {
@@ -80,7 +83,7 @@ impl StepShape {
 /// Places of the arrays that the forward pass reads. A function of the padded rows alone, so that a graph finds them again.
 #[derive(Clone, Copy)]
 pub(super) struct ForwardPlaces {
-    /// Items of the expand, of the shrink by group, and of the gated expand.
+    /// Items of the expand, of the shrink by group, of the gated expand, and of scales and biases.
     pub counts: Place<u32>,
     pub token_sources: Place<u32>,
     pub positions: Place<u32>,
@@ -91,6 +94,7 @@ pub(super) struct ForwardPlaces {
     pub block_table_starts: Place<u32>,
     pub expand_items: Place<LoraItem>,
     pub gated_items: Place<LoraItem>,
+    pub output_items: Place<LoraItem>,
     /// Last, since its length is the adapters'.
     pub shrink_items: Place<LoraItem>,
 }
@@ -110,6 +114,7 @@ impl ForwardPlaces {
             block_table_starts: layout.place(rows),
             expand_items: layout.place(rows),
             gated_items: layout.place(rows),
+            output_items: layout.place(rows),
             shrink_items: layout.place(max_shrink_items),
         };
         (places, layout)
@@ -138,6 +143,8 @@ pub(super) struct LoraWork {
     pub shrink_items: Vec<LoraItem>,
     /// Of `shrink_items`, by group.
     pub num_shrink_items: [u32; 4],
+    /// Of rows whose outputs have scales or biases; their tables are of those.
+    pub output_items: Vec<LoraItem>,
     /// Of 16 ranks, in the largest stack of each group.
     largest_tiles: [u16; 4],
 }
@@ -170,9 +177,23 @@ impl StepPlan {
             let max_rows = item_rows(has_chunks).max_rows();
             plan.lora = LoraWork::new(&batch.lora_segments, adapters, max_rows, |resident| resident.rank_tiles);
             plan.lora.cover(rows as u32, max_rows as u32);
+            let mut has_output_terms = [false; 4];
+            for segment in &batch.lora_segments {
+                let resident = adapters.get(segment.adapter).expect("the batch was checked");
+                if resident.has_output_terms != [false; 4] {
+                    plan.lora
+                        .output_items
+                        .extend(items(segment, adapters.terms_address(resident, config), max_rows));
+                }
+                for (all, own) in has_output_terms.iter_mut().zip(resident.has_output_terms) {
+                    *all |= own;
+                }
+            }
+            let is_low_rank = !has_chunks || plan.lora.largest_tiles[Group::GateUp as usize] <= GATED_TILES;
             plan.shape.lora = Some(LoraShape {
                 has_chunks,
-                is_gated: !has_chunks || plan.lora.largest_tiles[Group::GateUp as usize] <= GATED_TILES,
+                is_gated: is_low_rank && !has_output_terms[Group::GateUp as usize],
+                has_output_terms,
             });
             for segment in &batch.lora_segments {
                 let resident = adapters.get(segment.adapter).expect("the batch was checked");
@@ -216,6 +237,7 @@ impl StepPlan {
             self.lora.num_shrink_items[2],
             self.lora.num_shrink_items[3],
             self.lora.gated_items.len() as u32,
+            self.lora.output_items.len() as u32,
         ];
         to.write(places.counts, &counts, 0);
         to.write(places.token_sources, &self.token_sources, 0);
@@ -227,6 +249,7 @@ impl StepPlan {
         to.write(places.block_table_starts, &self.block_table_starts, 0);
         to.write(places.expand_items, &self.lora.expand_items, LoraItem::default());
         to.write(places.gated_items, &self.lora.gated_items, LoraItem::default());
+        to.write(places.output_items, &self.lora.output_items, LoraItem::default());
         to.write(places.shrink_items, &self.lora.shrink_items, LoraItem::default());
     }
 }
@@ -242,15 +265,8 @@ impl LoraWork {
             if tiles == [0; 4] {
                 continue;
             }
-            for first in (0..segment.num_rows).step_by(max_rows) {
-                work.expand_items.push(LoraItem {
-                    descriptors: adapters.address(resident),
-                    row_start: segment.row_start + first,
-                    num_rows: (segment.num_rows - first).min(max_rows as u32) as u16,
-                    rank_tile: 0,
-                });
-                tiles_of_items.push(tiles);
-            }
+            work.expand_items.extend(items(segment, adapters.address(resident), max_rows));
+            tiles_of_items.resize(work.expand_items.len(), tiles);
         }
         let largest = |group: usize| tiles_of_items.iter().map(|tiles: &[u16; 4]| tiles[group]).max().unwrap_or(0);
         let by_group = [0, 1, 2, 3].map(largest);
@@ -286,6 +302,17 @@ impl LoraWork {
         }
         self.gated_items.extend(base(covered, num_rows));
     }
+}
+
+/// A segment's rows, at most `max_rows` an item.
+pub(super) fn items(segment: &LoraSegment, descriptors: u64, max_rows: usize) -> impl Iterator<Item = LoraItem> {
+    let LoraSegment { row_start, num_rows, .. } = *segment;
+    (0..num_rows).step_by(max_rows).map(move |first| LoraItem {
+        descriptors,
+        row_start: row_start + first,
+        num_rows: (num_rows - first).min(max_rows as u32) as u16,
+        rank_tile: 0,
+    })
 }
 
 /// Segments over the sample rows: row `i` is that of `samples[i]`.
