@@ -21,6 +21,7 @@ use crate::{
     auth::{Auth, SourcePolicy, read_keys_file},
     cli::{adapters::AdaptersArgs, bench::BenchArgs},
     hub::HubConfig,
+    pushed::PushLimits,
 };
 
 /// One base model in memory, thousands of LoRA adapters beside it, any mix of them in one batch, behind the OpenAI API.
@@ -169,9 +170,12 @@ struct ServeArgs {
     /// restart, in place of what --lora-paths and --lora-dir say of the same names. Unset: they are forgotten.
     #[arg(long, value_name = "DIR", help_heading = "LoRA")]
     state_dir: Option<PathBuf>,
-    /// Largest weights of an adapter that a client may push (POST /v1/adapters/NAME).
+    /// Largest weights of an adapter that a client may push (POST /v1/adapters/NAME), all shards together.
     #[arg(long, default_value = "2GiB", value_name = "SIZE", help_heading = "LoRA")]
     max_push_size: ByteSize,
+    /// Disk space of all pushed adapters together, in --state-dir or in a temporary folder; a push past it is refused (507).
+    #[arg(long, default_value = "64GiB", value_name = "SIZE", help_heading = "LoRA")]
+    max_pushed_size: ByteSize,
     /// Distinct adapters that one batch may have; the base model takes no place. At most one less may be pinned.
     #[arg(long, default_value_t = 8, value_name = "N", help_heading = "LoRA")]
     max_loras_per_batch: usize,
@@ -288,8 +292,8 @@ pub struct Config {
     pub lora: Option<LoraSettings>,
     /// Keeps what is changed at run time.
     pub state_dir: Option<PathBuf>,
-    /// Largest weights of a pushed adapter.
-    pub max_push_bytes: u64,
+    /// How much may be pushed.
+    pub push_limits: PushLimits,
     /// The engine.
     pub engine: EngineSettings,
     /// The Hub.
@@ -793,7 +797,10 @@ impl Config {
             context_length: args.context_length,
             chat_template: args.chat_template.clone(),
             state_dir: args.state_dir.clone(),
-            max_push_bytes: args.max_push_size.0,
+            push_limits: PushLimits {
+                max_bytes: args.max_push_size.0,
+                max_total_bytes: args.max_pushed_size.0,
+            },
             http: HttpConfig::from_args(args)?,
             auth,
             source_policy,

@@ -25,7 +25,7 @@
 //! | an adapter of that name is being loaded for the first time | 503 + Retry-After | `adapter_loading` |
 //! | the queue is full; the server is stopping; no room for another adapter now | 503 + Retry-After | `queue_full`, `shutting_down`, `adapter_capacity` |
 //! | other adapters are being pushed | 503 + Retry-After | `too_many_pushes` |
-//! | no room on the disk for a pushed adapter | 507 | `storage_full` |
+//! | no room on the disk for a pushed adapter, or among the pushed ones | 507 | `storage_full`, `pushed_adapters_full` |
 //!
 //! After the first byte of a stream the status is spent: the same body goes out as an event, and the stream ends without a
 //! finish reason.
@@ -218,6 +218,12 @@ impl ApiError {
     pub fn too_many_uploads(limit: usize) -> Self {
         let message = format!("{limit} adapters are being pushed, more at once are not possible.");
         Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER_ERROR, Some("too_many_pushes"), message).retry_after(1)
+    }
+
+    /// 507 for more pushed adapters than there may be.
+    pub fn pushed_full(limit_bytes: u64) -> Self {
+        let message = format!("Pushed adapters may take {limit_bytes} bytes together (--max-pushed-size); unload some.");
+        Self::new(StatusCode::INSUFFICIENT_STORAGE, SERVER_ERROR, Some("pushed_adapters_full"), message)
     }
 
     /// 507 for a full disk, 500 for anything else that it says.

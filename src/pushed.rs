@@ -1,16 +1,22 @@
 //! Adapters that clients send as bytes: from a multipart body to a folder, never through memory, never half.
 //!
-//! A body has two parts: `config` (`adapter_config.json`) and `weights` (`adapter_model.safetensors`). They are written to a folder
-//! of their own as they come, bounded by [`PushedAdapters::max_bytes`]; a body that ends early, is too large or has other parts
-//! leaves nothing behind. What is in the files is checked like every other adapter's when they are loaded.
+//! A body has two parts: `config` (`adapter_config.json`) and `weights` (`adapter_model.safetensors`). Of an adapter that was split it
+//! has, in place of `weights`, an `index` (`adapter_model.safetensors.index.json`) and a part `shard` with a file name for each file that
+//! the index names. They are written to a folder of their own as they come, bounded by [`PushLimits`]; a body that ends early, is too
+//! large or has other parts leaves nothing behind. What is in the files is checked like every other adapter's when they are loaded.
+//!
+//! Memory holds no copy of the files: an adapter that has left the host tier is read from its folder again. Without `--state-dir` that
+//! is a temporary folder, which goes with the server; one whose server was killed is removed by the next that starts.
 
 use std::{
+    collections::BTreeSet,
+    fs::{self, File},
     io,
     path::{Path, PathBuf},
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     task::{Context, Poll, ready},
 };
@@ -28,7 +34,7 @@ use multer::{Field, Multipart};
 use parking_lot::Mutex;
 use polylora_engine::adapter::{
     config::{CONFIG_FILE, MAX_CONFIG_BYTES},
-    tensors::WEIGHTS_FILE,
+    tensors::{INDEX_FILE, MAX_INDEX_BYTES, WEIGHTS_FILE, is_shard_name, parse_index},
 };
 use tokio::{
     io::{AsyncWriteExt, BufWriter},
@@ -39,19 +45,50 @@ use crate::{error::ApiError, extract::is_timeout, state_dir::sync_folder};
 
 /// Largest `weights`, if nobody says otherwise: rank 256 on every projection of an 8B model has 1.3 GB.
 pub const DEFAULT_MAX_PUSH_BYTES: u64 = 2 << 30;
+/// All files of pushed adapters, if nobody says otherwise.
+pub const DEFAULT_MAX_PUSHED_BYTES: u64 = 64 << 30;
+/// Files that the weights may be split into.
+const MAX_SHARDS: usize = 1024;
+/// Temporary folders are called by this and something of their own.
+const TEMPORARY_PREFIX: &str = "polylora-adapters-";
+/// In a temporary folder: locked by its server for as long as that lives.
+const LOCK_FILE: &str = "lock";
 /// Bodies that are received at once.
 const MAX_UPLOADS: usize = 4;
+/// Bytes of a body that are no weights: the configuration, an index, and the heads of the parts.
+const MAX_BYTES_BESIDE_WEIGHTS: u64 = MAX_CONFIG_BYTES + MAX_INDEX_BYTES + (2 << 20);
 /// Bytes gathered before a write.
 const BUFFER_BYTES: usize = 1 << 20;
+/// Bytes of a body that are read although it is refused.
+const MAX_DISCARDED_BYTES: usize = 64 << 20;
 /// Bytes of a body in which no part is found.
 const MAX_UNREAD_BYTES: usize = 4 << 20;
+
+/// How much may be pushed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PushLimits {
+    /// Bytes of one adapter's weights, all shards together.
+    pub max_bytes: u64,
+    /// Bytes of all files of all pushed adapters that are served or being received.
+    pub max_total_bytes: u64,
+}
+
+impl Default for PushLimits {
+    fn default() -> Self {
+        Self {
+            max_bytes: DEFAULT_MAX_PUSH_BYTES,
+            max_total_bytes: DEFAULT_MAX_PUSHED_BYTES,
+        }
+    }
+}
 
 /// Where pushed adapters are kept.
 #[derive(Debug)]
 pub struct PushedAdapters {
     place: Place,
-    /// Largest `weights`.
-    max_bytes: u64,
+    limits: PushLimits,
+    /// Bytes of all files, those being received included.
+    used_bytes: Arc<AtomicU64>,
     uploads: Arc<Semaphore>,
 }
 
@@ -59,7 +96,43 @@ pub struct PushedAdapters {
 enum Place {
     Folder(PathBuf),
     /// Made for the first push; removed with everything in it when this is dropped.
-    Temporary(Mutex<Option<tempfile::TempDir>>),
+    Temporary(Mutex<Option<Temporary>>),
+}
+
+#[derive(Debug)]
+struct Temporary {
+    folder: tempfile::TempDir,
+    _lock: File,
+}
+
+impl Temporary {
+    fn new() -> io::Result<Self> {
+        let folder = tempfile::Builder::new().prefix(TEMPORARY_PREFIX).tempdir()?;
+        // Whoever finds the lock by its name finds it locked.
+        let unlocked = folder.path().join("lock.new");
+        let lock = File::create_new(&unlocked)?;
+        lock.try_lock().map_err(io::Error::from)?;
+        fs::rename(&unlocked, folder.path().join(LOCK_FILE))?;
+        Ok(Self { folder, _lock: lock })
+    }
+}
+
+/// Removes temporary folders whose servers have not come to remove them. Blocks.
+pub fn remove_abandoned() {
+    for entry in fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
+        let folder = entry.path();
+        let is_ours = entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX) && entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let lock_path = folder.join(LOCK_FILE);
+        if !is_ours || !fs::symlink_metadata(&lock_path).is_ok_and(|lock| lock.is_file()) {
+            continue;
+        }
+        // One that can't be opened is another user's.
+        let Ok(lock) = File::open(&lock_path) else { continue };
+        if lock.try_lock().is_ok() {
+            tracing::info!(folder = %folder.display(), "removing what a killed server has left of pushed adapters");
+            remove(&folder);
+        }
+    }
 }
 
 /// The complete files of a pushed adapter. Dropped, they are removed, unless they were kept.
@@ -67,6 +140,8 @@ enum Place {
 pub struct Upload {
     directory: PathBuf,
     is_kept: bool,
+    bytes: u64,
+    used_bytes: Arc<AtomicU64>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -85,13 +160,139 @@ impl Upload {
     pub fn keep(mut self) {
         self.is_kept = true;
     }
+
+    /// Writes one part to a file of the folder, at most so many bytes.
+    async fn write(&mut self, mut field: Field<'_>, read: &AtomicUsize, part: &Part, limits: PushLimits) -> Result<(), ApiError> {
+        let file = tokio::fs::File::create(self.directory.join(&part.file)).await.map_err(storage_error)?;
+        let mut file = BufWriter::with_capacity(BUFFER_BYTES, file);
+        let mut bytes = 0;
+        while let Some(chunk) = field.chunk().await.map_err(body_error)? {
+            read.store(0, Relaxed);
+            let len = chunk.len() as u64;
+            bytes += len;
+            if bytes > part.max_bytes {
+                return Err(too_large(part.name, part.limit));
+            }
+            self.bytes += len;
+            if self.used_bytes.fetch_add(len, Relaxed) + len > limits.max_total_bytes {
+                return Err(ApiError::pushed_full(limits.max_total_bytes));
+            }
+            file.write_all(&chunk).await.map_err(storage_error)?;
+        }
+        file.flush().await.map_err(storage_error)?;
+        file.get_ref().sync_all().await.map_err(storage_error)
+    }
 }
 
 impl Drop for Upload {
     fn drop(&mut self) {
         if !self.is_kept {
             remove(&self.directory);
+            self.used_bytes.fetch_sub(self.bytes, Relaxed);
         }
+    }
+}
+
+/// A part of a body, and the file that it becomes.
+struct Part {
+    name: &'static str,
+    file: String,
+    /// So many bytes are left for it.
+    max_bytes: u64,
+    /// Of how many.
+    limit: u64,
+}
+
+/// The parts of a body that have come.
+#[derive(Default)]
+struct Parts {
+    files: BTreeSet<String>,
+    shards: usize,
+    /// Of the weights.
+    bytes: u64,
+}
+
+impl Parts {
+    /// What a part is, by its head; refused if there is no place for it.
+    fn next(&mut self, field: &Field<'_>, limits: PushLimits) -> Result<Part, ApiError> {
+        let max_bytes = limits.max_bytes;
+        let part = |name, file: &str, max_bytes| Part {
+            name,
+            file: file.to_owned(),
+            max_bytes,
+            limit: max_bytes,
+        };
+        let part = match field.name() {
+            Some("config") => part("config", CONFIG_FILE, MAX_CONFIG_BYTES),
+            Some("weights") => part("weights", WEIGHTS_FILE, max_bytes),
+            Some("index") => part("index", INDEX_FILE, MAX_INDEX_BYTES),
+            Some("shard") => {
+                let Some(file) = field.file_name().filter(|file| is_shard_name(file)) else {
+                    let message = format!(
+                        "A part `shard` has the file's name as its `filename`, like adapter_model-00001-of-00002.safetensors, got {:?}.",
+                        field.file_name().unwrap_or_default()
+                    );
+                    return Err(ApiError::invalid("shard", message));
+                };
+                self.shards += 1;
+                if self.shards > MAX_SHARDS {
+                    return Err(ApiError::invalid("shard", format!("Weights may be split into {MAX_SHARDS} files.")));
+                }
+                Part {
+                    max_bytes: max_bytes - self.bytes,
+                    ..part("shard", file, max_bytes)
+                }
+            }
+            other => {
+                let other = other.unwrap_or_default();
+                let message = format!("The parts of the body are `config` and `weights`, or `config`, `index` and `shard`s, got {other:?}.");
+                return Err(ApiError::invalid(other, message));
+            }
+        };
+        if !self.files.insert(part.file.clone()) {
+            let what = if part.name == "shard" {
+                format!(" {:?}", part.file)
+            } else {
+                String::new()
+            };
+            return Err(ApiError::invalid(part.name, format!("The body has two parts `{}`{what}.", part.name)));
+        }
+        Ok(part)
+    }
+
+    /// Refuses a body that lacks files, or has some that belong to no adapter.
+    async fn check(&self, directory: &Path) -> Result<(), ApiError> {
+        let has = |file: &str| self.files.contains(file);
+        let is_split = has(INDEX_FILE) || self.shards > 0;
+        let missing = match (has(CONFIG_FILE), has(WEIGHTS_FILE)) {
+            (false, _) => Some("config"),
+            (true, false) if !is_split => Some("weights"),
+            (true, true) if is_split => {
+                let message = "The body has `weights`, which are one file, and parts of weights that were split.";
+                return Err(ApiError::invalid("weights", message));
+            }
+            _ if is_split && !has(INDEX_FILE) => Some("index"),
+            _ => None,
+        };
+        if let Some(part) = missing {
+            return Err(ApiError::invalid(part, format!("The body has no part `{part}`.")));
+        }
+        if !is_split {
+            return Ok(());
+        }
+        let index = tokio::fs::read(directory.join(INDEX_FILE)).await.map_err(storage_error)?;
+        let named: BTreeSet<String> = parse_index(&index)?.into_values().collect();
+        let sent: BTreeSet<String> = self.files.iter().filter(|file| is_shard_name(file)).cloned().collect();
+        if let Some(file) = named.difference(&sent).next() {
+            return Err(ApiError::invalid(
+                "shard",
+                format!("The body has no part `shard` for {file:?}, which the index names."),
+            ));
+        }
+        if let Some(file) = sent.difference(&named).next() {
+            return Err(ApiError::invalid("shard", format!("The index names no file {file:?}.")));
+        }
+        Ok(())
     }
 }
 
@@ -104,21 +305,34 @@ fn remove(directory: &Path) {
     }
 }
 
+/// Bytes of the files in a folder and in its folders; what is not there has none.
+fn folder_bytes(directory: &Path) -> u64 {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let bytes = |entry: fs::DirEntry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => folder_bytes(&entry.path()),
+        Ok(metadata) => metadata.len(),
+        Err(_) => 0,
+    };
+    entries.map(bytes).sum()
+}
+
 impl PushedAdapters {
-    /// In a folder that stays.
-    pub fn in_folder(folder: PathBuf, max_bytes: u64) -> Self {
-        Self::new(Place::Folder(folder), max_bytes)
+    /// In a folder that stays. Blocks: it looks at what is there.
+    pub fn in_folder(folder: PathBuf, limits: PushLimits) -> Self {
+        let used_bytes = folder_bytes(&folder);
+        Self::new(Place::Folder(folder), limits, used_bytes)
     }
 
     /// In a temporary folder, which goes when this is dropped.
-    pub fn temporary(max_bytes: u64) -> Self {
-        Self::new(Place::Temporary(Mutex::default()), max_bytes)
+    pub fn temporary(limits: PushLimits) -> Self {
+        Self::new(Place::Temporary(Mutex::default()), limits, 0)
     }
 
-    fn new(place: Place, max_bytes: u64) -> Self {
+    fn new(place: Place, limits: PushLimits, used_bytes: u64) -> Self {
         Self {
             place,
-            max_bytes,
+            limits,
+            used_bytes: Arc::new(used_bytes.into()),
             uploads: Arc::new(Semaphore::new(MAX_UPLOADS)),
         }
     }
@@ -128,21 +342,29 @@ impl PushedAdapters {
             Place::Folder(folder) => Ok(folder.clone()),
             Place::Temporary(made) => {
                 let mut made = made.lock();
-                let folder = match made.take() {
-                    Some(folder) => folder,
-                    None => tempfile::Builder::new().prefix("polylora-adapters-").tempdir()?,
+                let temporary = match made.take() {
+                    Some(temporary) => temporary,
+                    None => Temporary::new()?,
                 };
-                let path = folder.path().to_owned();
-                *made = Some(folder);
+                let path = temporary.folder.path().to_owned();
+                *made = Some(temporary);
                 Ok(path)
             }
         }
     }
 
+    /// Bytes of the files of all pushed adapters.
+    pub fn used_bytes(&self) -> u64 {
+        self.used_bytes.load(Relaxed)
+    }
+
     /// Removes a pushed adapter's files, by [`Upload::name`]. Blocks.
     pub fn remove(&self, name: &str) {
         if let Ok(root) = self.root() {
-            remove(&root.join(name));
+            let directory = root.join(name);
+            let before = folder_bytes(&directory);
+            remove(&directory);
+            self.used_bytes.fetch_sub(before - folder_bytes(&directory), Relaxed);
         }
     }
 
@@ -150,41 +372,43 @@ impl PushedAdapters {
     ///
     /// # Errors
     /// 400 for parts that are missing, twice there, unknown or cut off; 408 and 413 for a body that takes too long or is too large;
-    /// 415 for another media type; 503 while others are received; 507 for a full disk. Nothing is left behind.
+    /// 415 for another media type; 503 while others are received; 507 for a full disk or [`PushLimits::max_total_bytes`]. Nothing is left
+    /// behind.
     pub async fn receive(&self, headers: &HeaderMap, body: Body) -> Result<Upload, ApiError> {
-        let (mut body, read) = self.parts_of(headers, body)?;
-        let Ok(permit) = Arc::clone(&self.uploads).try_acquire_owned() else {
-            return Err(ApiError::too_many_uploads(MAX_UPLOADS));
+        let (body, read, rest) = self.parts_of(headers, body)?;
+        let received = match Arc::clone(&self.uploads).try_acquire_owned() {
+            Ok(permit) => self.receive_parts(body, &read, permit).await,
+            Err(_) => Err(ApiError::too_many_uploads(MAX_UPLOADS)),
         };
+        if received.is_err() {
+            // Whoever still sends hears of the error only when it is done, or when the connection breaks.
+            rest.discard(MAX_DISCARDED_BYTES).await;
+        }
+        received
+    }
+
+    async fn receive_parts(&self, mut body: Multipart<'static>, read: &AtomicUsize, permit: OwnedSemaphorePermit) -> Result<Upload, ApiError> {
         let root = self.root().map_err(storage_error)?;
         let name = uuid::Uuid::new_v4().simple().to_string();
         let mut upload = Upload {
             directory: root.join(format!("{name}.partial")),
             is_kept: false,
+            bytes: 0,
+            used_bytes: Arc::clone(&self.used_bytes),
             _permit: permit,
         };
         tokio::fs::create_dir(&upload.directory).await.map_err(storage_error)?;
-        let mut missing = vec!["config", "weights"];
+        let mut parts = Parts::default();
         while let Some(field) = body.next_field().await.map_err(body_error)? {
             read.store(0, Relaxed);
-            let (part, file, max_bytes) = match field.name() {
-                Some("config") => ("config", CONFIG_FILE, MAX_CONFIG_BYTES),
-                Some("weights") => ("weights", WEIGHTS_FILE, self.max_bytes),
-                other => {
-                    let other = other.unwrap_or_default();
-                    let message = format!("The parts of the body are `config` and `weights`, got {other:?}.");
-                    return Err(ApiError::invalid(other, message));
-                }
-            };
-            let Some(index) = missing.iter().position(|missing| *missing == part) else {
-                return Err(ApiError::invalid(part, format!("The body has two parts `{part}`.")));
-            };
-            missing.swap_remove(index);
-            write(field, &read, &upload.directory.join(file), part, max_bytes).await?;
+            let part = parts.next(&field, self.limits)?;
+            let before = upload.bytes;
+            upload.write(field, read, &part, self.limits).await?;
+            if part.name == "shard" {
+                parts.bytes += upload.bytes - before;
+            }
         }
-        if let Some(part) = missing.first() {
-            return Err(ApiError::invalid(*part, format!("The body has no part `{part}`.")));
-        }
+        parts.check(&upload.directory).await?;
         // Whoever finds a folder without `.partial` finds all of it.
         let complete = root.join(&name);
         tokio::fs::rename(&upload.directory, &complete).await.map_err(storage_error)?;
@@ -194,7 +418,7 @@ impl PushedAdapters {
         Ok(upload)
     }
 
-    fn parts_of(&self, headers: &HeaderMap, body: Body) -> Result<(Multipart<'static>, Arc<AtomicUsize>), ApiError> {
+    fn parts_of(&self, headers: &HeaderMap, body: Body) -> Result<(Multipart<'static>, Arc<AtomicUsize>, Rest), ApiError> {
         let header = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let boundary = multer::parse_boundary(header(CONTENT_TYPE)).map_err(|_| {
             let message = "The body must be multipart/form-data, with the parts `config` and `weights`.";
@@ -202,24 +426,25 @@ impl PushedAdapters {
         })?;
         if header(CONTENT_LENGTH)
             .parse()
-            .is_ok_and(|len: u64| len > self.max_bytes + 2 * MAX_CONFIG_BYTES)
+            .is_ok_and(|len: u64| len > self.limits.max_bytes.saturating_add(MAX_BYTES_BESIDE_WEIGHTS))
         {
-            return Err(too_large("weights", self.max_bytes));
+            return Err(too_large("weights", self.limits.max_bytes));
         }
         let read = Arc::new(AtomicUsize::new(0));
+        let body = Arc::new(Mutex::new(body.into_data_stream()));
         let paced = Paced {
-            body: body.into_data_stream(),
+            body: Arc::clone(&body),
             rests: false,
             read: Arc::clone(&read),
         };
-        Ok((Multipart::new(paced, boundary), read))
+        Ok((Multipart::new(paced, boundary), read, Rest(body)))
     }
 }
 
 /// A body that gives one chunk a poll: multer gathers whatever is ready, which would be all of a body that comes faster than the disk
 /// takes it. And one that gives up when nothing is made of its chunks.
 struct Paced {
-    body: BodyDataStream,
+    body: Arc<Mutex<BodyDataStream>>,
     rests: bool,
     /// Bytes since a part, or a piece of one, was taken out.
     read: Arc<AtomicUsize>,
@@ -233,7 +458,7 @@ impl Stream for Paced {
             context.waker().wake_by_ref();
             return Poll::Pending;
         }
-        let Some(chunk) = ready!(self.body.poll_next_unpin(context)) else {
+        let Some(chunk) = ready!(self.body.lock().poll_next_unpin(context)) else {
             return Poll::Ready(None);
         };
         self.rests = true;
@@ -245,26 +470,26 @@ impl Stream for Paced {
     }
 }
 
+/// What of a body nobody has read.
+struct Rest(Arc<Mutex<BodyDataStream>>);
+
+impl Rest {
+    /// Reads to the body's end, or so many bytes.
+    async fn discard(self, max_bytes: usize) {
+        let mut discarded = 0;
+        while discarded < max_bytes {
+            let next = std::future::poll_fn(|context| self.0.lock().poll_next_unpin(context));
+            match next.await {
+                Some(Ok(chunk)) => discarded += chunk.len(),
+                Some(Err(_)) | None => return,
+            }
+        }
+    }
+}
+
 fn too_large(part: &str, max_bytes: u64) -> ApiError {
     let message = format!("`{part}` may have {max_bytes} bytes.");
     ApiError::bad_body(StatusCode::PAYLOAD_TOO_LARGE, message).for_param(part)
-}
-
-/// Writes one part to a file, at most so many bytes.
-async fn write(mut field: Field<'_>, read: &AtomicUsize, path: &Path, part: &str, max_bytes: u64) -> Result<(), ApiError> {
-    let file = tokio::fs::File::create(path).await.map_err(storage_error)?;
-    let mut file = BufWriter::with_capacity(BUFFER_BYTES, file);
-    let mut bytes = 0;
-    while let Some(chunk) = field.chunk().await.map_err(body_error)? {
-        read.store(0, Relaxed);
-        bytes += chunk.len() as u64;
-        if bytes > max_bytes {
-            return Err(too_large(part, max_bytes));
-        }
-        file.write_all(&chunk).await.map_err(storage_error)?;
-    }
-    file.flush().await.map_err(storage_error)?;
-    file.get_ref().sync_all().await.map_err(storage_error)
 }
 
 fn body_error(error: multer::Error) -> ApiError {

@@ -429,6 +429,153 @@ fn what_was_changed_at_run_time_is_there_after_a_kill() {
     );
 }
 
+/// A server whose files may have so many blocks of 512 bytes, until that is raised: to a program a full disk looks the same.
+#[cfg(target_os = "linux")]
+fn with_little_disk(blocks: u32, flags: &[&str]) -> Server {
+    let mut shell = std::process::Command::new("sh");
+    let script = format!("trap '' XFSZ; ulimit -S -f {blocks}; exec \"$@\"");
+    shell.args(["-c", &script, "sh", env!("CARGO_BIN_EXE_polylora")]);
+    Server::start_as(shell, flags)
+}
+
+#[cfg(target_os = "linux")]
+fn give_more_disk(server: &Server) {
+    let status = std::process::Command::new("prlimit")
+        .args(["--pid", &server.id().to_string(), "--fsize=unlimited:"])
+        .status();
+    assert!(status.unwrap().success());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_refuses_whole_changes_and_none_is_half_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let flags = ["--state-dir", folder.path().to_str().unwrap()];
+    let mut server = with_little_disk(16, &flags);
+    // Neither a new name nor a new version, and no file of either.
+    for name in ["new", "yaml"] {
+        let (status, answer) = server.push(name, "json").unwrap();
+        assert_eq!((status, &answer["error"]["code"]), (507, &json!("storage_full")), "{answer}");
+        assert!(answer["error"]["message"].as_str().unwrap().contains("no room"), "{answer}");
+        assert_eq!(std::fs::read_dir(folder.path().join("adapters")).unwrap().count(), 0);
+    }
+    assert_eq!(server.get("/v1/adapters/new").0, 404);
+    check(&server, &[LIST_3], &[Some("yaml")], &[Some("yaml")]);
+    // The state is written as long as it fits; then each change says that it is not, and the last whole one stays.
+    let alias = |number: usize| {
+        let name = format!("alias-{number:02}-{}", "x".repeat(200));
+        server.put(&format!("/v1/aliases/{name}"), &json!({"adapter": "table"}))
+    };
+    let saved = (0..100).take_while(|number| alias(*number).0 == 200).count();
+    assert!((1..100).contains(&saved), "{saved}");
+    let (status, answer) = alias(saved + 1);
+    assert_eq!((status, &answer["error"]["code"]), (500, &json!("state_not_saved")), "{answer}");
+    assert_eq!(server.get("/v1/aliases").1["data"].as_array().unwrap().len(), saved + 2, "in effect");
+    let copy = tempfile::tempdir().unwrap();
+    std::fs::copy(folder.path().join("state"), copy.path().join("state")).unwrap();
+    let restarted = Server::start(&["--state-dir", copy.path().to_str().unwrap()]);
+    assert_eq!(restarted.get("/v1/aliases").1["data"].as_array().unwrap().len(), saved);
+    restarted.stop();
+    // With room again the same push works, and brings along what was not written.
+    give_more_disk(&server);
+    let (status, answer) = server.push("new", "json").unwrap();
+    assert_eq!(status, 200, "{answer}");
+    check(&server, &[LIST_3], &[Some("json")], &[Some("new")]);
+    server.kill();
+    server.wait();
+    let server = Server::start(&flags);
+    check(&server, &[LIST_3], &[Some("json")], &[Some("new")]);
+    assert_eq!(server.get("/v1/aliases").1["data"].as_array().unwrap().len(), saved + 2);
+    server.stop();
+}
+
+fn folders_in(directory: &std::path::Path) -> usize {
+    std::fs::read_dir(directory).unwrap().count()
+}
+
+#[test]
+fn pushed_adapters_without_a_state_folder_are_on_disk_and_go_with_their_server() {
+    let temporary = tempfile::tempdir().unwrap();
+    let start = |flags: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_polylora"));
+        command.env("TMPDIR", temporary.path());
+        Server::start_as(command, flags)
+    };
+    let limits = [
+        "--max-loras-per-batch",
+        "2",
+        "--max-loaded-loras",
+        "2",
+        "--enable-lora",
+        "--model-path",
+        &base_path(),
+    ];
+    let mut server = start(&limits);
+    let names = ["table", "json", "lines", "upper"];
+    for name in names {
+        assert_eq!(server.push(name, name).unwrap().0, 200);
+    }
+    // Two of them are in memory; the others are read again when they are asked for.
+    for name in names.iter().chain(&names) {
+        check(&server, &[LIST_3], &[Some(name)], &[Some(name)]);
+    }
+    let metrics = server.get("/metrics").1;
+    let loads = "polylora_adapter_loads_total{outcome=\"ok\"} 12";
+    assert!(
+        metrics.as_str().unwrap().lines().any(|line| line == loads),
+        "4 pushes and 8 times from disk: {metrics}"
+    );
+    assert_eq!(folders_in(temporary.path()), 1);
+    // One that is killed leaves them; the next to start removes them, and no other's.
+    server.kill();
+    server.wait();
+    assert_eq!(folders_in(temporary.path()), 1);
+    let first = start(&[]);
+    assert_eq!(folders_in(temporary.path()), 0);
+    assert_eq!(first.push("mine", "table").unwrap().0, 200);
+    let second = start(&[]);
+    assert_eq!(folders_in(temporary.path()), 1);
+    check(&first, &[LIST_3], &[Some("table")], &[Some("mine")]);
+    second.stop();
+    first.stop();
+    assert_eq!(folders_in(temporary.path()), 0);
+}
+
+#[test]
+fn an_adapter_that_was_split_is_pushed_by_the_command_line() {
+    let split = tempfile::tempdir().unwrap();
+    let source = std::path::PathBuf::from(adapter_path("table"));
+    std::fs::copy(source.join("adapter_config.json"), split.path().join("adapter_config.json")).unwrap();
+    let bytes = std::fs::read(source.join("adapter_model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut map = serde_json::Map::new();
+    for part in 0..3 {
+        let file = format!("adapter_model-{:05}-of-00003.safetensors", part + 1);
+        let of_part: Vec<_> = tensors
+            .tensors()
+            .into_iter()
+            .enumerate()
+            .filter(|(index, _)| index % 3 == part)
+            .map(|(_, tensor)| tensor)
+            .collect();
+        map.extend(of_part.iter().map(|(name, _)| (name.clone(), json!(file))));
+        std::fs::write(split.path().join(&file), safetensors::serialize(of_part, None).unwrap()).unwrap();
+    }
+    let index = json!({"metadata": {}, "weight_map": map}).to_string();
+    std::fs::write(split.path().join("adapter_model.safetensors.index.json"), index).unwrap();
+    let server = Server::start(&[]);
+    let version = server.get("/v1/adapters/table").1["version"].clone();
+    let output = polylora(&["adapters", "--url", &server.url, "push", "split", split.path().to_str().unwrap()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    check(&server, &[LIST_3, AI], &[Some("table"), Some("table")], &[Some("split"), Some("split")]);
+    assert_eq!(
+        server.get("/v1/adapters/split").1["version"],
+        version,
+        "the same content however it is split"
+    );
+    server.stop();
+}
+
 const DEMO_AND_MINE: [&str; 9] = ["flags", "json", "lines", "pirate", "sql", "table", "upper", "yaml", "zz-mine"];
 
 /// What a client of the loop below has made of a server.

@@ -1,6 +1,7 @@
 //! `polylora adapters`: a client of a running server, and `inspect`, which needs none.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     io::{Cursor, Read, Write},
     path::{Path, PathBuf},
@@ -16,7 +17,7 @@ use polylora_engine::{
         CoverageReport, LoraLimits, PackedDtype,
         config::CONFIG_FILE,
         load::{checkpoint_opener, load_adapter},
-        tensors::WEIGHTS_FILE,
+        tensors::{INDEX_FILE, WEIGHTS_FILE, parse_index},
     },
     backend::cpu::CpuBackend,
     decoder::DecoderConfig,
@@ -70,7 +71,8 @@ enum AdaptersCommand {
     Push {
         /// The name that clients will use.
         name: String,
-        /// A folder on this machine with adapter_config.json and adapter_model.safetensors.
+        /// A folder on this machine with adapter_config.json and adapter_model.safetensors, or the files that it was split into and their
+        /// index.
         folder: PathBuf,
         /// Only if the name has this version (hex) now.
         #[arg(long, value_name = "VERSION")]
@@ -358,6 +360,8 @@ fn models_table(answer: &Value) -> anyhow::Result<String> {
             other => other.to_string(),
         };
         let more = &model["adapter"];
+        // Nothing of one that was not read yet is known.
+        let known = |field: &str| if more["version"].is_null() { &Value::Null } else { &more[field] };
         let kind = match (&model["parent"], &model["alias"]) {
             (Value::Null, _) => "base",
             (_, Value::Null) => "adapter",
@@ -374,9 +378,9 @@ fn models_table(answer: &Value) -> anyhow::Result<String> {
             text(&more["state"]),
             // Enough to tell versions apart; --json has all of it.
             text(&more["version"]).chars().take(12).collect(),
-            text(&more["lora_rank"]),
-            text(&more["target_modules"]),
-            more["size_bytes"].as_u64().map_or_else(|| "-".to_owned(), human_bytes),
+            text(known("lora_rank")),
+            text(known("target_modules")),
+            known("size_bytes").as_u64().map_or_else(|| "-".to_owned(), human_bytes),
             text(&more["pinned"]),
             text(&more["leases"]),
             text(&more["requests_total"]),
@@ -486,10 +490,10 @@ impl Client {
     fn push(&self, name: &str, folder: &Path, expected_version: Option<&str>) -> anyhow::Result<Value> {
         let boundary = uuid::Uuid::new_v4().simple().to_string();
         let mut body: Box<dyn Read> = Box::new(std::io::empty());
-        for (part, file) in [("config", CONFIG_FILE), ("weights", WEIGHTS_FILE)] {
-            let path = folder.join(file);
+        for (part, name) in files_to_push(folder)? {
+            let path = folder.join(&name);
             let file = File::open(&path).with_context(|| path.display().to_string())?;
-            let head = format!("--{boundary}\r\nContent-Disposition: form-data; name=\"{part}\"; filename=\"{part}\"\r\n\r\n");
+            let head = format!("--{boundary}\r\nContent-Disposition: form-data; name=\"{part}\"; filename=\"{name}\"\r\n\r\n");
             body = Box::new(body.chain(Cursor::new(head)).chain(file).chain(&b"\r\n"[..]));
         }
         let mut body = body.chain(Cursor::new(format!("--{boundary}--\r\n")));
@@ -529,6 +533,25 @@ impl Client {
             error_message(&text).unwrap_or_else(|| format!("the server answered {status}: {text}"))
         )
     }
+}
+
+/// The parts of a push of this folder, and their files.
+fn files_to_push(folder: &Path) -> anyhow::Result<Vec<(&'static str, String)>> {
+    let mut files = vec![("config", CONFIG_FILE.to_owned())];
+    let index = folder.join(INDEX_FILE);
+    if folder.join(WEIGHTS_FILE).is_file() || !index.is_file() {
+        files.push(("weights", WEIGHTS_FILE.to_owned()));
+        return Ok(files);
+    }
+    let bytes = std::fs::read(&index).with_context(|| index.display().to_string())?;
+    let shards: BTreeSet<String> = parse_index(&bytes)?.into_values().collect();
+    // Its own syntax would have to be escaped in the head of the part.
+    if let Some(odd) = shards.iter().find(|name| name.contains(['"', '\r', '\n'])) {
+        bail!("{}: {odd:?} can't be the name of a file that is sent", index.display());
+    }
+    files.push(("index", INDEX_FILE.to_owned()));
+    files.extend(shards.into_iter().map(|shard| ("shard", shard)));
+    Ok(files)
 }
 
 /// The sentence in an error body: OpenAI's, SGLang's load answer.
@@ -574,6 +597,19 @@ lm_head                   16    32     2.000000
 without effect on inference: lora_dropout
 ";
         assert_eq!(report_text(&report, 6), expected);
+    }
+
+    #[test]
+    fn of_an_adapter_that_was_not_read_nothing_is_said_that_is_not_known() {
+        let adapter = json!({"state": "registered", "version": null, "lora_rank": 0, "target_modules": [], "size_bytes": 0, "pinned": false,
+            "leases": 0, "requests_total": 0, "hits_total": 0, "last_used": null});
+        let answer = json!({"data": [{"id": "new", "parent": "demo", "root": "/x", "adapter": adapter}]});
+        let table = models_table(&answer).unwrap();
+        let row: Vec<&str> = table.lines().last().unwrap().split_whitespace().collect();
+        assert_eq!(
+            row,
+            ["new", "adapter", "registered", "-", "-", "-", "-", "false", "0", "0", "0", "-", "/x"]
+        );
     }
 
     #[test]

@@ -31,7 +31,7 @@ use crate::{
     hub::{Hub, HubId},
     metrics::{Metrics, MetricsConfig},
     prompt::PromptProcessor,
-    pushed::PushedAdapters,
+    pushed::{PushLimits, PushedAdapters, remove_abandoned},
     routing::ServedModel,
     server::{ServerSettings, bind, load_tls, serve},
     state_dir::{Changes, RuntimeState},
@@ -92,7 +92,8 @@ struct Loaded {
 
 async fn load(config: Config, traces: bool) -> anyhow::Result<Loaded> {
     let sources = Arc::new(AdapterSources::new(Hub::new(config.hub.clone()), config.source_policy.clone()));
-    let (runtime, max_push_bytes) = (open_state(config.state_dir.clone()).await?, config.max_push_bytes);
+    let runtime = open_state(config.state_dir.clone()).await?;
+    let pushed = open_pushed(runtime.pushed_adapters(), config.push_limits).await?;
     let changes = runtime.changes();
     let hub = Hub::new(config.hub.clone());
     let model = config.model.clone();
@@ -159,10 +160,6 @@ async fn load(config: Config, traces: bool) -> anyhow::Result<Loaded> {
     let loads = load_adapters(built.engine.as_ref(), adapters).await?;
     let mut names: Vec<String> = lora_paths.into_iter().map(|path| path.name).collect();
     let aliases = Arc::new(Aliases::default());
-    let pushed = Arc::new(match runtime.pushed_adapters() {
-        Some(folder) => PushedAdapters::in_folder(folder, max_push_bytes),
-        None => PushedAdapters::temporary(max_push_bytes),
-    });
     let lora_dirs = match built.engine.adapters() {
         Some(registry) => {
             let mut dirs = LoraDirs::new(Arc::clone(registry), Arc::clone(&aliases), directories);
@@ -211,7 +208,7 @@ async fn load(config: Config, traces: bool) -> anyhow::Result<Loaded> {
     gateway.auth = auth;
     gateway.aliases = aliases;
     gateway.runtime = runtime;
-    gateway.pushed = pushed;
+    gateway.pushed = Arc::new(pushed);
     gateway.cors_origins = cors_origins;
     gateway.limits.max_body_bytes = http.max_body_bytes;
     gateway.limits.body_timeout = http.read_timeout;
@@ -235,6 +232,18 @@ async fn open_state(directory: Option<PathBuf>) -> anyhow::Result<Arc<RuntimeSta
         tracing::warn!(damage, "the state is damaged: nothing of it is used");
     }
     Ok(Arc::new(state))
+}
+
+/// Where pushed adapters are kept: in the state folder, if there is one.
+async fn open_pushed(folder: Option<PathBuf>, limits: PushLimits) -> anyhow::Result<PushedAdapters> {
+    blocking(move || {
+        remove_abandoned();
+        Ok(match folder {
+            Some(folder) => PushedAdapters::in_folder(folder, limits),
+            None => PushedAdapters::temporary(limits),
+        })
+    })
+    .await
 }
 
 /// Runs what blocks where it may.

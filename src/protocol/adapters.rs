@@ -203,7 +203,7 @@ pub struct PushQuery {
     pub expected_version: Option<String>,
 }
 
-/// The files of an adapter.
+/// The files of an adapter: `config` and `weights`, or `config`, `index` and all `shard`s.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "read part by part; this describes it")]
 pub struct PushBody {
@@ -211,8 +211,14 @@ pub struct PushBody {
     #[schema(value_type = String, format = Binary)]
     config: Vec<u8>,
     /// `adapter_model.safetensors`.
-    #[schema(value_type = String, format = Binary)]
-    weights: Vec<u8>,
+    #[schema(value_type = Option<String>, format = Binary)]
+    weights: Option<Vec<u8>>,
+    /// Of weights that were split: `adapter_model.safetensors.index.json`.
+    #[schema(value_type = Option<String>, format = Binary)]
+    index: Option<Vec<u8>>,
+    /// Of weights that were split: each file that the index names, under its name as the part's `filename`.
+    #[schema(value_type = Option<Vec<String>>, format = Binary)]
+    shard: Option<Vec<Vec<u8>>>,
 }
 
 /// A pushed adapter.

@@ -10,6 +10,7 @@
 //! | no multipart/form-data | 415 |
 //! | in effect, but not in `--state-dir` | 500, `state_not_saved` |
 //! | four others are being received | 503 |
+//! | the disk is full, or what pushed adapters may have of it | 507 |
 //!
 //! Whatever it is: what is not served leaves no file behind.
 
@@ -23,7 +24,7 @@ use std::{
 use axum::{body::Body, http::Request};
 use futures::FutureExt;
 use polylora::{
-    pushed::PushedAdapters,
+    pushed::{PushLimits, PushedAdapters},
     state_dir::{Changes, RuntimeState},
 };
 use polylora_engine::{AdapterError, InferenceEngine};
@@ -32,13 +33,17 @@ use serde_json::json;
 use crate::common::{Answer, Server};
 
 const MAX_BYTES: u64 = 1000;
+const LIMITS: PushLimits = PushLimits {
+    max_bytes: MAX_BYTES,
+    max_total_bytes: 10_000,
+};
 
 /// A server that keeps pushed adapters in a folder.
 fn server_in(folder: &Path) -> Server {
     let folder = folder.to_owned();
     Server::with(
         |engine| engine,
-        |gateway| gateway.pushed = Arc::new(PushedAdapters::in_folder(folder, MAX_BYTES)),
+        |gateway| gateway.pushed = Arc::new(PushedAdapters::in_folder(folder, LIMITS)),
     )
 }
 
@@ -58,6 +63,17 @@ fn files() -> String {
 async fn push(server: &Server, target: &str, body: impl Into<Body>) -> Answer {
     let request = Request::post(format!("/v1/adapters/{target}")).header("content-type", "multipart/form-data; boundary=XX");
     server.send(request.body(body.into()).unwrap()).await
+}
+
+fn shard(file: &str, content: &str) -> String {
+    format!("--XX\r\nContent-Disposition: form-data; name=\"shard\"; filename=\"{file}\"\r\n\r\n{content}\r\n")
+}
+
+/// A form of an adapter that was split into `shards`, with an index that names `indexed`.
+fn split_form(indexed: &[&str], shards: &[(&str, &str)]) -> String {
+    let map: BTreeMap<String, &str> = indexed.iter().enumerate().map(|(number, file)| (format!("t{number}"), *file)).collect();
+    let shards: String = shards.iter().map(|(file, content)| shard(file, content)).collect();
+    part("config", "{}") + &part("index", &json!({"weight_map": map}).to_string()) + &shards + "--XX--\r\n"
 }
 
 /// Everything in a folder: path and content.
@@ -152,11 +168,115 @@ async fn what_is_refused_leaves_nothing_behind() {
 }
 
 #[tokio::test]
+async fn an_adapter_that_was_split_is_pushed_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = server_in(folder.path());
+    let (one, two) = ("adapter_model-00001-of-00002.safetensors", "adapter_model-00002-of-00002.safetensors");
+    let good = split_form(&[one, two, one], &[(two, "second"), (one, "first")]);
+    push(&server, "split", good).await.json(200).await;
+    let files = tree(folder.path());
+    let content = |name: &str| files.iter().find(|(path, _)| path.ends_with(name)).map(|(_, content)| content.as_str());
+    assert_eq!((content(one), content(two)), (Some("first"), Some("second")));
+    assert!(content("adapter_model.safetensors.index.json").unwrap().contains("weight_map"));
+    assert_eq!(files.len(), 5, "{files:?}");
+    server.post("/unload_lora_adapter", json!({"lora_name": "split"})).await.json(200).await;
+    assert!(tree(folder.path()).is_empty());
+
+    let half = "x".repeat(MAX_BYTES as usize / 2 + 1);
+    let many: Vec<String> = (0..1025).map(|number| format!("{number}.safetensors")).collect();
+    let many: Vec<(&str, &str)> = many.iter().map(|file| (file.as_str(), "")).collect();
+    let refused = [
+        (split_form(&[one, two], &[(one, "1")]), 400, "which the index names"),
+        (split_form(&[one], &[(one, "1"), (two, "2")]), 400, "The index names no file"),
+        (split_form(&[one], &[(one, "1"), (one, "1")]), 400, "two parts `shard`"),
+        (split_form(&[one, two], &[(one, &half), (two, &half)]), 413, "1000 bytes"),
+        (split_form(&["../../x.safetensors"], &[("../../x.safetensors", "1")]), 400, "`filename`"),
+        (split_form(&[one], &[("config.json", "1")]), 400, "`filename`"),
+        (split_form(&[one], &[("adapter_model.safetensors", "1")]), 400, "`filename`"),
+        (
+            split_form(&["../x.safetensors"], &[(one, "1")]),
+            400,
+            "expected the name of a safetensors file",
+        ),
+        (split_form(&[one], &many), 400, "1024 files"),
+        (part("config", "{}") + &part("shard", "no name") + "--XX--\r\n", 400, "`filename`"),
+        (part("config", "{}") + &shard(one, "1") + "--XX--\r\n", 400, "no part `index`"),
+        (form(&[("config", "{}"), ("index", "{}")]), 400, "weight_map"),
+        (form(&[("config", "{}"), ("index", "{}"), ("weights", "w")]), 400, "which are one file"),
+    ];
+    for (body, status, what) in refused {
+        let error = push(&server, "x", body).await.error(status).await;
+        assert!(error["message"].as_str().unwrap().contains(what), "{what}: {error}");
+        assert!(tree(folder.path()).is_empty(), "{what}");
+    }
+    assert_eq!(server.get("/v1/adapters/x").await.error(404).await["code"], "model_not_found");
+}
+
+/// A full disk leaves nothing half there, is told, and does no harm to what comes after it.
+#[tokio::test]
+async fn what_pushed_adapters_take_of_the_disk_is_bounded() {
+    let folder = tempfile::tempdir().unwrap();
+    let body = || form(&[("config", "{}"), ("weights", &"w".repeat(900))]);
+    let pushed = {
+        let folder = folder.path().to_owned();
+        Arc::new(PushedAdapters::in_folder(
+            folder,
+            PushLimits {
+                max_total_bytes: 2000,
+                ..LIMITS
+            },
+        ))
+    };
+    let server = Server::with(|engine| engine, |gateway| gateway.pushed = Arc::clone(&pushed));
+    push(&server, "a", body()).await.json(200).await;
+    push(&server, "b", body()).await.json(200).await;
+    assert_eq!(pushed.used_bytes(), 1804);
+    for name in ["c", "a"] {
+        let before = (tree(folder.path()), server.engine.adapter_info(name));
+        let error = push(&server, name, body()).await.error(507).await;
+        assert_eq!(error["code"], "pushed_adapters_full");
+        assert!(error["message"].as_str().unwrap().contains("2000 bytes"), "{error}");
+        assert_eq!((tree(folder.path()), server.engine.adapter_info(name)), before, "{name}");
+        assert_eq!(pushed.used_bytes(), 1804);
+    }
+    // With room again it is taken; what is there at a start counts.
+    server.post("/unload_lora_adapter", json!({"lora_name": "b"})).await.json(200).await;
+    push(&server, "c", body()).await.json(200).await;
+    assert_eq!(pushed.used_bytes(), 1804);
+    assert_eq!(PushedAdapters::in_folder(folder.path().to_owned(), LIMITS).used_bytes(), 1804);
+}
+
+#[tokio::test]
+async fn a_body_that_is_refused_is_read_on_so_that_its_sender_hears_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = server_in(folder.path());
+    for (first, status) in [(part("weights", &"w".repeat(1001)), 413), (part("pickle", "p"), 400)] {
+        let read = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let counter = Arc::clone(&read);
+        let pieces = std::iter::once(first).chain(std::iter::repeat_n("x".repeat(1000), 2000));
+        let pieces = pieces.map(move |piece| {
+            counter.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            Ok::<_, std::io::Error>(piece)
+        });
+        push(&server, "x", Body::from_stream(futures::stream::iter(pieces)))
+            .await
+            .error(status)
+            .await;
+        assert_eq!(read.load(std::sync::atomic::Ordering::SeqCst), 2001);
+    }
+}
+
+#[tokio::test]
 async fn a_body_that_is_cut_off_anywhere_leaves_nothing_behind() {
     let folder = tempfile::tempdir().unwrap();
     let server = server_in(folder.path());
     let body = files();
     // Without its last line feed it is complete.
+    let split = split_form(&["one.safetensors"], &[("one.safetensors", "content")]);
+    for len in 0..split.len() - 2 {
+        push(&server, "x", split[..len].to_owned()).await.error(400).await;
+        assert!(tree(folder.path()).is_empty(), "{len}");
+    }
     for len in 0..body.len() - 2 {
         push(&server, "x", body[..len].to_owned()).await.error(400).await;
         let pieces = [Ok(body[..len].to_owned()), Err(std::io::Error::other("the client is gone"))];
@@ -232,7 +352,7 @@ fn server_with_state(folder: &Path) -> Server {
     Server::with(
         |engine| engine,
         |gateway| {
-            gateway.pushed = Arc::new(PushedAdapters::in_folder(state.pushed_adapters().unwrap(), MAX_BYTES));
+            gateway.pushed = Arc::new(PushedAdapters::in_folder(state.pushed_adapters().unwrap(), LIMITS));
             gateway.runtime = Arc::new(state);
         },
     )

@@ -77,7 +77,12 @@ pub struct Server {
 impl Server {
     /// Starts `polylora serve` with these flags on a free port, and waits until it is ready.
     pub fn start(flags: &[&str]) -> Self {
-        let mut process = Command::new(env!("CARGO_BIN_EXE_polylora"))
+        Self::start_as(Command::new(env!("CARGO_BIN_EXE_polylora")), flags)
+    }
+
+    /// The same by a command of one's own, which gets the arguments.
+    pub fn start_as(mut command: Command, flags: &[&str]) -> Self {
+        let mut process = command
             .args(["serve", "--port", "0", "--num-threads", "1"])
             .args(flags)
             .stdout(Stdio::piped())
@@ -135,11 +140,18 @@ impl Server {
 
     /// `POST /v1/adapters/{name}` with the files of a demo adapter.
     pub fn push(&self, name: &str, adapter: &str) -> Result<(u16, Value), ureq::Error> {
+        let file = |file: &str| std::fs::read(Path::new(&adapter_path(adapter)).join(file)).unwrap();
+        let (config, weights) = (file("adapter_config.json"), file("adapter_model.safetensors"));
+        self.push_bytes(name, &config, &weights)
+    }
+
+    /// `POST /v1/adapters/{name}` with these files.
+    pub fn push_bytes(&self, name: &str, config: &[u8], weights: &[u8]) -> Result<(u16, Value), ureq::Error> {
         let mut body = Vec::new();
-        for (part, file) in [("config", "adapter_config.json"), ("weights", "adapter_model.safetensors")] {
-            let head = format!("--XX\r\nContent-Disposition: form-data; name=\"{part}\"; filename=\"{file}\"\r\n\r\n");
+        for (part, file) in [("config", config), ("weights", weights)] {
+            let head = format!("--XX\r\nContent-Disposition: form-data; name=\"{part}\"; filename=\"{part}\"\r\n\r\n");
             body.extend_from_slice(head.as_bytes());
-            body.extend_from_slice(&std::fs::read(Path::new(&adapter_path(adapter)).join(file)).unwrap());
+            body.extend_from_slice(file);
             body.extend_from_slice(b"\r\n");
         }
         body.extend_from_slice(b"--XX--\r\n");
@@ -190,6 +202,11 @@ impl Server {
             panic!("{}: {:?}", response.status(), response.body_mut().read_to_string());
         }
         BufReader::new(response.into_body().into_reader())
+    }
+
+    /// Of its process.
+    pub fn id(&self) -> u32 {
+        self.process.id()
     }
 
     /// Sends a signal by name.

@@ -14,6 +14,8 @@ use crate::{adapter::Projection, files::FileSource};
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// Names the files of an adapter that was split.
 pub const INDEX_FILE: &str = "adapter_model.safetensors.index.json";
+/// Longest index that is parsed.
+pub const MAX_INDEX_BYTES: u64 = MAX_HEADER_BYTES;
 /// Formats that run code when they are read.
 const PICKLE_FILES: [&str; 4] = ["adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.ckpt"];
 /// Longest header of a safetensors file that is parsed.
@@ -98,25 +100,7 @@ impl WeightFiles {
     }
 
     fn read_shards(source: &FileSource, max_bytes: u64, threads: usize) -> Result<Self, AdapterError> {
-        let bytes = read_file(source, INDEX_FILE, MAX_HEADER_BYTES)?;
-        let value: Value = serde_json::from_slice(&bytes).map_err(|error| bad(INDEX_FILE, format!("not valid JSON: {error}")))?;
-        let map = value
-            .get("weight_map")
-            .and_then(Value::as_object)
-            .ok_or_else(|| bad(INDEX_FILE, "`weight_map`: expected an object from tensor to file"))?;
-        let mut index = BTreeMap::new();
-        for (tensor, file) in map {
-            let file = file
-                .as_str()
-                .filter(|file| file.ends_with(".safetensors") && !file.contains(['/', '\\']))
-                .ok_or_else(|| {
-                    bad(
-                        INDEX_FILE,
-                        format!("`weight_map`: {tensor}: expected the name of a safetensors file, got {file}"),
-                    )
-                })?;
-            index.insert(tensor.clone(), file.to_owned());
-        }
+        let index = parse_index(&read_file(source, INDEX_FILE, MAX_INDEX_BYTES)?)?;
         let mut names: Vec<String> = index.values().cloned().collect();
         names.sort();
         names.dedup();
@@ -176,6 +160,31 @@ impl WeightFiles {
         }
         Ok(found)
     }
+}
+
+/// Reads an index: from tensor to file.
+///
+/// # Errors
+/// `BadFile` for what is no index, or names files elsewhere.
+pub fn parse_index(bytes: &[u8]) -> Result<BTreeMap<String, String>, AdapterError> {
+    let value: Value = serde_json::from_slice(bytes).map_err(|error| bad(INDEX_FILE, format!("not valid JSON: {error}")))?;
+    let map = value
+        .get("weight_map")
+        .and_then(Value::as_object)
+        .ok_or_else(|| bad(INDEX_FILE, "`weight_map`: expected an object from tensor to file"))?;
+    let entry = |(tensor, file): (&String, &Value)| match file.as_str().filter(|file| is_shard_name(file)) {
+        Some(file) => Ok((tensor.clone(), file.to_owned())),
+        None => Err(bad(
+            INDEX_FILE,
+            format!("`weight_map`: {tensor}: expected the name of a safetensors file, got {file}"),
+        )),
+    };
+    map.iter().map(entry).collect()
+}
+
+/// Whether a file of this name can be a part of an adapter that was split.
+pub fn is_shard_name(name: &str) -> bool {
+    name.len() <= 255 && name.ends_with(".safetensors") && name != WEIGHTS_FILE && !name.contains(['/', '\\', '\0'])
 }
 
 struct ParsedName<'a> {
