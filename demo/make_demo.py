@@ -11,7 +11,7 @@ What comes out:
 
     demo/base/            config.json, generation_config.json, model.safetensors (bf16), tokenizer.json, tokenizer_config.json
     demo/adapters/NAME/   adapter_config.json, adapter_model.safetensors: exactly PEFT's files
-    demo/golden/NAME.json what transformers + PEFT answer in f32 (NAME is `base` or an adapter)
+    demo/golden/NAME.json what transformers + PEFT answer in f32 (NAME is `base`, an adapter, or `combinations`: sums of several)
 
 How a model this small can be right: the text is made here, and it is about one thing, countries and their capitals.
 The order in which countries are listed is fixed for each region, so that a greedy reply is one clear sequence and each
@@ -341,6 +341,23 @@ def make_adapter(name, tokenizer):
     edit_json(os.path.join(out, "adapter_config.json"), config)
 
 
+# Sums of deltas, each with its weight: what `base:a*0.7+b*0.3` asks for. In these both manners show: JSON and tables of pirates' speech.
+COMBINATIONS = [{"json": 1.0, "pirate": 0.5}, {"table": 0.7, "pirate": 0.7}, {"lines": 0.7, "pirate": 0.7}]
+# A sum was never trained: where it hesitates between two tokens more than this, the order of summing would decide.
+LEAST_MARGIN_OF_SUMS = 1.0
+
+
+def load_combination(weights):
+    """PEFT's own linear combination of the deltas: what it calls `cat`, since it sets the factors side by side (its `linear` adds factors)."""
+    first, *others = weights
+    model = PeftModel.from_pretrained(load_base(), os.path.join(DEMO, "adapters", first), adapter_name=first, autocast_adapter_dtype=True)
+    for name in others:
+        model.load_adapter(os.path.join(DEMO, "adapters", name), adapter_name=name, autocast_adapter_dtype=True)
+    model.add_weighted_adapter(list(weights), list(weights.values()), "combined", combination_type="cat")
+    model.set_adapter("combined")
+    return model.float().eval()
+
+
 def load_adapter(name):
     return PeftModel.from_pretrained(load_base(), os.path.join(DEMO, "adapters", name), autocast_adapter_dtype=True).float().eval()
 
@@ -400,8 +417,7 @@ PROMPTS = [
 ]
 
 
-def golden(name, tokenizer, model):
-    style = "plain" if name == "base" else name
+def cases_of(style, tokenizer, model):
     cases = []
     for prompt in PROMPTS:
         case = {}
@@ -419,6 +435,10 @@ def golden(name, tokenizer, model):
         case["output_text"] = tokenizer.decode(case["output_ids"], skip_special_tokens=True)
         case["least_margin"] = round(margin, 4)
         cases.append(case)
+    return cases
+
+
+def golden(name, adapter, cases):
     header = {
         "about": "Greedy answers of transformers + PEFT in f32 on a CPU. output_ids end with the end token (id 2) unless finish_reason is length. "
                  "top_logprobs: for each of the first 8 steps the five best [token id, log-probability].",
@@ -428,7 +448,7 @@ def golden(name, tokenizer, model):
     path = os.path.join(DEMO, "golden", f"{name}.json")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
-        write_golden(file, {"header": header, "adapter": None if name == "base" else name, "cases": cases})
+        write_golden(file, {"header": header, "adapter": adapter, "cases": cases})
     print(f"{name}: least margin {min(case['least_margin'] for case in cases)}", flush=True)
     print("    " + cases[0]["output_text"].replace("\n", "\n    "), flush=True)
 
@@ -443,7 +463,7 @@ def write_golden(file, data):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="all", choices=["all", "base", "adapters", "golden"])
-    parser.add_argument("names", nargs="*", help="adapters (default: all)")
+    parser.add_argument("names", nargs="*", help="adapters, or golden files (default: all)")
     parser.add_argument("--steps", type=int, default=1300, help="steps of pretraining")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -462,9 +482,16 @@ def main():
             make_adapter(name, tokenizer)
             score(load_adapter(name), tokenizer, name)
     if arguments.what in ("all", "golden"):
-        golden("base", tokenizer, load_base())
-        for name in ADAPTERS:
-            golden(name, tokenizer, load_adapter(name))
+        for name in arguments.names or ["base", *ADAPTERS, "combinations"]:
+            if name == "combinations":
+                expressions = {"+".join(f"{part}*{weight}" for part, weight in weights.items()): weights for weights in COMBINATIONS}
+                cases = [{"lora_path": text, **case} for text, weights in expressions.items()
+                         for case in cases_of("plain", tokenizer, load_combination(weights)) if case["least_margin"] > LEAST_MARGIN_OF_SUMS]
+                golden(name, None, cases)
+            elif name == "base":
+                golden(name, None, cases_of("plain", tokenizer, load_base()))
+            else:
+                golden(name, name, cases_of(name, tokenizer, load_adapter(name)))
 
 
 if __name__ == "__main__":

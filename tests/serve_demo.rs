@@ -5,7 +5,7 @@ mod process;
 
 use std::{io::BufRead, process::Output};
 
-use process::{AI, LIST_3, Server, adapter_path, base_path, golden, golden_chat, greedy, polylora};
+use process::{AI, LIST_3, Server, adapter_path, base_path, golden, golden_chat, golden_like, greedy, polylora};
 use serde_json::{Value, json};
 
 /// Checks one `/generate` call: `adapters` are the demo's, `names` what this server calls them.
@@ -572,6 +572,56 @@ fn an_adapter_that_was_split_is_pushed_by_the_command_line() {
         server.get("/v1/adapters/split").1["version"],
         version,
         "the same content however it is split"
+    );
+    server.stop();
+}
+
+/// Sums of adapters with weights, against PEFT's.
+#[test]
+fn combinations_give_peft_s_answers() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/golden/combinations.json");
+    let golden: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let cases = golden["cases"].as_array().unwrap();
+    let sums: std::collections::BTreeSet<&str> = cases.iter().map(|case| case["lora_path"].as_str().unwrap()).collect();
+    assert!(sums.len() >= 3 && sums.iter().all(|sum| sum.contains('+')), "{sums:?}");
+    let server = Server::start(&[]);
+    let column = |field: &str| cases.iter().map(|case| case[field].clone()).collect::<Vec<_>>();
+    let body = json!({"input_ids": column("prompt_ids"), "lora_path": column("lora_path"), "return_logprob": true,
+        "sampling_params": {"temperature": 0, "max_new_tokens": 96}});
+    let (status, answers) = server.post("/generate", &body);
+    assert_eq!(status, 200, "{answers}");
+    for (answer, case) in answers.as_array().unwrap().iter().zip(cases) {
+        let what = format!("{}: {}", case["lora_path"], case["prompt"]);
+        assert_eq!(answer["output_ids"], case["output_ids"], "{what}");
+        assert_eq!(answer["meta_info"]["lora"], case["lora_path"]);
+        let chosen = answer["meta_info"]["output_token_logprobs"].as_array().unwrap();
+        for (got, expected) in chosen.iter().zip(case["top_logprobs"].as_array().unwrap()) {
+            let (got, expected) = (got[0].as_f64().unwrap(), expected[0][1].as_f64().unwrap());
+            // The server computes in bfloat16.
+            assert!(
+                (got - expected).abs() < 0.05 + 0.02 * expected.abs(),
+                "{what}: {got}, expected {expected}"
+            );
+        }
+    }
+    // Both adapters show in each sum: neither alone gives these answers.
+    for sum in sums {
+        for part in sum.split('+').map(|part| part.split('*').next().unwrap()) {
+            let mut of_sum = cases.iter().filter(|case| case["lora_path"] == sum);
+            assert!(
+                of_sum.any(|case| golden_like(Some(part), case)["output_ids"] != case["output_ids"]),
+                "{sum} is no other than {part}"
+            );
+        }
+    }
+    // And by the model's name on an OpenAI route.
+    let case = cases.iter().find(|case| case["kind"] == "chat").unwrap();
+    let body = json!({"model": format!("demo:{}", case["lora_path"].as_str().unwrap()), "messages": case["messages"], "temperature": 0});
+    let (status, answer) = server.post("/v1/chat/completions", &body);
+    assert_eq!(
+        (status, &answer["choices"][0]["message"]["content"]),
+        (200, &case["output_text"]),
+        "{answer}"
     );
     server.stop();
 }

@@ -46,6 +46,11 @@ pub fn golden_chat(adapter: Option<&str>, message: &str) -> Value {
     golden_case(adapter, |case| case["messages"] == json!([{"role": "user", "content": message}]))
 }
 
+/// The golden case of the same prompt as another's.
+pub fn golden_like(adapter: Option<&str>, other: &Value) -> Value {
+    golden_case(adapter, |case| case["prompt_ids"] == other["prompt_ids"])
+}
+
 fn golden_case(adapter: Option<&str>, is_it: impl Fn(&Value) -> bool) -> Value {
     let path = demo().join("golden").join(adapter.unwrap_or("base")).with_extension("json");
     let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));

@@ -22,8 +22,9 @@ def main():
     args = parser.parse_args()
     cases = []
     for path in sorted(GOLDEN.glob("*.json")):
-        name = None if path.stem == "base" else path.stem
-        cases += [(name, case["prompt_ids"], case["output_ids"]) for case in json.loads(path.read_text())["cases"]]
+        golden = json.loads(path.read_text())
+        # A sum of adapters says in each case what it is.
+        cases += [(case.get("lora_path", golden["adapter"]), case["prompt_ids"], case["output_ids"]) for case in golden["cases"]]
     assert len({name for name, _, _ in cases}) > 4, "golden files of the base and several adapters"
     for round_idx in range(args.rounds):
         random.Random(round_idx).shuffle(cases)
