@@ -919,9 +919,15 @@ mod tests {
                 num_blocks: 12,
                 ..capacity()
             };
-            let engine = start_with_adapter(few, |backend| backend.is_pipelined = is_pipelined);
+            let (open, gate) = sync_channel(0);
+            let engine = start_with_adapter(few, |backend| {
+                backend.gate = Some(gate);
+                backend.is_pipelined = is_pipelined;
+            });
             check_end("preempted", &engine, |engine| {
                 let streams: Vec<_> = (0..6).map(|_| engine.submit(ask_a(engine, 30)).expect("there is room")).collect();
+                // Not before all are there, so that they meet.
+                drop(open);
                 streams.into_iter().for_each(|stream| assert_eq!(tokens(&collect(stream)).len(), 30));
                 assert!(engine.stats().preemptions_total > 0);
             });
@@ -1173,6 +1179,91 @@ mod tests {
             assert_eq!(without_cached_tokens(collect(engine.submit(ask(20)).expect("it starts"))), expected);
             drop(open);
             assert_empty(&engine);
+        }
+    }
+
+    /// Submits from the flood before every step, so that its queue never empties, and gives the steps until the last of `few` has ended.
+    fn steps_beside_a_flood(is_pipelined: bool, adapter_bytes: usize, flood: impl Fn() -> GenerationRequest, few: Vec<GenerationRequest>) -> usize {
+        let (open, gate) = sync_channel(0);
+        let mut backend = FakeBackend::new(Capacity { adapter_bytes, ..capacity() });
+        backend.gate = Some(gate);
+        backend.is_pipelined = is_pipelined;
+        let config = EngineConfig {
+            max_queued_requests: 1000,
+            ..config()
+        };
+        let engine = try_start(Box::new(backend), config, decoder()).expect("limits that fit");
+        let submit = |request| engine.submit(request).expect("there is room");
+        let mut flooding: Vec<TokenStream> = (0..100).map(|_| submit(flood())).collect();
+        (0..3).for_each(|_| open.send(()).expect("a step runs"));
+        let names = few
+            .iter()
+            .filter_map(|request| request.adapter.as_ref())
+            .map(|lease| lease.name().clone());
+        let names: Vec<Arc<str>> = names.filter(|name| **name != *"hot").collect();
+        let mut few: Vec<TokenStream> = few.into_iter().map(submit).collect();
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        let mut steps = 0;
+        while !few.is_empty() {
+            flooding.push(submit(flood()));
+            open.send(()).expect("a step runs");
+            steps += 1;
+            assert!(steps < 500, "{} still wait", few.len());
+            few.retain_mut(|stream| {
+                let mut events = std::iter::from_fn(|| match stream.poll_next(&mut context) {
+                    std::task::Poll::Ready(event) => event,
+                    std::task::Poll::Pending => None,
+                });
+                !events.any(|event| event.is_terminal())
+            });
+        }
+        // Each has waited, and is counted under its own name.
+        for stats in engine.adapter_stats().into_iter().filter(|stats| names.contains(&stats.name)) {
+            assert_eq!((stats.requests_total, stats.admitted_total, stats.waiting, stats.running), (1, 1, 0, 0));
+            assert!(stats.waiting_seconds_total > 0.0);
+        }
+        let hot = engine
+            .adapter_stats()
+            .into_iter()
+            .find(|stats| &*stats.name == "hot")
+            .expect("it is counted");
+        assert!(hot.waiting >= 50, "the flood has not ended: {hot:?}");
+        assert!(hot.output_tokens_total > 0, "and is served beside them");
+        drop((open, flooding));
+        while !block_on(engine.flush_cache()) {
+            std::thread::yield_now();
+        }
+        assert_empty(&engine);
+        steps
+    }
+
+    /// Twelve requests of others, each on an adapter of its own, more than a batch may have and, at last, than there is room for. Alone they
+    /// take 27 steps and more: 96 tokens, at most four a step and two adapters a step, and their prompts.
+    #[test]
+    fn an_adapter_that_floods_lets_the_others_have_their_turns() {
+        let leases = LeaseCount::default();
+        for (is_pipelined, adapter_bytes) in [(false, 2000), (true, 2000), (false, 200), (true, 200)] {
+            let ask = |name: &str, number| request(vec![1, 2, 3], 8, Some(leases.lease(name, &host_adapter(number, 100))));
+            let few = (1..13).map(|number| ask(&format!("cold-{number}"), number)).collect();
+            let steps = steps_beside_a_flood(is_pipelined, adapter_bytes, || ask("hot", 0), few);
+            // First come, first served would be 100 requests of the flood's before the first of theirs: 200 steps and more.
+            assert!(steps <= 130, "{steps} steps with {adapter_bytes} bytes");
+        }
+        assert_eq!(leases.get(), 0);
+    }
+
+    /// The same of tenants that share an adapter.
+    #[test]
+    fn a_tenant_that_floods_lets_the_others_have_their_turns() {
+        let leases = LeaseCount::default();
+        for is_pipelined in [false, true] {
+            let ask = |tenant: &str| GenerationRequest {
+                fairness_key: tenant.into(),
+                ..request(vec![1, 2, 3], 8, Some(leases.lease("hot", &host_adapter(0, 100))))
+            };
+            let few = (0..12).map(|tenant| ask(&tenant.to_string())).collect();
+            let steps = steps_beside_a_flood(is_pipelined, 2000, || ask("flood"), few);
+            assert!(steps <= 130, "{steps} steps");
         }
     }
 
