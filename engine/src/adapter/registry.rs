@@ -812,10 +812,14 @@ impl AdapterRegistry {
 
     /// Every registered adapter, least recently used first; those never used come first, in order of registration.
     pub fn list(&self) -> Vec<AdapterInfo> {
-        let state = self.shared.state.lock();
-        let mut entries: Vec<&Entry> = state.entries.values().collect();
-        entries.sort_by_key(|entry| (entry.last_used, entry.registration));
-        entries.into_iter().map(|entry| self.shared.info(entry)).collect()
+        let mut entries: Vec<_> = {
+            let state = self.shared.state.lock();
+            let sorted_by = |entry: &Entry| (entry.last_used, entry.registration);
+            state.entries.values().map(|entry| (sorted_by(entry), self.shared.info(entry))).collect()
+        };
+        // Sorted without the lock: there may be thousands.
+        entries.sort_unstable_by_key(|(key, _)| *key);
+        entries.into_iter().map(|(_, info)| info).collect()
     }
 
     /// One registered adapter; an expression (see `acquire`) is described by its parts, if there are all of them.
@@ -1047,7 +1051,7 @@ impl Shared {
         if !pinned {
             return Ok(());
         }
-        let others = state.entries.values().filter(|entry| entry.pinned && entry.name.as_ref() != name).count();
+        let others = state.num_pinned - usize::from(state.entries.get(name).is_some_and(|entry| entry.pinned));
         if others < self.config.max_pinned {
             return Ok(());
         }
@@ -2967,11 +2971,12 @@ mod tests {
     }
 
     mod random {
+        use futures::FutureExt;
         use proptest::prelude::*;
 
         use super::*;
 
-        /// What a client or a worker does.
+        /// What a client, a worker or an operator does.
         #[derive(Clone, Debug)]
         enum Action {
             Register(usize),
@@ -2981,9 +2986,12 @@ mod tests {
                 replace: bool,
                 pinned: bool,
             },
-            Unload(usize),
+            Unload(usize, UnloadMode),
             Acquire(usize),
-            StopWaiting(usize),
+            /// `n0*0.3`, or `n0+n1*0.3`.
+            AcquireSum(usize, Option<usize>, u8),
+            AcquireAll(usize, usize),
+            StopWaiting(prop::sample::Index),
             Clone(prop::sample::Index),
             Drop(prop::sample::Index),
             Pin(usize, bool),
@@ -2991,44 +2999,123 @@ mod tests {
 
         const NAMES: usize = 5;
         const LIMIT: usize = 3;
+        const COMBINATIONS: usize = 2;
+        /// What stays damaged.
+        const BAD: usize = 3;
 
         fn action() -> impl Strategy<Value = Action> {
             let name = 0..NAMES;
+            let mode = prop_oneof![Just(UnloadMode::Drain), Just(UnloadMode::Abort)];
             prop_oneof![
                 1 => name.clone().prop_map(Action::Register),
-                1 => (name.clone(), 0..4usize, any::<bool>(), any::<bool>()).prop_map(|(name, content, replace, pinned)| Action::Load {
+                2 => (name.clone(), 0..=BAD, any::<bool>(), any::<bool>()).prop_map(|(name, content, replace, pinned)| Action::Load {
                     name,
                     content,
                     replace,
                     pinned
                 }),
-                1 => name.clone().prop_map(Action::Unload),
-                4 => name.clone().prop_map(Action::Acquire),
-                1 => name.clone().prop_map(Action::StopWaiting),
+                1 => (name.clone(), mode).prop_map(|(name, mode)| Action::Unload(name, mode)),
+                3 => name.clone().prop_map(Action::Acquire),
+                3 => (name.clone(), prop::option::of(name.clone()), 1..4u8).prop_map(|(one, other, weight)| Action::AcquireSum(one, other, weight)),
+                1 => (name.clone(), name.clone()).prop_map(|(one, other)| Action::AcquireAll(one, other)),
+                1 => any::<prop::sample::Index>().prop_map(Action::StopWaiting),
                 1 => any::<prop::sample::Index>().prop_map(Action::Clone),
-                3 => any::<prop::sample::Index>().prop_map(Action::Drop),
+                4 => any::<prop::sample::Index>().prop_map(Action::Drop),
                 1 => (name, any::<bool>()).prop_map(|(name, pinned)| Action::Pin(name, pinned)),
             ]
         }
 
-        proptest! {
-            #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
+        /// A request that waits, and then holds.
+        enum Wait<'a> {
+            One(BoxFuture<'a, Result<AdapterLease, AdapterError>>),
+            All(BoxFuture<'a, Result<Vec<AdapterLease>, AdapterError>>),
+        }
 
-            /// Whatever happens in whatever order: counts add up, limits hold, and in the end nothing is held.
+        impl Wait<'_> {
+            /// What it has come to, if it has.
+            fn poll(&mut self) -> Option<Vec<AdapterLease>> {
+                let result = match self {
+                    Wait::One(future) => future.now_or_never()?.map(|lease| vec![lease]),
+                    Wait::All(future) => future.now_or_never()?,
+                };
+                Some(result.unwrap_or_default())
+            }
+        }
+
+        struct Clients<'a> {
+            registry: &'a AdapterRegistry,
+            waiting: Vec<Wait<'a>>,
+            /// With the number of the lease: clones share it.
+            leases: Vec<(usize, AdapterLease)>,
+            next: usize,
+        }
+
+        impl<'a> Clients<'a> {
+            fn acquire(&mut self, name: &str) {
+                // The future borrows its name for as long as it lives; a few bytes a case are left.
+                let name: &'static str = name.to_owned().leak();
+                self.waiting.push(Wait::One(self.registry.acquire(name)));
+            }
+
+            fn acquire_all(&mut self, names: [&str; 2]) {
+                let names = names.map(|name| &*name.to_owned().leak()).to_vec().leak();
+                self.waiting.push(Wait::All(self.registry.acquire_all(names)));
+            }
+
+            /// Lets every waiting request go on as far as it can.
+            fn poll(&mut self) {
+                for mut wait in std::mem::take(&mut self.waiting) {
+                    match wait.poll() {
+                        None => self.waiting.push(wait),
+                        Some(leases) => {
+                            for lease in leases {
+                                self.leases.push((self.next, lease));
+                                self.next += 1;
+                            }
+                        }
+                    }
+                }
+            }
+
+            /// Leases as the registry counts them: a combination has its own and its parts'.
+            fn counted(&self) -> usize {
+                let distinct: HashMap<usize, usize> = self.leases.iter().map(|(number, lease)| (*number, 1 + parts_of(lease).len())).collect();
+                distinct.values().sum()
+            }
+        }
+
+        /// The names in a combination's expression; none for an adapter.
+        fn parts_of(lease: &AdapterLease) -> Vec<&str> {
+            let name: &str = lease.name();
+            if !name.contains(['+', '*']) {
+                return Vec::new();
+            }
+            name.split('+').filter_map(|part| part.split('*').next()).collect()
+        }
+
+        proptest! {
+            #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(96) })]
+
+            /// Whatever happens in whatever order: counts add up, limits hold, whoever waits is answered, and in the end nothing is held.
             #[test]
-            fn leases_and_bounds_are_conserved(actions in prop::collection::vec(action(), 1..60)) {
-                // The last content is damaged.
+            fn leases_and_bounds_are_conserved(actions in prop::collection::vec(action(), 1..80)) {
                 let contents = folder(&["0", "1", "2", "3"]);
-                std::fs::write(contents.path().join("3/adapter_model.safetensors"), b"bad").unwrap();
+                std::fs::write(contents.path().join(BAD.to_string()).join("adapter_model.safetensors"), b"bad").unwrap();
+                let bytes = load_adapter(&source_of(&contents, "0"), &tiny_decoder(), &limits()).unwrap().0.bytes();
+                // Two adapters and their sum fit, and one more.
+                let limit_bytes = 5 * bytes;
                 let registry = registry(|config| {
                     config.max_loaded_loras = Some(LIMIT);
+                    config.max_loaded_bytes = Some(limit_bytes);
+                    config.max_combinations = COMBINATIONS;
                     config.max_pinned = 2;
-                    config.room_timeout = Duration::ZERO;
+                    config.loader_threads = 2;
+                    // Whoever waits for room waits until there is some.
+                    config.room_timeout = Duration::from_secs(3600);
                 });
                 let request = |name: usize, content: usize| LoadRequest { name: format!("n{name}"), ..request_in(&contents, &content.to_string()) };
-                // Leases with the number of requests that they stand for: clones share one.
-                let mut leases: Vec<(usize, AdapterLease)> = Vec::new();
-                let mut next = 0;
+                let mut clients = Clients { registry: &registry, waiting: Vec::new(), leases: Vec::new(), next: 0 };
+                let (mut unloadings, mut unloaded) = (Vec::new(), HashSet::new());
                 for action in actions {
                     match action {
                         Action::Register(name) => drop(registry.register(request(name, name % 4))),
@@ -3036,62 +3123,86 @@ mod tests {
                             let known = registry.info(&format!("n{name}"));
                             let result = block_on(registry.load(LoadRequest { replace, pinned, ..request(name, content) }));
                             match result {
-                                Ok(_) => prop_assert!(content != 3 && (known.is_none() || replace)),
+                                Ok(_) => prop_assert!(content != BAD && (known.is_none() || replace)),
                                 // As before, but for what others may have evicted.
                                 Err(_) => prop_assert_eq!(known.is_some(), registry.info(&format!("n{name}")).is_some()),
                             }
                         }
-                        Action::Unload(name) => {
+                        Action::Unload(name, mode) => {
                             let name = format!("n{name}");
-                            leases.retain(|(_, lease)| **lease.name() != *name);
                             let known = registry.info(&name);
-                            match unload(&registry, &name) {
-                                Ok(report) => prop_assert_eq!(report.waited_for, 0),
+                            match registry.unload(&name, mode) {
+                                Ok(unloading) => unloadings.push(unloading),
                                 Err(_) => prop_assert!(known.is_none()),
                             }
                             prop_assert!(registry.info(&name).is_none());
-                        }
-                        Action::Acquire(name) => {
-                            if let Ok(lease) = acquire(&registry, &format!("n{name}")) {
-                                leases.push((next, lease));
-                                next += 1;
+                            let was_unloaded = !unloaded.insert(name.clone());
+                            for (_, lease) in &clients.leases {
+                                let uses = **lease.name() == *name || parts_of(lease).contains(&&*name);
+                                let is_forced = known.is_some() && mode == UnloadMode::Abort && !was_unloaded;
+                                prop_assert!(!is_forced || !uses || lease.is_revoked(), "{lease:?}");
                             }
+                            // Who runs them ends them.
+                            clients.leases.retain(|(_, lease)| !lease.is_revoked());
                         }
-                        Action::StopWaiting(name) => {
-                            let name = format!("n{name}");
-                            drop(futures::FutureExt::now_or_never(registry.acquire(&name)));
+                        Action::Acquire(name) => clients.acquire(&format!("n{name}")),
+                        Action::AcquireSum(one, other, weight) => match other.filter(|other| *other != one) {
+                            None => clients.acquire(&format!("n{one}*0.{weight}")),
+                            Some(other) => clients.acquire(&format!("n{one}+n{other}*0.{weight}")),
+                        },
+                        Action::AcquireAll(one, other) => clients.acquire_all([&format!("n{one}"), &format!("n{other}")]),
+                        Action::StopWaiting(index) if !clients.waiting.is_empty() => drop(clients.waiting.swap_remove(index.index(clients.waiting.len()))),
+                        Action::Clone(index) if !clients.leases.is_empty() => {
+                            let lease = index.get(&clients.leases).clone();
+                            clients.leases.push(lease);
                         }
-                        Action::Clone(index) if !leases.is_empty() => {
-                            let lease = index.get(&leases).clone();
-                            leases.push(lease);
+                        Action::Drop(index) if !clients.leases.is_empty() => {
+                            let place = index.index(clients.leases.len());
+                            drop(clients.leases.swap_remove(place));
                         }
-                        Action::Drop(index) if !leases.is_empty() => drop(leases.swap_remove(index.index(leases.len()))),
-                        Action::Clone(_) | Action::Drop(_) => {}
+                        Action::StopWaiting(_) | Action::Clone(_) | Action::Drop(_) => {}
                         Action::Pin(name, pinned) => drop(registry.pin(&format!("n{name}"), pinned)),
                     }
+                    clients.poll();
                     let stats = registry.stats();
                     prop_assert!(stats.loaded <= LIMIT, "{} loaded", stats.loaded);
+                    prop_assert!(stats.loaded_bytes <= limit_bytes, "{} bytes", stats.loaded_bytes);
+                    prop_assert!(stats.combinations <= COMBINATIONS, "{} combinations", stats.combinations);
                     prop_assert!(stats.pinned <= 2, "{} pinned", stats.pinned);
-                    // Loads that nobody waits for any more may hold a lease for a moment.
-                    let distinct: HashSet<usize> = leases.iter().map(|(request, _)| *request).collect();
-                    if stats.loading == 0 {
-                        prop_assert_eq!(registry.stats().leases, distinct.len());
+                    prop_assert!(stats.leases >= clients.counted());
+                    // Loads and sums that are not done may hold a lease, also after whoever waited for them has gone.
+                    if stats.loading == 0 && stats.waiting_for_room == 0 && clients.waiting.is_empty() {
+                        prop_assert_eq!(registry.stats().leases, clients.counted());
                     }
-                    for info in registry.list() {
-                        let own: HashSet<usize> =
-                            leases.iter().filter(|(_, lease)| *lease.name() == info.name).map(|(request, _)| *request).collect();
-                        prop_assert!(info.leases >= own.len());
-                        if !own.is_empty() && info.pinned {
-                            prop_assert!(info.version.is_some());
-                        }
+                    // Leases on a name that was unloaded are not the next one's of that name.
+                    for info in registry.list().iter().filter(|info| !unloaded.contains(&*info.name)) {
+                        let uses = |lease: &AdapterLease| *lease.name() == info.name || parts_of(lease).contains(&&*info.name);
+                        let own: HashSet<usize> = clients.leases.iter().filter(|(_, lease)| uses(lease)).map(|(number, _)| *number).collect();
+                        prop_assert!(info.leases >= own.len(), "{info:?}");
                     }
                 }
-                leases.clear();
-                while registry.stats().loading > 0 {
+                // Without pins there is room for any one request: each is answered, if those that were end.
+                for name in 0..NAMES {
+                    drop(registry.pin(&format!("n{name}"), false));
+                }
+                let end = Instant::now() + Duration::from_secs(120);
+                while !clients.waiting.is_empty() {
+                    clients.leases.clear();
+                    clients.poll();
+                    prop_assert!(Instant::now() < end, "{} wait for ever: {:?}", clients.waiting.len(), registry.stats());
+                    std::thread::yield_now();
+                }
+                clients.leases.clear();
+                for unloading in &unloadings {
+                    prop_assert_eq!(block_on(unloading.drained()).still_running, 0);
+                }
+                while registry.stats().loading > 0 || registry.stats().waiting_for_room > 0 {
+                    prop_assert!(Instant::now() < end, "work that nobody ends: {:?}", registry.stats());
                     std::thread::yield_now();
                 }
                 prop_assert_eq!(registry.stats().leases, 0);
                 prop_assert!(registry.list().iter().all(|info| info.leases == 0));
+                prop_assert_eq!(registry.shared.parked.load(Ordering::SeqCst), 0);
             }
         }
     }
