@@ -82,6 +82,8 @@ pub struct Limits {
     pub max_loaded: Option<usize>,
     pub max_loaded_bytes: Option<usize>,
     pub step_tokens: usize,
+    /// Of the CPU backend.
+    pub num_threads: usize,
 }
 
 /// Room for everything.
@@ -94,6 +96,7 @@ pub const ROOMY: Limits = Limits {
     max_loaded: None,
     max_loaded_bytes: None,
     step_tokens: 512,
+    num_threads: 2,
 };
 
 /// What the engine is told of a device.
@@ -125,22 +128,29 @@ fn backend(files: &FileSource, decoder: &DecoderConfig, limits: &Limits) -> (Box
         return (Box::new(backend), device);
     }
     assert!(!on_cuda(), "POLYLORA_TEST_DEVICE=cuda needs --features cuda");
-    let options = CpuOptions {
+    let backend = CpuBackend::load(files, decoder, &cpu_options(limits)).expect("the demo model loads");
+    let device = cpu_device(&backend);
+    (Box::new(backend), device)
+}
+
+fn cpu_options(limits: &Limits) -> CpuOptions {
+    CpuOptions {
         dtype: ComputeDtype::Float32,
-        num_threads: 2,
+        num_threads: limits.num_threads,
         kv_cache: KvBudget::Blocks(limits.num_blocks),
         block_size: limits.block_size,
         max_batch_tokens: limits.step_tokens,
         adapter_bytes: limits.adapter_bytes,
         max_adapters_per_batch: limits.max_loras,
-    };
-    let backend = CpuBackend::load(files, decoder, &options).expect("the demo model loads");
-    let device = Device {
+    }
+}
+
+fn cpu_device(backend: &CpuBackend) -> Device {
+    Device {
         name: backend.device_name(),
         dtype: backend.dtype().name(),
         packed: PackedDtype::F32,
-    };
-    (Box::new(backend), device)
+    }
 }
 
 fn on_cuda() -> bool {
@@ -152,6 +162,17 @@ pub fn start(limits: &Limits) -> Arc<LlmEngine> {
     let read = |name: &str| files.open(name).expect("a file of the demo model").to_vec();
     let decoder = Arc::new(DecoderConfig::from_json(&read("config.json"), Some(&read("generation_config.json"))).expect("a configuration"));
     let (backend, device) = backend(&files, &decoder, limits);
+    engine(decoder, backend, device, limits)
+}
+
+/// An engine on the CPU in f32 over random weights of this shape.
+pub fn start_random(decoder: DecoderConfig, limits: &Limits) -> Arc<LlmEngine> {
+    let backend = CpuBackend::random(&decoder, 1, &cpu_options(limits)).expect("a shape that the CPU backend runs");
+    let device = cpu_device(&backend);
+    engine(Arc::new(decoder), Box::new(backend), device, limits)
+}
+
+fn engine(decoder: Arc<DecoderConfig>, backend: Box<dyn Backend>, device: Device, limits: &Limits) -> Arc<LlmEngine> {
     let lora = LoraConfig {
         max_loras_per_batch: limits.max_loras,
         max_loaded_loras: limits.max_loaded,
@@ -231,9 +252,14 @@ pub fn submit(engine: &LlmEngine, case: &Case) -> TokenStream {
 
 /// Reads a stream to its end and compares it with the golden answer.
 pub fn check(case: &Case, mut stream: TokenStream) {
+    check_events(case, std::iter::from_fn(|| stream.blocking_next()));
+}
+
+/// Compares all events of a stream with the golden answer.
+pub fn check_events(case: &Case, events: impl IntoIterator<Item = TokenEvent>) {
     let mut output = Vec::new();
     let mut end = None;
-    while let Some(event) = stream.blocking_next() {
+    for event in events {
         assert!(end.is_none(), "nothing follows the end");
         match event {
             TokenEvent::Started { .. } => {}
