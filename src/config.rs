@@ -225,6 +225,10 @@ struct ServeArgs {
     /// coming evenly. Unset: 128 on the CPU, 1024 on CUDA.
     #[arg(long, value_name = "TOKENS", help_heading = "Engine")]
     mixed_prefill_size: Option<usize>,
+    /// Where the GEMM algorithms are kept that a start on a CUDA device picked by measuring, so that the next start need not; `none`:
+    /// nowhere. Unset: `polylora` in `$XDG_CACHE_HOME` or `~/.cache`.
+    #[arg(long, value_name = "DIR", help_heading = "Engine")]
+    gemm_tuning_dir: Option<PathBuf>,
     /// Positions per KV block.
     #[arg(long, alias = "page-size", default_value_t = 16, value_name = "TOKENS", help_heading = "Engine")]
     block_size: usize,
@@ -405,6 +409,8 @@ pub struct EngineSettings {
     pub prefix_caching: bool,
     /// Largest batch decoded through a graph.
     pub cuda_graph_max_bs: Option<usize>,
+    /// Where GEMM algorithms that were measured are kept.
+    pub gemm_tuning_dir: Option<PathBuf>,
 }
 
 /// How log lines look.
@@ -651,6 +657,12 @@ impl Environment {
         self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
     }
 
+    /// Where programs keep what they could make again.
+    fn cache_dir(&self) -> Option<PathBuf> {
+        let cache = self.get("XDG_CACHE_HOME").map(PathBuf::from);
+        cache.or_else(|| self.get("HOME").map(|home| Path::new(home).join(".cache")))
+    }
+
     /// `HF_HUB_OFFLINE=1` and the like.
     fn is_on(&self, name: &str) -> bool {
         self.get(name)
@@ -778,7 +790,7 @@ impl Config {
         let is_loopback = args.host == "localhost" || args.host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
         let source_policy = SourcePolicy::new(&args.lora_root, &args.lora_hub_org, is_loopback || auth.is_enabled())?;
         let lora = LoraSettings::from_args(&args, &model, &served_model_name)?;
-        let engine = EngineSettings::from_args(&args)?;
+        let engine = EngineSettings::from_args(&args, environment)?;
         require(args.context_length != Some(0), || "--context-length must be at least 1".to_owned())?;
         require(args.load_format == LoadFormat::Auto || model != ModelSource::Demo, || {
             "--load-format dummy needs --model-path, a folder with a config.json".to_owned()
@@ -1015,7 +1027,7 @@ fn target_modules(given: &[String]) -> Result<TargetModules, String> {
 
 impl EngineSettings {
     /// With the bound on metrics, which is checked alike.
-    fn from_args(args: &ServeArgs) -> Result<(Self, usize), String> {
+    fn from_args(args: &ServeArgs, environment: &Environment) -> Result<(Self, usize), String> {
         require(args.tp_size == 1, || {
             format!(
                 "--tp-size {}: a model over several GPUs is not built yet, only 1 is possible; run one server per GPU behind a router",
@@ -1065,6 +1077,10 @@ impl EngineSettings {
             block_size,
             prefix_caching: !args.disable_radix_cache,
             cuda_graph_max_bs: args.cuda_graph_max_bs,
+            gemm_tuning_dir: match &args.gemm_tuning_dir {
+                None => environment.cache_dir().map(|cache| cache.join("polylora")),
+                Some(directory) => Some(directory.clone()).filter(|directory| directory != Path::new("none")),
+            },
         };
         Ok((settings, args.metrics_max_adapters))
     }
@@ -1074,8 +1090,7 @@ impl HubConfig {
     /// From the variables that every tool of the Hub reads.
     pub fn from_environment(environment: &Environment) -> Self {
         let home = environment.get("HF_HOME").map(PathBuf::from).unwrap_or_else(|| {
-            let cache = environment.get("XDG_CACHE_HOME").map(PathBuf::from);
-            let cache = cache.or_else(|| environment.get("HOME").map(|home| Path::new(home).join(".cache")));
+            let cache = environment.cache_dir();
             cache.unwrap_or_else(|| PathBuf::from(".cache")).join("huggingface")
         });
         let token = environment.get("HF_TOKEN").map(str::to_owned);

@@ -113,6 +113,7 @@ pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result
         block_size: 16,
         prefix_caching: false,
         cuda_graph_max_bs: None,
+        gemm_tuning_dir: None,
     };
     let compute = compute_dtype(args.dtype, weights.dtype(&decoder)?);
     let blocks = max_batch * (args.prompt_tokens + args.output_tokens).div_ceil(settings.block_size);

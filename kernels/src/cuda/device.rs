@@ -106,8 +106,7 @@ pub fn devices() -> Result<Vec<DeviceInfo>, CudaError> {
         return Err(missing("cuBLASLt (libcublasLt.so.13) is not found; put its folder in LD_LIBRARY_PATH"));
     }
     driver!(cuInit(0)).map_err(|error| missing(&format!("the CUDA driver does not start: {error}")))?;
-    let mut version = 0;
-    driver!(cuDriverGetVersion(&mut version))?;
+    let version = driver_version()?;
     if version < MIN_DRIVER_VERSION {
         return Err(missing(&format!(
             "the CUDA driver supports CUDA {}.{}; {}.{} is needed (driver 580 or newer)",
@@ -128,6 +127,13 @@ pub fn devices() -> Result<Vec<DeviceInfo>, CudaError> {
         return Err(missing(&format!("{} has compute capability {major}.{minor}; 8.0 is needed", device.name)));
     }
     Ok(devices)
+}
+
+/// The newest CUDA that the driver supports: `13000` is 13.0.
+pub(super) fn driver_version() -> Result<i32, CudaError> {
+    let mut version = 0;
+    driver!(cuDriverGetVersion(&mut version))?;
+    Ok(version)
 }
 
 fn device_info(ordinal: i32) -> Result<DeviceInfo, CudaError> {

@@ -3,7 +3,7 @@
 //! By cuBLASLt; for few rows by a kernel of our own (`cuda/skinny_gemm.cu`, `cuda/stream_gemm.cu`) where [`Gemm::tune`] measures that it is
 //! faster on the device.
 //! Everything that a call of cuBLASLt needs is made once per shape and kept (a *plan*): descriptors, layouts, and the algorithm, which `tune`
-//! picks by measuring cuBLASLt's candidates.
+//! picks by measuring cuBLASLt's candidates. What it picks may be kept on disk ([`super::tuning`]).
 
 use std::{collections::HashMap, ffi::c_void, ptr, sync::Arc};
 
@@ -12,9 +12,10 @@ use half::bf16;
 
 use super::{
     CudaError, Device, DeviceBuffer, Event, LaunchConfig, Stream, View, arguments,
-    device::{Kernel, Module},
+    device::{Kernel, Module, driver_version},
     dimension, images, require, require_len,
     stream_gemm::{StreamCut, StreamGemm},
+    tuning::{TunedFor, Tuning},
 };
 
 const NAME: &str = "gemm";
@@ -88,20 +89,30 @@ impl GemmOutput<'_> {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum OutputKind {
     Bf16,
     F32,
     AddF32,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Key {
-    m: usize,
-    n: usize,
-    k: usize,
-    output: OutputKind,
-    bias: bool,
+/// A shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Key {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub output: OutputKind,
+    pub bias: bool,
+}
+
+/// What a shape is computed by.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Choice {
+    /// cuBLASLt with this algorithm (its words mean something to the same library alone).
+    Cublas([u64; 8]),
+    Skinny,
+    Stream(StreamCut),
 }
 
 /// Arguments of a GEMM.
@@ -186,6 +197,22 @@ pub enum OwnGemm {
     Stream(StreamCut),
 }
 
+impl From<OwnGemm> for Choice {
+    fn from(own: OwnGemm) -> Self {
+        match own {
+            OwnGemm::Skinny => Self::Skinny,
+            OwnGemm::Stream(cut) => Self::Stream(cut),
+        }
+    }
+}
+
+impl std::ops::AddAssign for Tuned {
+    fn add_assign(&mut self, other: Self) {
+        self.measured += other.measured;
+        self.known += other.known;
+    }
+}
+
 /// cuBLASLt with its workspace and its plans. For one stream at a time: the workspace is shared by all calls.
 pub struct Gemm {
     handle: sys::cublasLtHandle_t,
@@ -196,6 +223,18 @@ pub struct Gemm {
     stream: Option<StreamGemm>,
     /// Shapes that an own kernel is faster for.
     own: HashMap<Key, OwnGemm>,
+    /// What was found for shapes, here or in an earlier process.
+    tuning: Tuning,
+    tuned_for: TunedFor,
+}
+
+/// How [`Gemm::tune`] came to its choices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tuned {
+    /// Shapes that were measured.
+    pub measured: usize,
+    /// Shapes whose choice was known from before.
+    pub known: usize,
 }
 
 // SAFETY: handles may be used from any thread, one at a time (`&mut self`).
@@ -223,10 +262,27 @@ impl Gemm {
             ],
             stream: StreamGemm::load(device)?,
             own: HashMap::new(),
+            tuning: Tuning::default(),
+            tuned_for: tuned_for(device)?,
             handle,
             workspace: DeviceBuffer::uninit(device, WORKSPACE_BYTES)?,
             plans: HashMap::new(),
         })
+    }
+
+    /// What the choices of [`Self::tune`] are good for.
+    pub fn tuned_for(&self) -> &TunedFor {
+        &self.tuned_for
+    }
+
+    /// Choices of an earlier process with the same [`Self::tuned_for`]: `tune` does not measure these shapes again.
+    pub fn set_tuning(&mut self, tuning: Tuning) {
+        self.tuning = tuning;
+    }
+
+    /// What `set_tuning` gave and `tune` has found since.
+    pub fn tuning(&self) -> &Tuning {
+        &self.tuning
     }
 
     /// Enqueues a GEMM. A shape that was not seen before gets the algorithm that cuBLASLt thinks best.
@@ -252,7 +308,8 @@ impl Gemm {
 
     /// Picks the fastest kernel or algorithm for a shape by timing the candidates on `weights` in turn (several, so that they come from memory
     /// as in use, not from the cache), each run after `before`, as in use small kernels are what lies between GEMMs. y is left with any values.
-    /// A shape whose own kernel has been chosen for as many rows as that kernel's variant takes gets the same.
+    /// A shape whose own kernel has been chosen for as many rows as that kernel's variant takes gets the same, and what [`Self::set_tuning`]
+    /// knows is not measured again.
     ///
     /// # Errors
     /// As [`Self::launch`], and those of `before`.
@@ -262,15 +319,79 @@ impl Gemm {
         args: &GemmArgs<'_>,
         weights: &[View<'_, bf16>],
         before: impl Fn() -> Result<(), CudaError>,
-    ) -> Result<(), CudaError> {
+    ) -> Result<Tuned, CudaError> {
         args.check()?;
+        let key = args.key();
+        if let Some(&choice) = self.tuning.0.get(&key)
+            && self.adopt(args, choice)?
+        {
+            return Ok(Tuned { measured: 0, known: 1 });
+        }
+        let choice = self.measure(stream, args, weights, before)?;
+        self.tuning.0.insert(key, choice);
+        Ok(Tuned { measured: 1, known: 0 })
+    }
+
+    /// Takes a choice that was made before; false if it can't be, which leaves things as they are.
+    fn adopt(&mut self, args: &GemmArgs<'_>, choice: Choice) -> Result<bool, CudaError> {
+        let key = args.key();
+        let own = match choice {
+            Choice::Cublas(data) => {
+                let mut plan = new_plan(key)?;
+                plan.algorithm = sys::cublasLtMatmulAlgo_t { data };
+                if self.can_run(&plan) {
+                    self.own.remove(&key);
+                    self.plans.insert(key, plan);
+                    return Ok(true);
+                }
+                return Ok(false);
+            }
+            Choice::Skinny => OwnGemm::Skinny,
+            Choice::Stream(cut) => OwnGemm::Stream(cut),
+        };
+        if !self.own_candidates(args).contains(&own) {
+            return Ok(false);
+        }
+        self.own.insert(key, own);
+        Ok(true)
+    }
+
+    /// Whether cuBLASLt takes a plan's algorithm for its shape, with the workspace that there is.
+    fn can_run(&self, plan: &Plan) -> bool {
+        let mut result = sys::cublasLtMatmulHeuristicResult_t {
+            algo: plan.algorithm,
+            workspaceSize: 0,
+            state: cublasStatus_t::CUBLAS_STATUS_SUCCESS,
+            wavesCount: 0.0,
+            reserved: [0; 4],
+        };
+        let checked = cublas!(cublasLtMatmulAlgoCheck(
+            self.handle,
+            plan.operation,
+            plan.w,
+            plan.x,
+            plan.y,
+            plan.y,
+            &plan.algorithm,
+            &mut result
+        ));
+        checked.is_ok() && result.workspaceSize <= WORKSPACE_BYTES
+    }
+
+    fn measure(
+        &mut self,
+        stream: &Stream,
+        args: &GemmArgs<'_>,
+        weights: &[View<'_, bf16>],
+        before: impl Fn() -> Result<(), CudaError>,
+    ) -> Result<Choice, CudaError> {
         let key = args.key();
         let most_rows = self.stream.as_ref().and_then(|stream| stream.most_rows(args.m));
         if let Some(m) = most_rows.filter(|_| key.m > 1)
             && let Some(&own) = self.own.get(&Key { m, ..key })
         {
             self.own.insert(key, own);
-            return Ok(());
+            return Ok(own.into());
         }
         let mut plan = new_plan(key)?;
         let mut best = (f32::INFINITY, None);
@@ -288,16 +409,18 @@ impl Gemm {
             call: "cublasLtMatmul",
             status: format!("no algorithm for {key:?}"),
         })?;
+        let mut choice = Choice::Cublas(plan.algorithm.data);
         self.plans.insert(key, plan);
         self.own.remove(&key);
         for own in self.own_candidates(args) {
             let own_microseconds = time(stream, args, weights, &before, |args| self.enqueue_own(stream, args, own))?;
             if own_microseconds < microseconds {
                 self.own.insert(key, own);
+                choice = own.into();
                 microseconds = own_microseconds;
             }
         }
-        Ok(())
+        Ok(choice)
     }
 
     /// What a shape was given by [`Self::tune`]: an own kernel, or `None` for cuBLASLt.
@@ -421,6 +544,24 @@ impl Drop for Gemm {
         self.plans.clear();
         let _ = cublas!(cublasLtDestroy(self.handle));
     }
+}
+
+fn tuned_for(device: &Device) -> Result<TunedFor, CudaError> {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let info = device.info();
+    let (major, minor) = info.compute_capability;
+    // SAFETY: takes nothing; the library is open.
+    let cublas = unsafe { sys::cublasLtGetVersion() };
+    // Another hash, of another build, costs a measurement.
+    let mut kernels = DefaultHasher::new();
+    (images::SKINNY_GEMM, images::STREAM_GEMM).hash(&mut kernels);
+    Ok(TunedFor(format!(
+        "{}, compute capability {major}.{minor}, driver {}, cuBLASLt {cublas}, kernels {}-{:016x}",
+        info.name,
+        driver_version()?,
+        env!("CARGO_PKG_VERSION"),
+        kernels.finish()
+    )))
 }
 
 /// Microseconds of one `run` over `weights` in turn, in a graph, as steps are run.

@@ -16,6 +16,7 @@ pub mod rms_norm;
 pub mod rope_kv;
 pub mod sampling;
 mod stream_gemm;
+pub mod tuning;
 
 pub use device::{CudaError, Device, DeviceBuffer, DeviceInfo, Event, Graph, LaunchConfig, PinnedBuffer, RegisteredMemory, Stream, View, devices};
 

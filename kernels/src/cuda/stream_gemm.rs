@@ -42,10 +42,10 @@ const VARIANTS: [(usize, usize, &str); 12] = [
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StreamCut {
     /// Index of a variant.
-    variant: usize,
+    pub(super) variant: usize,
     /// Blocks that share a tile's sum.
-    num_splits: usize,
-    num_stages: usize,
+    pub(super) num_splits: usize,
+    pub(super) num_stages: usize,
 }
 
 struct Variant {

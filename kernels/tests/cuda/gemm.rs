@@ -3,7 +3,8 @@
 use polylora_kernels::{
     cuda::{
         View,
-        gemm::{Gemm, GemmArgs, GemmBias, GemmOutput},
+        gemm::{Gemm, GemmArgs, GemmBias, GemmOutput, Tuned},
+        tuning::Tuning,
     },
     reference,
 };
@@ -72,11 +73,37 @@ fn tuned_gemm_is_the_same() {
         n,
         k,
     };
-    gemm.tune(&gpu.stream, &args, &[device_w.view()], || Ok(())).unwrap();
+    let tune = |gemm: &mut Gemm| gemm.tune(&gpu.stream, &args, &[device_w.view()], || Ok(())).unwrap();
+    assert_eq!(tune(&mut gemm), Tuned { measured: 1, known: 0 });
+    let found = gemm.tuning().clone();
     gpu.stream.copy_to_device(y.view(), &poison_bf16(m * n)).unwrap();
     gemm.launch(&gpu.stream, &args).unwrap();
     let expected = reference::gemm(&widen(&x), m, &widen(&w), n, k, None);
     assert_close("tuned", &widen(&gpu.stream.download(y.view()).unwrap()), &expected, TOLERANCE);
+
+    // The same choice from what was kept, without measuring.
+    let mut later = Gemm::new(&gpu.device).unwrap();
+    assert_eq!(later.tuned_for(), gemm.tuned_for());
+    later.set_tuning(found.clone());
+    assert_eq!(tune(&mut later), Tuned { measured: 0, known: 1 });
+    assert_eq!(later.chosen(&args), gemm.chosen(&args));
+    assert_eq!(later.tuning(), &found);
+    gpu.stream.copy_to_device(y.view(), &poison_bf16(m * n)).unwrap();
+    later.launch(&gpu.stream, &args).unwrap();
+    assert_close("known", &widen(&gpu.stream.download(y.view()).unwrap()), &expected, TOLERANCE);
+
+    // Choices that cannot be run are measured again.
+    let directory = std::env::temp_dir().join(format!("polylora-tuned-{}", std::process::id()));
+    found.write(&directory, gemm.tuned_for()).unwrap();
+    let file = std::fs::read_dir(&directory).unwrap().next().unwrap().unwrap().path();
+    let text = std::fs::read_to_string(&file).unwrap();
+    let (before, _) = text.split_once("bf16 plain ").unwrap();
+    for impossible in ["stream 99 1 4", "stream 0 1 99", "cublas ffff 1 2 3 4 5 6 7"] {
+        std::fs::write(&file, format!("{before}bf16 plain {impossible}\nend 1\n")).unwrap();
+        later.set_tuning(Tuning::read(&directory, gemm.tuned_for()).unwrap());
+        assert_eq!(tune(&mut later), Tuned { measured: 1, known: 0 }, "{impossible}");
+    }
+    std::fs::remove_dir_all(&directory).unwrap();
 }
 
 #[test]

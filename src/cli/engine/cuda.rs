@@ -73,6 +73,7 @@ pub(super) fn start(mut inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine>
             .as_ref()
             .and_then(|lora| lora.max_lora_rank)
             .map_or(1, |rank| rank.max(MIN_BUFFER_RANK)) as usize,
+        tuning_directory: settings.gemm_tuning_dir.clone(),
         ..CudaOptions::default()
     };
     let backend = match &inputs.files {

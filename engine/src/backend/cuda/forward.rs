@@ -7,7 +7,7 @@ use polylora_kernels::cuda::{
     attention_decode::{AttentionDecode, AttentionDecodeArgs},
     attention_prefill::{AttentionPrefillArgs, PrefillTile},
     embedding::EmbeddingArgs,
-    gemm::{Gemm, GemmArgs, GemmBias, GemmOutput, OwnGemm},
+    gemm::{Gemm, GemmArgs, GemmBias, GemmOutput, OwnGemm, Tuned},
     lora::{ExpandInto, ItemRows, Lora, LoraItem, LoraItems, Shrunk},
     lora_output::{LoraOutput, OutputInto},
     rms_norm::RmsNormArgs,
@@ -364,12 +364,14 @@ impl Forward<'_> {
     }
 
     /// Picks the algorithms of a step with so many rows, by measuring. The buffers are left with any values, the residual with zeros.
-    pub fn tune(&self, gemm: &mut Gemm, rows: usize) -> Result<(), CudaError> {
+    pub fn tune(&self, gemm: &mut Gemm, rows: usize) -> Result<Tuned, CudaError> {
+        let mut tuned = Tuned::default();
         let (w, layers) = (self.workspace, &self.model.layers);
-        let Some(layer) = layers.first() else { return Ok(()) };
+        let Some(layer) = layers.first() else { return Ok(tuned) };
         let weights = |of: fn(&Layer) -> View<'_, bf16>| layers.iter().map(of).collect::<Vec<_>>();
-        let tune = |gemm: &mut Gemm, args: &GemmArgs<'_>, weights: &[View<'_, bf16>]| {
-            gemm.tune(self.stream, args, weights, || self.norm(&layer.input_norm, rows))
+        let mut tune = |gemm: &mut Gemm, args: &GemmArgs<'_>, weights: &[View<'_, bf16>]| {
+            tuned += gemm.tune(self.stream, args, weights, || self.norm(&layer.input_norm, rows))?;
+            Ok::<_, CudaError>(())
         };
         let qkv = bf16_args(&layer.qkv, w.normed.view(), w.qkv.view(), rows);
         tune(gemm, &qkv, &weights(|layer| layer.qkv.weight.view()))?;
@@ -383,7 +385,8 @@ impl Forward<'_> {
             tune(gemm, &self.head_args(rows), &[self.model.head()])?;
         }
         // Sums that were added again and again may have overflowed; padded rows are never written.
-        self.stream.fill_bytes(w.residual.view(), 0)
+        self.stream.fill_bytes(w.residual.view(), 0)?;
+        Ok(tuned)
     }
 
     fn head_args(&self, rows: usize) -> GemmArgs<'_> {

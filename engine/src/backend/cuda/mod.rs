@@ -6,7 +6,9 @@
 
 use std::{
     collections::{HashMap, VecDeque, hash_map::Entry},
+    path::{Path, PathBuf},
     sync::Arc,
+    time::Instant,
 };
 
 use half::bf16;
@@ -14,9 +16,10 @@ use polylora_kernels::cuda::{
     CudaError, Device, DeviceBuffer, Event, Graph, Kernels, PinnedBuffer, Stream,
     attention_decode::AttentionDecode,
     attention_prefill::AttentionPrefill,
-    gemm::Gemm,
+    gemm::{Gemm, Tuned},
     rope_kv::HeadShape,
     sampling::{MAX_TOP, SampleResult, SamplingArgs},
+    tuning::Tuning,
 };
 
 pub use polylora_kernels::cuda::{DeviceInfo, devices};
@@ -55,7 +58,7 @@ const MAX_IN_FLIGHT: usize = 2;
 const MAX_LOGITS_ROWS: usize = 256;
 
 /// How a [`CudaBackend`] is made.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct CudaOptions {
     /// Which device.
     pub device: usize,
@@ -77,6 +80,8 @@ pub struct CudaOptions {
     pub max_lora_rank: usize,
     /// Picks GEMM algorithms by measuring them at start; off, cuBLASLt's first proposal is taken.
     pub tune: bool,
+    /// Where that is kept for the next start.
+    pub tuning_directory: Option<PathBuf>,
     /// Captures decode steps in graphs; off, every kernel is launched by itself.
     pub graphs: bool,
 }
@@ -95,6 +100,7 @@ impl Default for CudaOptions {
             max_adapters_per_batch: 64,
             max_lora_rank: 64,
             tune: true,
+            tuning_directory: None,
             graphs: true,
         }
     }
@@ -338,12 +344,31 @@ impl CudaBackend {
             device,
         };
         if options.tune {
-            backend.tune(size.max_rows)?;
+            backend.tune_or_remember(size.max_rows, options.tuning_directory.as_deref())?;
         }
         Ok(backend)
     }
 
-    fn tune(&mut self, max_rows: usize) -> Result<(), CudaError> {
+    /// Files that can't be read or written cost the next start some time, nothing else.
+    fn tune_or_remember(&mut self, max_rows: usize, directory: Option<&Path>) -> Result<(), CudaError> {
+        let start = Instant::now();
+        if let Some(directory) = directory {
+            match Tuning::read(directory, self.gemm.tuned_for()) {
+                Ok(tuning) => self.gemm.set_tuning(tuning),
+                Err(error) => tracing::warn!(%error, "the GEMM algorithms are measured again"),
+            }
+        }
+        let Tuned { measured, known } = self.tune(max_rows)?;
+        tracing::info!(measured, known, seconds = start.elapsed().as_secs_f64(), "picked GEMM algorithms");
+        if let Some(directory) = directory.filter(|_| measured > 0)
+            && let Err(error) = self.gemm.tuning().write(directory, self.gemm.tuned_for())
+        {
+            tracing::warn!(%error, "the next start will measure GEMM algorithms again");
+        }
+        Ok(())
+    }
+
+    fn tune(&mut self, max_rows: usize) -> Result<Tuned, CudaError> {
         let Self {
             config,
             shape,
@@ -368,11 +393,13 @@ impl CudaBackend {
         };
         let chunks = [512, 1024, 2048, 4096, 8192].into_iter().filter(|&rows| rows <= max_rows);
         let buckets: Vec<usize> = plan::buckets(max_rows).collect();
+        let mut tuned = Tuned::default();
         // The most rows first: fewer may get what was found for them.
         for rows in buckets.into_iter().rev().chain(chunks) {
-            forward.tune(gemm, rows)?;
+            tuned += forward.tune(gemm, rows)?;
         }
-        stream.synchronize()
+        stream.synchronize()?;
+        Ok(tuned)
     }
 
     /// `cuda:0 (NVIDIA H100 80GB HBM3)`, for logs.
