@@ -28,7 +28,6 @@ use tower_http::{
 use crate::{
     aliases::Aliases,
     auth::{AdapterSources, Auth, Identity, RequestPermit},
-    constraint::GrammarCompiler,
     error::{ApiError, NativeError},
     extract::BodyTime,
     lifecycle::{LoadingNames, NameLocks},
@@ -40,7 +39,7 @@ use crate::{
     routing::ServedModel,
     state_dir::RuntimeState,
     telemetry,
-    tool_calls::ToolFormat,
+    text_side::{OwnSides, TextSide},
 };
 
 /// In and out: the request's id.
@@ -94,8 +93,10 @@ impl Default for Limits {
 pub struct Gateway {
     /// Generates.
     pub engine: Arc<dyn InferenceEngine>,
-    /// Makes prompts.
-    pub prompt: PromptProcessor,
+    /// The base model's way with text.
+    pub text: TextSide,
+    /// Those of adapters that have their own.
+    pub own_sides: Arc<OwnSides>,
     /// The base model's names.
     pub served: ServedModel,
     /// Where adapters come from.
@@ -122,10 +123,6 @@ pub struct Gateway {
     pub cors_origins: Vec<String>,
     /// `owned_by` of the models.
     pub owned_by: String,
-    /// Compiles grammars.
-    pub grammars: Arc<GrammarCompiler>,
-    /// How the model writes calls of functions; by default what its chat template teaches.
-    pub tool_format: ToolFormat,
     /// The running sequences.
     pub running: RunningRequests,
     started_at: SystemTime,
@@ -142,12 +139,11 @@ impl Gateway {
         let metrics = Arc::new(Metrics::new(served.name(), description, MetricsConfig::default()));
         let identity = format!("{}\n{}\n{}", served.path, description.architecture, description.dtype);
         let weight_version = Sha256::digest(identity)[..4].iter().map(|byte| format!("{byte:02x}")).collect();
-        let grammars = GrammarCompiler::new(Arc::clone(prompt.tokenizer()), description.vocab_size, description.eos_token_ids.clone());
+        let text = TextSide::new(prompt, description.vocab_size, description.eos_token_ids.clone());
         Self {
-            grammars: Arc::new(grammars),
-            tool_format: ToolFormat::of(prompt.templates()),
             engine,
-            prompt,
+            text,
+            own_sides: Arc::default(),
             served,
             sources,
             aliases: Arc::default(),
@@ -184,6 +180,11 @@ impl Gateway {
             }
             None => self.weight_version.clone(),
         }
+    }
+
+    /// The way with text of what a request runs on.
+    pub fn text(&self, adapter: Option<&polylora_engine::AdapterLease>) -> TextSide {
+        adapter.and_then(|lease| self.own_sides.of(lease)).unwrap_or_else(|| self.text.clone())
     }
 
     /// Finds models and adapters for a caller.

@@ -38,6 +38,13 @@ pub struct SpecialTokens {
     pub by_name: BTreeMap<String, String>,
 }
 
+impl SpecialTokens {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.by_name.is_empty()
+    }
+}
+
 /// One conversation to be rendered.
 #[derive(Debug, Serialize)]
 pub struct ChatInput<'a> {

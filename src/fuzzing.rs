@@ -216,7 +216,7 @@ fn pieces(text: &str, most: usize) -> Vec<&str> {
 
 /// Token ids, two bytes each, as text that comes token by token.
 pub fn detokenizer(data: &[u8]) {
-    let tokenizer = GATEWAY.prompt.tokenizer();
+    let tokenizer = GATEWAY.text.tokenizer();
     for skip_special_tokens in [false, true] {
         let mut detokenizer = Detokenizer::new(Arc::clone(tokenizer), skip_special_tokens, Vec::new());
         let mut text = String::new();

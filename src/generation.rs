@@ -250,6 +250,10 @@ impl Gateway {
         };
         // The engine generates at least one token: it is thrown away.
         job.text.discard_output = max_tokens == 0;
+        if !job.sampling.ignore_eos {
+            let ends = self.text(job.lease.as_ref()).end_tokens;
+            job.sampling.stop_token_ids.extend(ends.iter());
+        }
         job.sampling.max_tokens = max_tokens.max(1);
         job.text.min_tokens = job.sampling.min_tokens;
         job.text.stop_token_ids.clone_from(&job.sampling.stop_token_ids);
@@ -261,7 +265,11 @@ impl Gateway {
             return Err(ApiError::invalid("n", message));
         }
         self.check_stop(&job.text.stop)?;
-        job.sampling.validate(description.vocab_size)?;
+        let vocab_size = job
+            .lease
+            .as_ref()
+            .map_or(description.vocab_size, |lease| lease.vocab_size(description.vocab_size));
+        job.sampling.validate(vocab_size)?;
         Ok(job)
     }
 
@@ -290,6 +298,7 @@ impl Gateway {
         permit: &Arc<RequestPermit>,
         streams: &mut Vec<TextStream>,
     ) -> Result<(), ApiError> {
+        let text = self.text(job.lease.as_ref());
         for output in 0..job.n {
             let mut sampling = job.sampling.clone();
             // The first output is what `n = 1` gives; the others have streams of their own.
@@ -313,7 +322,7 @@ impl Gateway {
                 constraint: job.grammar.as_ref().map(|grammar| grammar.constraint()),
                 fairness_key: Arc::clone(&caller.fairness_key),
             })?;
-            let tokenizer = Arc::clone(self.prompt.tokenizer());
+            let tokenizer = Arc::clone(text.tokenizer());
             streams.push(TextStream::new(tokens, tokenizer, job.text.clone(), held));
         }
         Ok(())

@@ -187,7 +187,18 @@ impl Wanted {
                 // Not `consolidated.safetensors` and the like: the same weights again under another naming.
                 other => other.starts_with("model") && other.ends_with(".safetensors"),
             },
-            Self::Adapter => matches!(file, "adapter_config.json" | "adapter_model.safetensors"),
+            // Its tokenizer, too: an adapter may have tokens and a chat template of its own.
+            Self::Adapter => matches!(
+                file,
+                "adapter_config.json"
+                    | "adapter_model.safetensors"
+                    | "tokenizer.json"
+                    | "tokenizer_config.json"
+                    | "special_tokens_map.json"
+                    | "added_tokens.json"
+                    | "chat_template.jinja"
+                    | "chat_template.json"
+            ),
         }
     }
 
@@ -232,7 +243,7 @@ impl Hub {
         self.fetch(id, Wanted::Model)
     }
 
-    /// Fetches an adapter's configuration and safetensors; the folder that holds them.
+    /// Fetches an adapter's configuration, safetensors and tokenizer files, if it has any; the folder that holds them.
     ///
     /// # Errors
     /// See [`HubError`].

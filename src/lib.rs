@@ -32,5 +32,6 @@ pub mod server;
 pub mod state_dir;
 pub mod stream;
 pub mod telemetry;
+pub mod text_side;
 pub mod tokenizer;
 pub mod tool_calls;

@@ -4,6 +4,8 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use polylora_engine::FileSource;
 use serde_json::Value;
+use sha2::{Digest, Sha256};
+use tokenizers::AddedToken;
 
 use crate::{
     chat_template::{ChatInput, ChatTemplates, SpecialTokens, TemplateError},
@@ -12,7 +14,7 @@ use crate::{
 };
 
 /// Files of a model directory are read up to this size; the largest `tokenizer.json` known has 33 MB.
-const MAX_FILE_BYTES: u64 = 256 << 20;
+const MAX_FILE_BYTES: u64 = 128 << 20;
 /// Longer texts are tokenized on a thread that may block.
 const BLOCKING_TEXT_BYTES: usize = 16 << 10;
 
@@ -43,6 +45,19 @@ pub enum PromptError {
     Template(#[from] TemplateError),
 }
 
+impl PromptError {
+    /// Which file it is about, and what is wrong with it.
+    pub fn file_and_reason(&self) -> (&'static str, String) {
+        match self {
+            Self::Read { file, error } => (file, error.to_string()),
+            Self::Json { file, error } => (file, error.to_string()),
+            Self::Tokenizer(TokenizerError::BadFile(reason)) => (TextFiles::TOKENIZER, reason.clone()),
+            Self::Tokenizer(error) => (TextFiles::TOKENIZER, error.to_string()),
+            Self::Template(error) => (TextFiles::CONFIG, error.to_string()),
+        }
+    }
+}
+
 /// Sampling settings that a model's `generation_config.json` recommends, used where a request says nothing.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct SamplingDefaults {
@@ -59,10 +74,119 @@ pub struct SamplingDefaults {
 }
 
 /// A model's text side.
+#[derive(Clone)]
 pub struct PromptProcessor {
     tokenizer: Arc<TextTokenizer>,
-    templates: Option<ChatTemplates>,
+    templates: Option<Arc<ChatTemplates>>,
     defaults: SamplingDefaults,
+}
+
+/// What the tokenizer files of a folder say, of a model or of an adapter.
+#[derive(Clone, Default)]
+pub struct TextFiles {
+    /// The bytes of `tokenizer.json`.
+    pub tokenizer: Option<Vec<u8>>,
+    /// Chat templates by name.
+    pub templates: BTreeMap<String, String>,
+    /// What templates may name.
+    pub special_tokens: SpecialTokens,
+    /// Tokens that are said to be added, by id.
+    pub added: BTreeMap<u32, AddedToken>,
+    /// The file that says so.
+    pub added_file: Option<&'static str>,
+}
+
+/// A token of `added_tokens_decoder`.
+#[derive(serde::Deserialize)]
+struct SavedToken {
+    content: String,
+    #[serde(default)]
+    special: bool,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
+    #[serde(default)]
+    single_word: bool,
+    normalized: Option<bool>,
+}
+
+impl From<SavedToken> for AddedToken {
+    fn from(token: SavedToken) -> Self {
+        let added = Self::from(token.content, token.special)
+            .lstrip(token.lstrip)
+            .rstrip(token.rstrip)
+            .single_word(token.single_word);
+        match token.normalized {
+            Some(normalized) => added.normalized(normalized),
+            None => added,
+        }
+    }
+}
+
+impl TextFiles {
+    /// The tokenizer itself.
+    pub const TOKENIZER: &str = "tokenizer.json";
+    /// Its settings.
+    pub const CONFIG: &str = "tokenizer_config.json";
+    const SPECIAL_TOKENS: &str = "special_tokens_map.json";
+    const ADDED_TOKENS: &str = "added_tokens.json";
+    const TEMPLATE: &str = "chat_template.jinja";
+    const TEMPLATE_JSON: &str = "chat_template.json";
+
+    /// Reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`, `chat_template.jinja` and
+    /// `chat_template.json`; any may be missing.
+    ///
+    /// # Errors
+    /// `Read`, `Json`.
+    pub fn read(files: &FileSource) -> Result<Self, PromptError> {
+        let config = read_json(files, Self::CONFIG)?.unwrap_or_default();
+        let mut templates = templates_of(&config);
+        if let Some(json) = read_json(files, Self::TEMPLATE_JSON)? {
+            templates.extend(templates_of(&json));
+        }
+        if let Some(bytes) = read(files, Self::TEMPLATE)? {
+            templates.insert("default".into(), String::from_utf8_lossy(&bytes).into_owned());
+        }
+        let mut added = BTreeMap::new();
+        let mut added_file = None;
+        let wrong = |file: &'static str, error: serde_json::Error| PromptError::Json { file, error };
+        if let Some(json) = read_json(files, Self::ADDED_TOKENS)? {
+            let by_text: BTreeMap<String, u32> = serde_json::from_value(json).map_err(|error| wrong(Self::ADDED_TOKENS, error))?;
+            added.extend(by_text.into_iter().map(|(text, id)| (id, AddedToken::from(text, false))));
+            added_file = Some(Self::ADDED_TOKENS);
+        }
+        if let Some(decoder) = config.get("added_tokens_decoder").filter(|decoder| !decoder.is_null()) {
+            let by_id: BTreeMap<u32, SavedToken> = serde_json::from_value(decoder.clone()).map_err(|error| wrong(Self::CONFIG, error))?;
+            added.extend(by_id.into_iter().map(|(id, token)| (id, token.into())));
+            added_file = Some(Self::CONFIG);
+        }
+        Ok(Self {
+            tokenizer: read(files, Self::TOKENIZER)?,
+            templates,
+            special_tokens: special_tokens(&config, &read_json(files, Self::SPECIAL_TOKENS)?.unwrap_or_default()),
+            added,
+            added_file,
+        })
+    }
+
+    /// Whether none of them says anything.
+    pub fn is_empty(&self) -> bool {
+        self.tokenizer.is_none() && self.templates.is_empty() && self.special_tokens.is_empty() && self.added.is_empty()
+    }
+
+    /// A hash of all that they say, for logits over `vocab_size` tokens.
+    pub fn digest(&self, vocab_size: usize) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        let mut part = |bytes: &[u8]| {
+            hash.update((bytes.len() as u64).to_le_bytes());
+            hash.update(bytes);
+        };
+        part(&vocab_size.to_le_bytes());
+        part(self.tokenizer.as_deref().unwrap_or_default());
+        part(&serde_json::to_vec(&(&self.templates, &self.special_tokens.by_name, &self.added)).unwrap_or_default());
+        hash.finalize().into()
+    }
 }
 
 impl PromptProcessor {
@@ -72,18 +196,18 @@ impl PromptProcessor {
     /// # Errors
     /// See [`PromptError`].
     pub fn from_files(files: &FileSource, chat_template: Option<&str>) -> Result<Self, PromptError> {
-        let config = read_json(files, "tokenizer_config.json")?.unwrap_or_default();
-        let special_tokens = special_tokens(&config, &read_json(files, "special_tokens_map.json")?.unwrap_or_default());
-        let json = read(files, "tokenizer.json")?.ok_or_else(|| PromptError::Read {
-            file: "tokenizer.json",
+        let TextFiles {
+            tokenizer,
+            templates: mut sources,
+            special_tokens,
+            ..
+        } = TextFiles::read(files)?;
+        let json = tokenizer.ok_or_else(|| PromptError::Read {
+            file: TextFiles::TOKENIZER,
             error: std::io::ErrorKind::NotFound.into(),
         })?;
         let bos = special_tokens.by_name.get("bos_token").map(String::as_str);
         let tokenizer = TextTokenizer::from_bytes(&json, bos)?;
-        let mut sources = templates_of(&config);
-        if let Some(bytes) = read(files, "chat_template.jinja")? {
-            sources.insert("default".into(), String::from_utf8_lossy(&bytes).into_owned());
-        }
         if let Some(given) = chat_template {
             sources = [("default".to_owned(), given.to_owned())].into();
         }
@@ -96,8 +220,20 @@ impl PromptProcessor {
     pub fn new(tokenizer: TextTokenizer, templates: Option<ChatTemplates>, defaults: SamplingDefaults) -> Self {
         Self {
             tokenizer: Arc::new(tokenizer),
-            templates,
+            templates: templates.map(Arc::new),
             defaults,
+        }
+    }
+
+    /// The same with another tokenizer, or with other templates.
+    pub fn with_own(&self, tokenizer: Option<Arc<TextTokenizer>>, templates: Option<Option<ChatTemplates>>) -> Self {
+        Self {
+            tokenizer: tokenizer.unwrap_or_else(|| Arc::clone(&self.tokenizer)),
+            templates: match templates {
+                Some(own) => own.map(Arc::new),
+                None => self.templates.clone(),
+            },
+            defaults: self.defaults.clone(),
         }
     }
 
@@ -108,7 +244,7 @@ impl PromptProcessor {
 
     /// The model's chat templates, if it has any.
     pub fn templates(&self) -> Option<&ChatTemplates> {
-        self.templates.as_ref()
+        self.templates.as_deref()
     }
 
     /// What the model recommends.

@@ -2,8 +2,9 @@
 //!
 //! A body has two parts: `config` (`adapter_config.json`) and `weights` (`adapter_model.safetensors`). Of an adapter that was split it
 //! has, in place of `weights`, an `index` (`adapter_model.safetensors.index.json`) and a part `shard` with a file name for each file that
-//! the index names. They are written to a folder of their own as they come, bounded by [`PushLimits`]; a body that ends early, is too
-//! large or has other parts leaves nothing behind. What is in the files is checked like every other adapter's when they are loaded.
+//! the index names. An adapter with tokens or a chat template of its own has more ([`TEXT_PARTS`]). They are written to a folder of
+//! their own as they come, bounded by [`PushLimits`]; a body that ends early, is too large or has other parts leaves nothing behind. What
+//! is in the files is checked like every other adapter's when they are loaded.
 //!
 //! Memory holds no copy of the files: an adapter that has left the host tier is read from its folder again. Without `--state-dir` that
 //! is a temporary folder, which goes with the server; one whose server was killed is removed by the next that starts.
@@ -53,6 +54,16 @@ const MAX_SHARDS: usize = 1024;
 const TEMPORARY_PREFIX: &str = "polylora-adapters-";
 /// In a temporary folder: locked by its server for as long as that lives.
 const LOCK_FILE: &str = "lock";
+/// Parts that a body may have beside `config` and `weights`, and their files.
+pub const TEXT_PARTS: [(&str, &str); 5] = [
+    ("tokenizer", "tokenizer.json"),
+    ("tokenizer_config", "tokenizer_config.json"),
+    ("special_tokens_map", "special_tokens_map.json"),
+    ("added_tokens", "added_tokens.json"),
+    ("chat_template", "chat_template.jinja"),
+];
+/// Largest of each.
+const MAX_TEXT_PART_BYTES: u64 = 64 << 20;
 /// Bodies that are received at once.
 const MAX_UPLOADS: usize = 4;
 /// Bytes of a body that are no weights: the configuration, an index, and the heads of the parts.
@@ -245,8 +256,14 @@ impl Parts {
             }
             other => {
                 let other = other.unwrap_or_default();
-                let message = format!("The parts of the body are `config` and `weights`, or `config`, `index` and `shard`s, got {other:?}.");
-                return Err(ApiError::invalid(other, message));
+                let Some((name, file)) = TEXT_PARTS.into_iter().find(|(name, _)| *name == other) else {
+                    let text_parts = TEXT_PARTS.map(|(name, _)| format!("`{name}`")).join(", ");
+                    let message = format!(
+                        "The parts of the body are `config` and `weights`, or `config`, `index` and `shard`s, and if need be {text_parts}, got {other:?}."
+                    );
+                    return Err(ApiError::invalid(other, message));
+                };
+                part(name, file, MAX_TEXT_PART_BYTES)
             }
         };
         if !self.files.insert(part.file.clone()) {

@@ -6,7 +6,10 @@
 
 use std::sync::Arc;
 
-use tokenizers::Tokenizer;
+use std::collections::BTreeMap;
+
+use sha2::{Digest, Sha256};
+use tokenizers::{AddedToken, Tokenizer};
 
 /// Why a tokenizer can't be used, or a text not tokenized.
 #[derive(Debug, thiserror::Error)]
@@ -14,6 +17,28 @@ pub enum TokenizerError {
     /// `tokenizer.json` is not one.
     #[error("tokenizer.json: {0}")]
     BadFile(String),
+    /// An added token does not get the id that is said of it.
+    #[error("the token {token:?} is to have the id {expected}, the tokenizer has it as {}", .got.map_or_else(|| "none".to_owned(), |got| got.to_string()))]
+    Added {
+        /// Its text.
+        token: String,
+        /// The id in the file.
+        expected: u32,
+        /// The id in the tokenizer.
+        got: Option<u32>,
+    },
+    /// More tokens than there are rows for.
+    #[error("it has {token:?} as {id} ({count} in all), and there are rows for {limit} tokens: an adapter with more saves its embeddings, too")]
+    TooManyTokens {
+        /// The first beyond.
+        token: String,
+        /// Its id.
+        id: u32,
+        /// How many are beyond.
+        count: usize,
+        /// Rows.
+        limit: usize,
+    },
     /// The text could not be tokenized.
     #[error("the text cannot be tokenized: {0}")]
     Encode(String),
@@ -27,6 +52,7 @@ pub struct TextTokenizer {
     tokenizer: Tokenizer,
     table: Option<TokenTable>,
     special: Vec<bool>,
+    added: Vec<bool>,
     bos: Option<(String, u32)>,
 }
 
@@ -51,7 +77,49 @@ impl TextTokenizer {
     /// # Errors
     /// `BadFile`.
     pub fn from_bytes(json: &[u8], bos_token: Option<&str>) -> Result<Self, TokenizerError> {
-        let mut tokenizer = Tokenizer::from_bytes(json).map_err(|error| TokenizerError::BadFile(error.to_string()))?;
+        Self::from_bytes_within(json, bos_token, &BTreeMap::new(), usize::MAX)
+    }
+
+    /// The same, with tokens `added` by their ids if the file has not got them, and with ids below `limit`.
+    ///
+    /// # Errors
+    /// `BadFile`; `Added` for one that would get another id, `TooManyTokens`.
+    pub fn from_bytes_within(json: &[u8], bos_token: Option<&str>, added: &BTreeMap<u32, AddedToken>, limit: usize) -> Result<Self, TokenizerError> {
+        let tokenizer = Tokenizer::from_bytes(json).map_err(|error| TokenizerError::BadFile(error.to_string()))?;
+        Self::from_tokenizer(tokenizer, bos_token, added, limit)
+    }
+
+    /// This one with more tokens, or another beginning-of-sequence token.
+    ///
+    /// # Errors
+    /// As [`Self::from_bytes_within`].
+    pub fn extended(&self, bos_token: Option<&str>, added: &BTreeMap<u32, AddedToken>, limit: usize) -> Result<Self, TokenizerError> {
+        Self::from_tokenizer(self.tokenizer.clone(), bos_token, added, limit)
+    }
+
+    fn from_tokenizer(
+        mut tokenizer: Tokenizer,
+        bos_token: Option<&str>,
+        to_add: &BTreeMap<u32, AddedToken>,
+        limit: usize,
+    ) -> Result<Self, TokenizerError> {
+        for (&expected, token) in to_add {
+            // In the order of their ids, which are given one after the other, as transformers does it.
+            if tokenizer.token_to_id(&token.content) != Some(expected) {
+                let add = [token.clone()];
+                let is_added = if token.special {
+                    tokenizer.add_special_tokens(add)
+                } else {
+                    tokenizer.add_tokens(add)
+                };
+                is_added.map_err(|error| TokenizerError::BadFile(error.to_string()))?;
+            }
+            let got = tokenizer.token_to_id(&token.content);
+            if got != Some(expected) {
+                let token = token.content.clone();
+                return Err(TokenizerError::Added { token, expected, got });
+            }
+        }
         // A file saved in training may cut or pad; a server may do neither.
         tokenizer.with_padding(None);
         tokenizer
@@ -60,9 +128,22 @@ impl TextTokenizer {
         let added = tokenizer.get_added_tokens_decoder();
         let vocabulary = tokenizer.get_vocab(true);
         let vocab_size = vocabulary.values().map(|&id| id as usize + 1).max().unwrap_or(0);
+        if vocab_size > limit {
+            let beyond = vocabulary.iter().filter(|(_, id)| **id as usize >= limit);
+            let count = beyond.clone().count();
+            let (token, id) = beyond.min_by_key(|(_, id)| **id).expect("the largest id is beyond");
+            return Err(TokenizerError::TooManyTokens {
+                token: token.clone(),
+                id: *id,
+                count,
+                limit,
+            });
+        }
         let mut special = vec![false; vocab_size];
+        let mut is_added = vec![false; vocab_size];
         for (&id, token) in &added {
             special[id as usize] = token.special;
+            is_added[id as usize] = true;
         }
         let table = family(&tokenizer).map(|family| {
             let mut pieces = vec![None; vocab_size];
@@ -76,6 +157,7 @@ impl TextTokenizer {
             tokenizer,
             table,
             special,
+            added: is_added,
             bos,
         })
     }
@@ -123,6 +205,23 @@ impl TextTokenizer {
     /// The token as the vocabulary spells it.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.tokenizer.id_to_token(id)
+    }
+
+    /// Every token with its id, in no order.
+    pub fn vocabulary(&self) -> impl Iterator<Item = (String, u32)> {
+        self.tokenizer.get_vocab(true).into_iter()
+    }
+
+    /// Whether a token was added to the vocabulary, which it then is no word of.
+    pub fn is_added(&self, id: u32) -> bool {
+        self.added.get(id as usize).copied().unwrap_or(false)
+    }
+
+    /// A hash of what the tokenizer does, whatever its file looked like.
+    pub fn canonical_digest(&self) -> [u8; 32] {
+        // What can't be written is like nothing else.
+        let text = self.tokenizer.to_string(false).unwrap_or_else(|error| error.to_string());
+        Sha256::digest(text).into()
     }
 
     /// Whether a token is special (a control token that is no text).

@@ -260,6 +260,7 @@ async fn a_revision_is_fetched_under_its_name_and_a_moved_branch_again() {
             ("adapter_config.json", config),
             ("adapter_model.safetensors", b"ab"),
             ("adapter_model.bin", b"p"),
+            ("chat_template.jinja", b"t"),
         ]
     };
     hub.add("org/adapter", "v1", "aaa1", &adapter(b"{\"r\":1}"));
@@ -271,7 +272,8 @@ async fn a_revision_is_fetched_under_its_name_and_a_moved_branch_again() {
         ("org/adapter@aaa1", "{\"r\":1}"),
     ] {
         let folder = setup.fetch(setup.client(), id, true).await.unwrap();
-        assert_eq!(names(&folder), ["adapter_config.json", "adapter_model.safetensors"], "{id}");
+        let expected = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"];
+        assert_eq!(names(&folder), expected, "{id}");
         assert_eq!(std::fs::read_to_string(folder.join("adapter_config.json")).unwrap(), config, "{id}");
     }
 

@@ -405,5 +405,6 @@ fn random_adapter(config: &DecoderConfig, rank: usize, dora: bool, seed: u64) ->
         replaced: Vec::new(),
         token_rows: Vec::new(),
         resized_vocab: None,
+        companion: None,
     }
 }

@@ -129,6 +129,7 @@ fn host_adapter(number: u32) -> Arc<HostAdapter> {
         replaced: Vec::new(),
         token_rows: Vec::new(),
         resized_vocab: None,
+        companion: None,
         blob: AlignedBytes::zeroed(64),
         max_lora_rank: 16,
     })

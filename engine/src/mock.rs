@@ -395,6 +395,7 @@ impl MockEngine {
                 replaced: Vec::new(),
                 token_rows: Vec::new(),
                 resized_vocab: None,
+                companion: None,
                 blob: AlignedBytes::zeroed(0),
                 max_lora_rank: 8,
             }),

@@ -70,6 +70,7 @@ pub fn host_adapter(number: u32, bytes: usize) -> Arc<HostAdapter> {
         replaced: Vec::new(),
         token_rows: Vec::new(),
         resized_vocab: None,
+        companion: None,
         blob: AlignedBytes::zeroed(bytes),
         max_lora_rank: 8,
     })

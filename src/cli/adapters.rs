@@ -24,6 +24,12 @@ use polylora_engine::{
 };
 use serde_json::{Value, json};
 
+use crate::{
+    prompt::{PromptProcessor, TextFiles},
+    pushed::TEXT_PARTS,
+    text_side::BaseText,
+};
+
 /// `polylora adapters …`
 #[derive(Args, Debug)]
 pub struct AdaptersArgs {
@@ -249,7 +255,14 @@ fn inspect(path: &str, model_path: Option<&PathBuf>) -> anyhow::Result<(Value, S
     };
     let base = model_path.map_or(FileSource::Embedded(crate::demo::BASE), |path| FileSource::Directory(path.clone()));
     let decoder = read_decoder_config(&base)?;
+    // As the server does it: the version is the same, and so is what is refused.
+    let text = base.contains(TextFiles::TOKENIZER).then(|| {
+        let prompt = PromptProcessor::from_files(&base, None)?;
+        BaseText::new(&base, None, prompt, Arc::default())
+    });
+    let text = text.transpose().context("the base model's tokenizer")?;
     let limits = LoraLimits {
+        companion: text.map(|text| Arc::new(text).reader(&decoder)),
         features: CpuBackend::LORA_FEATURES,
         base: Some(checkpoint_opener(base, Arc::new(decoder.clone()))),
         ..LoraLimits::new(PackedDtype::Bf16)
@@ -259,6 +272,7 @@ fn inspect(path: &str, model_path: Option<&PathBuf>) -> anyhow::Result<(Value, S
         "version": adapter.version.to_string(),
         "bytes_bf16": adapter.bytes(),
         "max_lora_rank": adapter.max_lora_rank,
+        "has_own_text": adapter.companion.is_some(),
         "report": report,
     });
     let mut text = format!(
@@ -268,6 +282,9 @@ fn inspect(path: &str, model_path: Option<&PathBuf>) -> anyhow::Result<(Value, S
         human_bytes(adapter.bytes() as u64)
     );
     text.push_str(&report_text(&report, decoder.num_layers));
+    if adapter.companion.is_some() {
+        text.push_str("a tokenizer or chat template of its own\n");
+    }
     Ok((answer, text))
 }
 
@@ -302,6 +319,12 @@ fn report_text(report: &CoverageReport, num_layers: usize) -> String {
         report.modules.len(),
         report.layers.len()
     ));
+    if let Some(vocab_size) = report.resized_vocab {
+        text.push_str(&format!("{vocab_size} tokens\n"));
+    }
+    for (module, rows) in &report.token_rows {
+        text.push_str(&format!("{rows} rows of {module}\n"));
+    }
     for (what, entries) in [
         ("brought whole", &report.replaced_modules),
         ("without effect on inference", &report.keys_without_effect),
@@ -486,7 +509,7 @@ impl Client {
         self.answer(request.call())
     }
 
-    /// Sends a folder's two files as `multipart/form-data`, as they are read.
+    /// Sends a folder's files as `multipart/form-data`, as they are read: configuration and weights, and what it has of a tokenizer.
     fn push(&self, name: &str, folder: &Path, expected_version: Option<&str>) -> anyhow::Result<Value> {
         let boundary = uuid::Uuid::new_v4().simple().to_string();
         let mut body: Box<dyn Read> = Box::new(std::io::empty());
@@ -538,6 +561,8 @@ impl Client {
 /// The parts of a push of this folder, and their files.
 fn files_to_push(folder: &Path) -> anyhow::Result<Vec<(&'static str, String)>> {
     let mut files = vec![("config", CONFIG_FILE.to_owned())];
+    let text_parts = TEXT_PARTS.into_iter().filter(|(_, file)| folder.join(file).is_file());
+    files.extend(text_parts.map(|(part, file)| (part, file.to_owned())));
     let index = folder.join(INDEX_FILE);
     if folder.join(WEIGHTS_FILE).is_file() || !index.is_file() {
         files.push(("weights", WEIGHTS_FILE.to_owned()));

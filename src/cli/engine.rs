@@ -7,7 +7,7 @@ use polylora_engine::{
     EngineConfig, EngineParts, FileSource, LlmEngine, LoraConfig, StartError,
     adapter::{
         LoraLimits, PackedDtype,
-        load::{TokenLookup, checkpoint_opener, inspect_config},
+        load::{checkpoint_opener, inspect_config},
         registry::{AdapterRegistry, PrepareHost, RegistryConfig},
     },
     backend::{
@@ -23,6 +23,7 @@ mod cuda;
 
 use super::bench::BenchArgs;
 use crate::config::{Device, Dtype, EngineSettings, LoraPath, LoraSettings, MemoryBudget, TargetModules};
+use crate::text_side::BaseText;
 
 /// An engine and what is worth saying about it.
 pub(super) struct BuiltEngine {
@@ -44,8 +45,8 @@ pub(super) struct EngineInputs<'a> {
     pub lora: Option<LoraConfig>,
     /// No adapter may have these names.
     pub base_names: Vec<String>,
-    /// The base model's tokenizer, for adapters that come with one.
-    pub token_id: Option<TokenLookup>,
+    /// The base model's way with text, for adapters that come with a tokenizer.
+    pub text: Option<Arc<BaseText>>,
 }
 
 /// Bytes for the KV cache and for adapters that batches use.
@@ -140,7 +141,7 @@ pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result
         settings: &settings,
         lora,
         base_names: Vec::new(),
-        token_id: None,
+        text: None,
     };
     #[cfg(feature = "cuda")]
     if cuda::is_chosen(args.device)? {
@@ -281,7 +282,7 @@ fn start(inputs: EngineInputs<'_>, backend: Box<dyn Backend>, device: DeviceFact
         settings,
         lora,
         base_names,
-        token_id,
+        text,
         ..
     } = inputs;
     let capacity = backend.capacity();
@@ -296,7 +297,7 @@ fn start(inputs: EngineInputs<'_>, backend: Box<dyn Backend>, device: DeviceFact
         let limits = LoraLimits {
             base: files.map(|files| checkpoint_opener(files, Arc::clone(&decoder))),
             max_packed_bytes: Some(memory.adapter_bytes),
-            token_id,
+            companion: text.map(|text| text.reader(&decoder)),
             ..device.lora_limits
         };
         let config = RegistryConfig {

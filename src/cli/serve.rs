@@ -12,7 +12,6 @@ use anyhow::{Context, anyhow};
 use futures::{StreamExt, TryStreamExt, stream};
 use polylora_engine::{
     FileSource, InferenceEngine, LoadRequest,
-    adapter::load::TokenLookup,
     weights::{Dtype as StoredDtype, ModelWeights},
 };
 use tokio::net::TcpListener;
@@ -36,6 +35,7 @@ use crate::{
     server::{ServerSettings, bind, load_tls, serve},
     state_dir::{Changes, RuntimeState},
     telemetry,
+    text_side::{BaseText, OwnSides},
 };
 
 /// More than any machine has loader threads: none of them is idle at the start.
@@ -102,7 +102,14 @@ async fn load(config: Config, traces: bool) -> anyhow::Result<Loaded> {
     let chat_template = chat_template.context("--chat-template")?;
     let is_dummy = config.load_format == LoadFormat::Dummy;
     let prompt_files = if is_dummy { tokenizer_files(&files) } else { files.clone() };
-    let prompt = blocking(move || Ok(PromptProcessor::from_files(&prompt_files, chat_template.as_deref())?)).await?;
+    let own_sides = Arc::new(OwnSides::default());
+    let own = Arc::clone(&own_sides);
+    let (prompt, base_text) = blocking(move || {
+        let prompt = PromptProcessor::from_files(&prompt_files, chat_template.as_deref())?;
+        let base_text = BaseText::new(&prompt_files, chat_template.as_deref(), prompt.clone(), own)?;
+        Ok((prompt, base_text))
+    })
+    .await?;
 
     let lora_paths = config.lora.as_ref().map(|lora| lora.paths.clone()).unwrap_or_default();
     let lora_paths = changed_paths(lora_paths, &changes);
@@ -142,9 +149,9 @@ async fn load(config: Config, traces: bool) -> anyhow::Result<Loaded> {
         .iter()
         .map(|adapter| (adapter.path.clone(), adapter.files.clone()))
         .collect::<Vec<_>>();
-    let tokenizer = Arc::clone(prompt.tokenizer());
-    let token_id: Option<TokenLookup> = (!is_dummy).then(|| Arc::new(move |token: &str| tokenizer.token_to_id(token)) as TokenLookup);
-    let (auth, built) = blocking(move || start_engine(config, &files, &given, token_id)).await?;
+    // A model of random weights has the demo's tokenizer, with which no adapter's agrees.
+    let text = (!is_dummy).then(|| Arc::new(base_text));
+    let (auth, built) = blocking(move || start_engine(config, &files, &given, text)).await?;
     let description = built.engine.describe();
     tracing::info!(
         architecture = description.architecture,
@@ -203,6 +210,7 @@ async fn load(config: Config, traces: bool) -> anyhow::Result<Loaded> {
         format!("{} ({})", served.name(), served.path)
     };
     let mut gateway = Gateway::new(engine, prompt, served, sources);
+    gateway.own_sides = own_sides;
     gateway.metrics = Arc::new(metrics);
     gateway.traces = traces;
     gateway.auth = auth;
@@ -286,7 +294,7 @@ fn start_engine(
     config: Config,
     files: &FileSource,
     given: &[(LoraPath, FileSource)],
-    token_id: Option<TokenLookup>,
+    text: Option<Arc<BaseText>>,
 ) -> anyhow::Result<(Auth, BuiltEngine)> {
     let what = |what: &'static str| move || what;
     let decoder = super::adapters::read_decoder_config(files).with_context(what("--model-path"))?;
@@ -306,7 +314,7 @@ fn start_engine(
         settings: &config.engine,
         lora,
         base_names: vec![config.served_model_name.clone()],
-        token_id,
+        text,
     })?;
     Ok((config.auth, built))
 }

@@ -219,6 +219,21 @@ pub struct PushBody {
     /// Of weights that were split: each file that the index names, under its name as the part's `filename`.
     #[schema(value_type = Option<Vec<String>>, format = Binary)]
     shard: Option<Vec<Vec<u8>>>,
+    /// `tokenizer.json`, of an adapter with tokens of its own.
+    #[schema(value_type = Option<String>, format = Binary)]
+    tokenizer: Option<Vec<u8>>,
+    /// `tokenizer_config.json`.
+    #[schema(value_type = Option<String>, format = Binary)]
+    tokenizer_config: Option<Vec<u8>>,
+    /// `special_tokens_map.json`.
+    #[schema(value_type = Option<String>, format = Binary)]
+    special_tokens_map: Option<Vec<u8>>,
+    /// `added_tokens.json`.
+    #[schema(value_type = Option<String>, format = Binary)]
+    added_tokens: Option<Vec<u8>>,
+    /// `chat_template.jinja`.
+    #[schema(value_type = Option<String>, format = Binary)]
+    chat_template: Option<Vec<u8>>,
 }
 
 /// A pushed adapter.

@@ -83,8 +83,11 @@ pub async fn get(State(state): State<AppState>, ApiPath(name): ApiPath<String>) 
 ///
 /// The body is `multipart/form-data` with two parts: `config`, the bytes of `adapter_config.json`, and `weights`, those of
 /// `adapter_model.safetensors`. Of weights that were split, `weights` is replaced by `index`, the bytes of
-/// `adapter_model.safetensors.index.json`, and a part `shard` for each file that it names, with the file's name as `filename`. They are
-/// stored as they come (in `--state-dir`, or in a temporary folder) and checked like every other adapter. A name that is taken gets the new version atomically: requests in flight end on the old one, later ones use the new.
+/// `adapter_model.safetensors.index.json`, and a part `shard` for each file that it names, with the file's name as `filename`. An adapter
+/// that has tokens or a chat template of its own brings `tokenizer` (`tokenizer.json`), `tokenizer_config`, `special_tokens_map`,
+/// `added_tokens` and `chat_template` (Jinja), each if need be. They are stored as they come (in `--state-dir`, or in a temporary folder)
+/// and checked like every other adapter. A name that is taken gets the new version atomically: requests in flight end on the old one,
+/// later ones use the new.
 /// With an error nothing has changed, and nothing of the body is left.
 #[utoipa::path(
     post, path = "/v1/adapters/{name}", operation_id = "push_adapter", tag = "Adapters",

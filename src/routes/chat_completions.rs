@@ -25,6 +25,7 @@ use crate::{
     },
     reasoning::{self, ReasoningSplitter},
     stream::{Completed, DONE, Finish, MergedStream, OutputToken, TextEvent, TextOptions, TextStream, collect, sse_event, sse_response},
+    text_side::TextSide,
     tool_calls::{ToolParser, required},
 };
 
@@ -45,9 +46,9 @@ pub async fn chat_completions(State(state): State<AppState>, caller: Caller, Api
     let response = if streaming {
         let mut merged = MergedStream::new(started.streams);
         merged.wait_for_first().await?;
-        sse_response(events(ChatStream::new(state, started.envelope, merged, options)))
+        sse_response(events(ChatStream::new(started.envelope, merged, options)))
     } else {
-        whole(&state, &started.envelope, started.streams).await?
+        whole(&started.envelope, started.streams).await?
     };
     Ok(with_adapter_header(response, lease.as_ref()))
 }
@@ -69,7 +70,10 @@ pub(super) async fn start(state: &AppState, caller: &Caller, request: ChatReques
     let target = state.router(&caller.identity).target(&request.model, request.lora_path.as_deref())?;
     let users = [request.user.as_deref(), request.safety_identifier.as_deref()];
     let target = state.resolve(caller, target, caller.sticky_key(users, &caller.request_id))?;
-    let prompt = prompt_text(state, &request, &tools)?;
+    // What the adapter brings may be another template and other tokens.
+    let lease = state.lease(caller, &target).await?;
+    let text = state.text(lease.as_ref());
+    let prompt = prompt_text(&text, &request, &tools)?;
     let thoughts = match (request.include_reasoning, request.stream_reasoning) {
         (Some(false), _) => Thoughts::LeftOut,
         (_, Some(false)) => Thoughts::InOnePiece,
@@ -78,7 +82,7 @@ pub(super) async fn start(state: &AppState, caller: &Caller, request: ChatReques
     // What is to be left out has to be told from the rest.
     let separates = request.separate_reasoning.unwrap_or(true) || thoughts == Thoughts::LeftOut;
     let reasoning = separates
-        .then(|| ReasoningSplitter::for_prompt(state.prompt.templates(), &prompt))
+        .then(|| ReasoningSplitter::for_prompt(text.prompt.templates(), &prompt))
         .flatten();
     if reasoning.is_some() && thoughts == Thoughts::LeftOut && request.logprobs == Some(true) {
         return Err(ApiError::unsupported(
@@ -86,18 +90,18 @@ pub(super) async fn start(state: &AppState, caller: &Caller, request: ChatReques
             "with logprobs only true is: they would tell what was left out",
         ));
     }
-    let grammar = grammar(state, &request, &tools, reasoning.as_ref()).await?;
+    let grammar = grammar(state, &text, &request, &tools, reasoning.as_ref()).await?;
     let most = max_tokens_field(&request);
-    let envelope = Envelope::new(state, &request, parser(state, &tools, reasoning).with_thoughts(thoughts));
+    let parser = parser(&text, &tools, reasoning).with_thoughts(thoughts);
     // The template wrote the special tokens.
-    let prompt_tokens = state.prompt.encode(prompt, false).await?;
-    let lease = state.lease(caller, &target).await?;
+    let prompt_tokens = text.prompt.encode(prompt, false).await?;
+    let envelope = Envelope::new(state, &request, text, parser);
     let envelope = envelope.with_prompt(state, lease.as_ref(), prompt_tokens.len());
     let mut job = job(state, request, prompt_tokens, lease.clone(), &envelope)?;
     job.grammar = grammar;
-    let tokenizer = state.prompt.tokenizer();
+    let tokenizer = envelope.text.tokenizer();
     if envelope.parser.reads_calls() {
-        job.text.shown_tokens = state.tool_format.shown_tokens(tokenizer);
+        job.text.shown_tokens = envelope.text.tool_format.shown_tokens(tokenizer);
     }
     if envelope.parser.reads_reasoning() {
         job.text.shown_tokens.extend(reasoning::shown_tokens(tokenizer));
@@ -208,13 +212,13 @@ impl Tools {
 
 /// The text of a conversation without tools.
 pub(super) fn template_text(
-    state: &Gateway,
+    text: &TextSide,
     messages: &[ChatMessage],
     add_generation_prompt: bool,
     kwargs: Option<&serde_json::Map<String, Value>>,
 ) -> Result<String, ApiError> {
-    state.prompt.render_chat(&ChatInput {
-        messages: &template_messages(messages, state.prompt.templates())?,
+    text.prompt.render_chat(&ChatInput {
+        messages: &template_messages(messages, text.prompt.templates())?,
         tools: None,
         add_generation_prompt,
         continue_final_message: false,
@@ -222,8 +226,8 @@ pub(super) fn template_text(
     })
 }
 
-fn prompt_text(state: &Gateway, request: &ChatRequest, tools: &Tools) -> Result<String, ApiError> {
-    let mut messages = template_messages(&request.messages, state.prompt.templates())?;
+fn prompt_text(text: &TextSide, request: &ChatRequest, tools: &Tools) -> Result<String, ApiError> {
+    let mut messages = template_messages(&request.messages, text.prompt.templates())?;
     let continues = request.continue_final_message.unwrap_or(false);
     if continues && request.add_generation_prompt == Some(true) {
         return Err(ApiError::invalid(
@@ -238,12 +242,12 @@ fn prompt_text(state: &Gateway, request: &ChatRequest, tools: &Tools) -> Result<
     if let Some(effort) = &request.reasoning_effort {
         kwargs.insert("reasoning_effort".to_owned(), effort.as_str().into());
     }
-    let template_has_tools = state.prompt.templates().is_some_and(|templates| templates.mentions("tools"));
+    let template_has_tools = text.prompt.templates().is_some_and(|templates| templates.mentions("tools"));
     if !tools.offered.is_empty() && !template_has_tools {
         // A template that drops the tools would leave the model without a word of them.
-        messages.insert(0, json!({"role": "system", "content": state.tool_format.instructions(&tools.rendered)}));
+        messages.insert(0, json!({"role": "system", "content": text.tool_format.instructions(&tools.rendered)}));
     }
-    state.prompt.render_chat(&ChatInput {
+    text.prompt.render_chat(&ChatInput {
         messages: &messages,
         tools: (template_has_tools && !tools.offered.is_empty()).then_some(&tools.rendered),
         add_generation_prompt: request.add_generation_prompt.unwrap_or(!continues),
@@ -255,12 +259,13 @@ fn prompt_text(state: &Gateway, request: &ChatRequest, tools: &Tools) -> Result<
 /// What the output has to follow: calls if they are required, or the form that was asked for (or calls, if those are possible too), or
 /// the schemas of strict functions where the model calls one. A model that reasons does so first.
 async fn grammar(
-    state: &AppState,
+    state: &Gateway,
+    text: &TextSide,
     request: &ChatRequest,
     tools: &Tools,
     reasoning: Option<&ReasoningSplitter>,
 ) -> Result<Option<Arc<dyn Grammar>>, ApiError> {
-    let Some((mut spec, param)) = grammar_of_answer(state, request, tools)? else {
+    let Some((mut spec, param)) = grammar_of_answer(text, request, tools)? else {
         return Ok(None);
     };
     if let Some(reasoning) = reasoning {
@@ -269,30 +274,30 @@ async fn grammar(
             answer: Box::new(spec),
         };
     }
-    let compiled = state.grammars.compile(spec, param, state.limits.max_grammar_bytes).await;
+    let compiled = text.grammars.compile(spec, param, state.limits.max_grammar_bytes).await;
     compiled.map(Some)
 }
 
-fn grammar_of_answer(state: &Gateway, request: &ChatRequest, tools: &Tools) -> Result<Option<(GrammarSpec, &'static str)>, ApiError> {
+fn grammar_of_answer(text: &TextSide, request: &ChatRequest, tools: &Tools) -> Result<Option<(GrammarSpec, &'static str)>, ApiError> {
     let format = form_of_answer(request.response_format.as_ref(), None, request.regex.as_ref(), request.ebnf.as_ref())?;
     let bad_tools = |reason: String| ApiError::invalid_grammar("tools", &reason);
     let required = required(&tools.offered, request.tool_choice.as_ref()).map_err(|reason| ApiError::invalid("tool_choice", reason))?;
-    let tokenizer = state.prompt.tokenizer();
+    let tokenizer = text.tokenizer();
     let offered: Vec<&Tool> = tools.offered.iter().collect();
     let is_strict = offered.iter().any(|tool| tool.function.strict == Some(true));
     Ok(match (format, required) {
         (None, None) if is_strict => {
-            let lark = state.tool_format.free_grammar(&offered, tools.parallel, tokenizer);
+            let lark = text.tool_format.free_grammar(&offered, tools.parallel, tokenizer);
             Some((GrammarSpec::Lark(lark.map_err(bad_tools)?), "tools"))
         }
         (_, Some(functions)) => {
             // A choice by name is of one call, be it the only function that is offered.
             let is_named = matches!(request.tool_choice, Some(ToolChoice::Named(_)));
-            let lark = state.tool_format.grammar(&functions, tools.parallel && !is_named, tokenizer);
+            let lark = text.tool_format.grammar(&functions, tools.parallel && !is_named, tokenizer);
             Some((GrammarSpec::Lark(lark.map_err(bad_tools)?), "tools"))
         }
         (Some((GrammarSpec::JsonSchema(schema), param)), None) if !offered.is_empty() => {
-            let calls = state.tool_format.grammar(&offered, tools.parallel, tokenizer).map_err(bad_tools)?;
+            let calls = text.tool_format.grammar(&offered, tools.parallel, tokenizer).map_err(bad_tools)?;
             let schema: Value = serde_json::from_str(&schema).map_err(|error| bad_tools(error.to_string()))?;
             let schema = guided_schema(schema).map_err(|reason| ApiError::invalid_grammar(param, &reason))?;
             let calls = calls.replacen("start:", "calls:", 1);
@@ -303,9 +308,9 @@ fn grammar_of_answer(state: &Gateway, request: &ChatRequest, tools: &Tools) -> R
     })
 }
 
-fn parser(state: &Gateway, tools: &Tools, reasoning: Option<ReasoningSplitter>) -> MessageParser {
+fn parser(text: &TextSide, tools: &Tools, reasoning: Option<ReasoningSplitter>) -> MessageParser {
     let names = tools.offered.iter().map(|tool| tool.function.name.clone()).collect();
-    let calls = (!tools.offered.is_empty()).then(|| ToolParser::new(state.tool_format, names));
+    let calls = (!tools.offered.is_empty()).then(|| ToolParser::new(text.tool_format, names));
     MessageParser::new(reasoning, calls, !tools.parallel)
 }
 
@@ -334,7 +339,7 @@ fn job(state: &Gateway, request: ChatRequest, prompt_tokens: Vec<u32>, lease: Op
     Ok(Job {
         prompt_tokens,
         lease,
-        sampling: fields.resolve(state.prompt.sampling_defaults())?,
+        sampling: fields.resolve(state.text.prompt.sampling_defaults())?,
         max_tokens: max_tokens.map_or(MaxTokens::Room, MaxTokens::Exactly),
         n: request.n.unwrap_or(1),
         text: TextOptions {
@@ -362,12 +367,13 @@ pub(super) struct Envelope {
     pub prompt_tokens: u32,
     with_logprobs: bool,
     n: u32,
+    text: TextSide,
     /// At the beginning of an output.
     pub parser: MessageParser,
 }
 
 impl Envelope {
-    fn new(state: &Gateway, request: &ChatRequest, parser: MessageParser) -> Self {
+    fn new(state: &Gateway, request: &ChatRequest, text: TextSide, parser: MessageParser) -> Self {
         Self {
             id: new_id("chatcmpl-").into(),
             created: unix_seconds(SystemTime::now()),
@@ -377,6 +383,7 @@ impl Envelope {
             with_logprobs: request.logprobs.unwrap_or(false),
             // A wild `n` is refused before anything starts.
             n: request.n.unwrap_or(1).min(state.limits.max_n),
+            text,
             parser,
         }
     }
@@ -402,7 +409,7 @@ impl Envelope {
     }
 }
 
-async fn whole(state: &Gateway, envelope: &Envelope, streams: Vec<TextStream>) -> Result<Response, ApiError> {
+async fn whole(envelope: &Envelope, streams: Vec<TextStream>) -> Result<Response, ApiError> {
     let completed = collect(streams).await?;
     let mut choices = Vec::with_capacity(completed.len());
     let (mut output_tokens, mut cached_tokens, mut reasoning_tokens) = (0, 0, 0);
@@ -410,7 +417,7 @@ async fn whole(state: &Gateway, envelope: &Envelope, streams: Vec<TextStream>) -
         output_tokens += output.tokens.len() as u32;
         cached_tokens = output.cached_tokens.max(cached_tokens);
         let mut parser = envelope.parser.clone();
-        choices.push(choice(state, envelope, index as u32, output, &mut parser)?);
+        choices.push(choice(envelope, index as u32, output, &mut parser)?);
         reasoning_tokens += parser.reasoning_tokens();
     }
     let response = ChatResponse {
@@ -433,14 +440,14 @@ fn finish_reason(finish: &Finish, parser: &MessageParser) -> Option<&'static str
     }
 }
 
-fn choice(state: &Gateway, envelope: &Envelope, index: u32, output: Completed, parser: &mut MessageParser) -> Result<ChatChoice, ApiError> {
+fn choice(envelope: &Envelope, index: u32, output: Completed, parser: &mut MessageParser) -> Result<ChatChoice, ApiError> {
     let finish = output.finish.unwrap_or(Finish::Aborted);
     let mut parts = parser.push_whole(output.pieces);
     parts.extend(parser.finish());
     let reason = finish_reason(&finish, parser).ok_or_else(ApiError::aborted)?;
     Ok(ChatChoice {
         index,
-        logprobs: envelope.with_logprobs.then(|| chat_logprobs(state.prompt.tokenizer(), &output.tokens)),
+        logprobs: envelope.with_logprobs.then(|| chat_logprobs(envelope.text.tokenizer(), &output.tokens)),
         message: message(parts),
         finish_reason: reason.into(),
         matched_stop: finish.matched(),
@@ -449,7 +456,6 @@ fn choice(state: &Gateway, envelope: &Envelope, index: u32, output: Completed, p
 
 /// Chunks of a streamed answer.
 struct ChatStream {
-    state: AppState,
     envelope: Envelope,
     merged: Option<MergedStream>,
     options: StreamOptions,
@@ -466,13 +472,12 @@ struct StreamedChoice {
 }
 
 impl ChatStream {
-    fn new(state: AppState, envelope: Envelope, merged: MergedStream, options: StreamOptions) -> Self {
+    fn new(envelope: Envelope, merged: MergedStream, options: StreamOptions) -> Self {
         let choice = || StreamedChoice {
             parser: envelope.parser.clone(),
             unreported: Vec::new(),
         };
         Self {
-            state,
             choices: (0..envelope.n).map(|_| choice()).collect(),
             envelope,
             merged: Some(merged),
@@ -543,7 +548,7 @@ impl ChatStream {
         let choice = ChatChunkChoice {
             index: index as u32,
             delta,
-            logprobs: has_logprobs.then(|| chat_logprobs(self.state.prompt.tokenizer(), &tokens)),
+            logprobs: has_logprobs.then(|| chat_logprobs(self.envelope.text.tokenizer(), &tokens)),
             finish_reason: finish.and_then(|finish| finish_reason(finish, &choice.parser)).map(Into::into),
             matched_stop: finish.and_then(Finish::matched),
         };

@@ -13,7 +13,7 @@ use polylora_engine::{AdapterLease, LogprobsParams, PromptLogprobsParams, TokenL
 use super::{chat_completions::PRIORITY, with_adapter_header};
 use crate::{
     app::{AppState, Caller, Gateway, unix_seconds},
-    constraint::form_of_answer,
+    constraint::{GrammarSpec, form_of_answer},
     error::ApiError,
     extract::ApiJson,
     generation::{Grammar, Job, MaxTokens, SamplingFields, new_id},
@@ -24,6 +24,8 @@ use crate::{
     },
     routing::Target,
     stream::{DONE, Finish, MergedStream, TextEvent, TextOptions, TextStream, collect, sse_event, sse_response},
+    text_side::TextSide,
+    tokenizer::TextTokenizer,
 };
 
 /// Goes on with a text, or with each of several.
@@ -37,33 +39,35 @@ use crate::{
 )]
 pub async fn completions(State(state): State<AppState>, caller: Caller, ApiJson(request): ApiJson<CompletionRequest>) -> Result<Response, ApiError> {
     refuse_unsupported(&request)?;
-    let prompts = prompts(&state, &request).await?;
-    let targets = targets(&state, &caller, &request, prompts.len())?;
+    let num_prompts = num_prompts(&state, &request)?;
+    let targets = targets(&state, &caller, &request, num_prompts)?;
     let leases = state.leases(&caller, &targets).await?;
+    let sides: Vec<TextSide> = leases.iter().map(|lease| state.text(lease.as_ref())).collect();
+    let prompts = prompts(&request, &sides).await?;
     let streaming = request.stream.unwrap_or(false);
     let options = request.stream_options.clone().unwrap_or_default();
-    let answer = Answer::new(&state, &request, &prompts, leases.first().and_then(Option::as_ref));
+    let answer = Answer::new(&state, &request, &prompts, &sides, leases.first().and_then(Option::as_ref));
     let form = form_of_answer(
         request.response_format.as_ref(),
         request.json_schema.as_ref(),
         request.regex.as_ref(),
         request.ebnf.as_ref(),
     )?;
-    let grammar = match form {
-        Some((spec, param)) => Some(state.grammars.compile(spec, param, state.limits.max_grammar_bytes).await?),
-        None => None,
+    let grammars = match form {
+        Some((spec, param)) => compile_for(&sides, spec, param, state.limits.max_grammar_bytes).await?,
+        None => vec![None; leases.len()],
     };
-    let jobs = jobs(&state, &request, prompts, &leases, &answer.id, grammar)?;
+    let jobs = jobs(&state, &request, prompts, &leases, &answer.id, grammars)?;
     let streams = state.start(&caller, jobs)?;
     let response = if streaming {
         let mut merged = MergedStream::new(streams);
         merged.wait_for_first().await?;
-        let stream = CompletionStream::new(state, answer, merged, options);
+        let stream = CompletionStream::new(answer, merged, options);
         sse_response(futures::stream::unfold(stream, |mut stream| async move {
             stream.next().await.map(|event| (event, stream))
         }))
     } else {
-        whole(&state, answer, streams).await?
+        whole(answer, streams).await?
     };
     // One header can't name several adapters.
     let all_alike = leases
@@ -104,7 +108,23 @@ struct Prompt {
     tokens: Vec<u32>,
 }
 
-async fn prompts(state: &Gateway, request: &CompletionRequest) -> Result<Vec<Prompt>, ApiError> {
+fn num_prompts(state: &Gateway, request: &CompletionRequest) -> Result<usize, ApiError> {
+    let (num_prompts, has_empty) = match &request.prompt {
+        Prompts::Text(_) => (1, false),
+        Prompts::Texts(texts) => (texts.len(), false),
+        Prompts::Ids(ids) => (1, ids.is_empty()),
+        Prompts::ListsOfIds(lists) => (lists.len(), lists.iter().any(Vec::is_empty)),
+    };
+    check_count(state, num_prompts, "prompt")?;
+    if has_empty { Err(empty_prompt()) } else { Ok(num_prompts) }
+}
+
+fn empty_prompt() -> ApiError {
+    ApiError::invalid("prompt", "Prompt cannot be empty")
+}
+
+/// The prompts, each as its model reads it.
+async fn prompts(request: &CompletionRequest, sides: &[TextSide]) -> Result<Vec<Prompt>, ApiError> {
     let echo = request.echo.unwrap_or(false);
     let mut prompts = Vec::new();
     let (texts, ids) = match &request.prompt {
@@ -113,24 +133,38 @@ async fn prompts(state: &Gateway, request: &CompletionRequest) -> Result<Vec<Pro
         Prompts::Ids(ids) => (Vec::new(), vec![ids.clone()]),
         Prompts::ListsOfIds(lists) => (Vec::new(), lists.clone()),
     };
-    check_count(state, texts.len() + ids.len(), "prompt")?;
-    for text in texts {
+    for (text, side) in texts.into_iter().zip(sides) {
         let echoed = if echo { text.clone() } else { String::new() };
-        let tokens = state.prompt.encode(text, request.add_special_tokens.unwrap_or(true)).await?;
+        let tokens = side.prompt.encode(text, request.add_special_tokens.unwrap_or(true)).await?;
         prompts.push(Prompt { echoed, tokens });
     }
-    for tokens in ids {
-        let echoed = if echo {
-            state.prompt.tokenizer().decode(&tokens, true)?
-        } else {
-            String::new()
-        };
+    for (tokens, side) in ids.into_iter().zip(sides) {
+        let echoed = if echo { side.tokenizer().decode(&tokens, true)? } else { String::new() };
         prompts.push(Prompt { echoed, tokens });
     }
     if prompts.iter().any(|prompt| prompt.tokens.is_empty()) {
-        return Err(ApiError::invalid("prompt", "Prompt cannot be empty"));
+        return Err(empty_prompt());
     }
     Ok(prompts)
+}
+
+/// One grammar for each side: the same for those that are the same.
+async fn compile_for(sides: &[TextSide], spec: GrammarSpec, param: &str, max_bytes: usize) -> Result<Vec<Option<Arc<dyn Grammar>>>, ApiError> {
+    let mut compiled: Vec<(&TextSide, Arc<dyn Grammar>)> = Vec::new();
+    let mut grammars = Vec::with_capacity(sides.len());
+    for side in sides {
+        let known = compiled.iter().find(|(other, _)| Arc::ptr_eq(&other.grammars, &side.grammars));
+        let grammar = match known {
+            Some((_, grammar)) => Arc::clone(grammar),
+            None => {
+                let grammar = side.grammars.compile(spec.clone(), param, max_bytes).await?;
+                compiled.push((side, Arc::clone(&grammar)));
+                grammar
+            }
+        };
+        grammars.push(Some(grammar));
+    }
+    Ok(grammars)
 }
 
 /// Bounds the prompts of one request.
@@ -171,7 +205,7 @@ fn jobs(
     prompts: Vec<Prompt>,
     leases: &[Option<AdapterLease>],
     id: &Arc<str>,
-    grammar: Option<Arc<dyn Grammar>>,
+    grammars: Vec<Option<Arc<dyn Grammar>>>,
 ) -> Result<Vec<Job>, ApiError> {
     let fields = SamplingFields {
         temperature: request.temperature,
@@ -187,7 +221,7 @@ fn jobs(
         ignore_eos: request.ignore_eos,
         seed: request.seed,
     };
-    let sampling = fields.resolve(state.prompt.sampling_defaults())?;
+    let sampling = fields.resolve(state.text.prompt.sampling_defaults())?;
     if let Some(top) = request.logprobs.filter(|&top| top > state.limits.max_top_logprobs) {
         let message = format!("logprobs must be at most {}, got {top}", state.limits.max_top_logprobs);
         return Err(ApiError::invalid("logprobs", message));
@@ -202,7 +236,8 @@ fn jobs(
     };
     let several = prompts.len() > 1;
     let base_rid = request.rid.as_deref().unwrap_or(id);
-    let jobs = prompts.into_iter().zip(leases).enumerate().map(|(index, (prompt, lease))| Job {
+    let parts = prompts.into_iter().zip(leases).zip(grammars).enumerate();
+    let jobs = parts.map(|(index, ((prompt, lease), grammar))| Job {
         prompt_tokens: prompt.tokens,
         lease: lease.clone(),
         sampling: sampling.clone(),
@@ -213,7 +248,7 @@ fn jobs(
             output_top_k: request.logprobs,
             prompt: request.logprobs.filter(|_| echo).map(|top_k| PromptLogprobsParams { start: 0, top_k }),
         },
-        grammar: grammar.clone(),
+        grammar,
         rid: if several {
             format!("{base_rid}_{index}").into()
         } else {
@@ -235,6 +270,7 @@ struct Answer {
 }
 
 struct Choice {
+    tokenizer: Arc<TextTokenizer>,
     /// The echo: its text, and its tokens if their log-probabilities are wanted.
     echoed: String,
     echoed_tokens: Vec<u32>,
@@ -244,14 +280,15 @@ struct Choice {
 }
 
 impl Answer {
-    fn new(state: &Gateway, request: &CompletionRequest, prompts: &[Prompt], lease: Option<&AdapterLease>) -> Self {
+    fn new(state: &Gateway, request: &CompletionRequest, prompts: &[Prompt], sides: &[TextSide], lease: Option<&AdapterLease>) -> Self {
         let with_logprobs = request.logprobs.is_some();
         let echo = request.echo.unwrap_or(false);
         let n = request.n.unwrap_or(1) as usize;
         // A wild `n` is refused before anything starts.
         let choices = prompts
             .iter()
-            .flat_map(|prompt| std::iter::repeat_n(prompt, n.min(state.limits.max_n as usize)));
+            .zip(sides)
+            .flat_map(|pair| std::iter::repeat_n(pair, n.min(state.limits.max_n as usize)));
         Self {
             id: new_id("cmpl-").into(),
             created: unix_seconds(SystemTime::now()),
@@ -260,7 +297,8 @@ impl Answer {
             with_logprobs,
             prompt_tokens: prompts.iter().map(|prompt| prompt.tokens.len() as u32).sum(),
             choices: choices
-                .map(|prompt| Choice {
+                .map(|(prompt, side)| Choice {
+                    tokenizer: Arc::clone(side.tokenizer()),
                     echoed: prompt.echoed.clone(),
                     echoed_tokens: if echo && with_logprobs { prompt.tokens.clone() } else { Vec::new() },
                     logprobs: CompletionLogprobsBuilder::default(),
@@ -290,20 +328,18 @@ impl Answer {
     }
 
     /// The echo, once the prompt is computed.
-    fn started(&mut self, state: &Gateway, index: usize, cached: u32, reported: &[TokenLogprobs]) -> (String, Option<CompletionLogprobs>) {
+    fn started(&mut self, index: usize, cached: u32, reported: &[TokenLogprobs]) -> (String, Option<CompletionLogprobs>) {
         let choice = &mut self.choices[index];
         choice.cached_tokens = cached;
         let tokens = std::mem::take(&mut choice.echoed_tokens);
-        let logprobs = self
-            .with_logprobs
-            .then(|| choice.logprobs.prompt(state.prompt.tokenizer(), &tokens, reported));
+        let logprobs = self.with_logprobs.then(|| choice.logprobs.prompt(&choice.tokenizer, &tokens, reported));
         (std::mem::take(&mut choice.echoed), logprobs)
     }
 
-    fn chunk(&mut self, state: &Gateway, index: usize, tokens: &[crate::stream::OutputToken]) -> Option<CompletionLogprobs> {
+    fn chunk(&mut self, index: usize, tokens: &[crate::stream::OutputToken]) -> Option<CompletionLogprobs> {
         let choice = &mut self.choices[index];
         choice.output_tokens += tokens.len() as u32;
-        self.with_logprobs.then(|| choice.logprobs.output(state.prompt.tokenizer(), tokens))
+        self.with_logprobs.then(|| choice.logprobs.output(&choice.tokenizer, tokens))
     }
 }
 
@@ -317,12 +353,12 @@ fn append(logprobs: &mut Option<CompletionLogprobs>, more: Option<CompletionLogp
     }
 }
 
-async fn whole(state: &Gateway, mut answer: Answer, streams: Vec<TextStream>) -> Result<Response, ApiError> {
+async fn whole(mut answer: Answer, streams: Vec<TextStream>) -> Result<Response, ApiError> {
     let mut choices = Vec::new();
     for (index, output) in collect(streams).await?.into_iter().enumerate() {
-        let (mut text, mut logprobs) = answer.started(state, index, output.cached_tokens, &output.prompt_logprobs);
+        let (mut text, mut logprobs) = answer.started(index, output.cached_tokens, &output.prompt_logprobs);
         text.push_str(&output.text());
-        append(&mut logprobs, answer.chunk(state, index, &output.tokens));
+        append(&mut logprobs, answer.chunk(index, &output.tokens));
         let finish = output.finish.unwrap_or(Finish::Aborted);
         choices.push(CompletionChoice {
             index: index as u32,
@@ -338,7 +374,6 @@ async fn whole(state: &Gateway, mut answer: Answer, streams: Vec<TextStream>) ->
 
 /// Chunks of a streamed answer.
 struct CompletionStream {
-    state: AppState,
     answer: Answer,
     merged: Option<MergedStream>,
     options: StreamOptions,
@@ -346,9 +381,8 @@ struct CompletionStream {
 }
 
 impl CompletionStream {
-    fn new(state: AppState, answer: Answer, merged: MergedStream, options: StreamOptions) -> Self {
+    fn new(answer: Answer, merged: MergedStream, options: StreamOptions) -> Self {
         Self {
-            state,
             answer,
             merged: Some(merged),
             options,
@@ -374,11 +408,11 @@ impl CompletionStream {
                 cached_tokens,
                 prompt_logprobs,
             } => {
-                let (text, logprobs) = self.answer.started(&self.state, index, cached_tokens, &prompt_logprobs);
+                let (text, logprobs) = self.answer.started(index, cached_tokens, &prompt_logprobs);
                 self.push_new(index, text, logprobs);
             }
             TextEvent::Chunk { text, tokens } => {
-                let logprobs = self.answer.chunk(&self.state, index, &tokens);
+                let logprobs = self.answer.chunk(index, &tokens);
                 self.push_new(index, text, logprobs);
             }
             TextEvent::Finished(finish) if finish.reason().is_some() => self.push(index, String::new(), None, Some(&finish)),

@@ -25,6 +25,8 @@ use crate::{
     },
     routing::Target,
     stream::{DONE, Finish, MergedStream, OutputToken, TextEvent, TextOptions, TextStream, collect, sse_event, sse_response},
+    text_side::TextSide,
+    tokenizer::TextTokenizer,
 };
 
 /// Generates.
@@ -43,8 +45,9 @@ pub async fn generate(
 ) -> Result<Response, NativeError> {
     refuse_unsupported(&state, &request)?;
     let streaming = request.stream.unwrap_or(false);
-    let batch = Batch::read(&state, request).await?;
+    let mut batch = Batch::read(&state, request)?;
     let leases = leases(&state, &caller, &batch.prompts).await?;
+    batch.encode(&state, &leases).await?;
     let outputs = batch.outputs(&state, &caller, &leases);
     let (is_list, prompt_param, jobs) = (batch.is_list(), batch.param, batch.jobs(&leases)?);
     let streams = state.start(&caller, jobs).map_err(|error| native_names(error, prompt_param))?;
@@ -57,7 +60,6 @@ pub async fn generate(
             Err(error) => return Err(error.into()),
         }
         let stream = GenerateStream {
-            state,
             outputs,
             is_list,
             merged: Some(merged),
@@ -67,7 +69,7 @@ pub async fn generate(
             stream.next().await.map(|event| (event, stream))
         }))
     } else {
-        whole(&state, outputs, is_list, streams).await?
+        whole(outputs, is_list, streams).await?
     };
     let all_alike = leases
         .windows(2)
@@ -190,19 +192,24 @@ struct Batch {
 }
 
 struct PromptPart {
+    /// What is to be tokenized, until it is.
+    text: Option<String>,
     tokens: Vec<u32>,
     adapter: Option<String>,
     rid: Arc<str>,
     sampling: NativeSamplingParams,
+    /// `logprob_start_len` and `top_logprobs_num`, if log-probabilities are wanted.
+    wanted_logprobs: Option<(i64, u32)>,
     /// First prompt token reported, and how many likeliest tokens; `None` for no log-probabilities.
     logprobs: Option<(Option<u32>, u32)>,
     grammar: Option<Arc<dyn Grammar>>,
+    side: TextSide,
 }
 
 impl Batch {
-    async fn read(state: &Gateway, request: GenerateRequest) -> Result<Self, ApiError> {
-        let (tokens, is_batch, param) = prompt_tokens(state, request.text, request.input_ids).await?;
-        let len = tokens.len();
+    fn read(state: &Gateway, request: GenerateRequest) -> Result<Self, ApiError> {
+        let (given, is_batch, param) = given_prompts(state, request.text, request.input_ids)?;
+        let len = given.len();
         let sampling = spread(request.sampling_params, "sampling_params", len, is_batch)?;
         let adapters = spread(request.lora_path, "lora_path", len, is_batch)?;
         let wanted = spread(request.return_logprob, "return_logprob", len, is_batch)?;
@@ -211,15 +218,18 @@ impl Batch {
         let rids = rids(request.rid, len, is_batch)?;
         let n = sampling[0].as_ref().and_then(|sampling| sampling.n).unwrap_or(1);
         let mut prompts = Vec::with_capacity(len);
-        let parts = tokens.into_iter().zip(adapters).zip(rids).zip(sampling).zip(wanted).zip(starts).zip(tops);
-        for ((((((tokens, adapter), rid), sampling), wanted), start), top) in parts {
+        let parts = given.into_iter().zip(adapters).zip(rids).zip(sampling).zip(wanted).zip(starts).zip(tops);
+        for (((((((text, tokens), adapter), rid), sampling), wanted), start), top) in parts {
             let sampling = sampling.unwrap_or_default();
             if sampling.n.unwrap_or(1) != n {
                 return Err(ApiError::invalid("sampling_params.n", "n must be equal for all prompts"));
             }
             prompts.push(PromptPart {
-                grammar: grammar(state, &sampling).await.map_err(|error| native_names(error, param))?,
-                logprobs: logprobs(state, &tokens, wanted.unwrap_or(false), start.unwrap_or(-1), top.unwrap_or(0))?,
+                grammar: None,
+                side: state.text.clone(),
+                wanted_logprobs: wanted.unwrap_or(false).then(|| (start.unwrap_or(-1), top.unwrap_or(0))),
+                logprobs: None,
+                text,
                 tokens,
                 // SGLang takes an empty name for the base model.
                 adapter: adapter.flatten().filter(|name| !name.is_empty()),
@@ -237,6 +247,23 @@ impl Batch {
         })
     }
 
+    /// Makes tokens of the texts and constraints of the grammars, each as its model reads it.
+    async fn encode(&mut self, state: &Gateway, leases: &[Option<AdapterLease>]) -> Result<(), ApiError> {
+        for (prompt, lease) in self.prompts.iter_mut().zip(leases) {
+            prompt.side = state.text(lease.as_ref());
+            if let Some(text) = prompt.text.take() {
+                prompt.tokens = prompt.side.prompt.encode(text, true).await?;
+            }
+            if prompt.tokens.is_empty() {
+                return Err(ApiError::invalid(self.param, "Prompt cannot be empty"));
+            }
+            prompt.logprobs = logprobs(state, &prompt.tokens, prompt.wanted_logprobs)?;
+            let compiled = grammar(state, &prompt.side, &prompt.sampling).await;
+            prompt.grammar = compiled.map_err(|error| native_names(error, self.param))?;
+        }
+        Ok(())
+    }
+
     /// Whether the answer is a list.
     fn is_list(&self) -> bool {
         self.is_batch || self.n > 1
@@ -249,6 +276,7 @@ impl Batch {
         outputs
             .map(|(prompt, lease)| Output {
                 rid: Arc::clone(&prompt.rid),
+                tokenizer: Arc::clone(prompt.side.tokenizer()),
                 prompt_tokens: prompt.tokens.clone(),
                 lora: lease.as_ref().map(|lease| lease.name().to_string()),
                 weight_version: state.weight_version(lease.as_ref()),
@@ -272,32 +300,31 @@ impl Batch {
     }
 }
 
-async fn prompt_tokens(
+/// A text, or token ids.
+type Given = (Option<String>, Vec<u32>);
+
+fn given_prompts(
     state: &Gateway,
     text: Option<OneOrMany<String>>,
     input_ids: Option<InputIds>,
-) -> Result<(Vec<Vec<u32>>, bool, &'static str), ApiError> {
-    let (tokens, is_batch, param) = match (text, input_ids) {
+) -> Result<(Vec<Given>, bool, &'static str), ApiError> {
+    let ids = |ids: Vec<u32>| (None, ids);
+    let (given, is_batch, param): (Vec<Given>, _, _) = match (text, input_ids) {
         (Some(_), Some(_)) => return Err(ApiError::invalid("input_ids", "Give exactly one of text and input_ids, not both.")),
         (None, None) => return Err(ApiError::invalid("text", "Give exactly one of text and input_ids.")),
         (Some(text), None) => {
             let is_batch = matches!(text, OneOrMany::Many(_));
-            let texts = text.into_vec();
-            check_count(state, texts.len(), "text")?;
-            let mut tokens = Vec::with_capacity(texts.len());
-            for text in texts {
-                tokens.push(state.prompt.encode(text, true).await?);
-            }
-            (tokens, is_batch, "text")
+            let texts = text.into_vec().into_iter();
+            (texts.map(|text| (Some(text), Vec::new())).collect(), is_batch, "text")
         }
-        (None, Some(InputIds::One(ids))) => (vec![ids], false, "input_ids"),
-        (None, Some(InputIds::Many(lists))) => (lists, true, "input_ids"),
+        (None, Some(InputIds::One(one))) => (vec![ids(one)], false, "input_ids"),
+        (None, Some(InputIds::Many(lists))) => (lists.into_iter().map(ids).collect(), true, "input_ids"),
     };
-    check_count(state, tokens.len(), param)?;
-    if tokens.iter().any(Vec::is_empty) {
+    check_count(state, given.len(), param)?;
+    if given.iter().any(|(text, tokens)| text.is_none() && tokens.is_empty()) {
         return Err(ApiError::invalid(param, "Prompt cannot be empty"));
     }
-    Ok((tokens, is_batch, param))
+    Ok((given, is_batch, param))
 }
 
 /// One value for all prompts, or one for each.
@@ -338,17 +365,15 @@ fn rids(rid: Option<OneOrMany<String>>, len: usize, is_batch: bool) -> Result<Ve
     }
 }
 
-async fn grammar(state: &Gateway, params: &NativeSamplingParams) -> Result<Option<Arc<dyn Grammar>>, ApiError> {
+async fn grammar(state: &Gateway, side: &TextSide, params: &NativeSamplingParams) -> Result<Option<Arc<dyn Grammar>>, ApiError> {
     match form_of_answer(None, params.json_schema.as_ref(), params.regex.as_ref(), params.ebnf.as_ref())? {
-        Some((spec, param)) => state.grammars.compile(spec, param, state.limits.max_grammar_bytes).await.map(Some),
+        Some((spec, param)) => side.grammars.compile(spec, param, state.limits.max_grammar_bytes).await.map(Some),
         None => Ok(None),
     }
 }
 
-fn logprobs(state: &Gateway, prompt: &[u32], wanted: bool, start: i64, top: u32) -> Result<Option<(Option<u32>, u32)>, ApiError> {
-    if !wanted {
-        return Ok(None);
-    }
+fn logprobs(state: &Gateway, prompt: &[u32], wanted: Option<(i64, u32)>) -> Result<Option<(Option<u32>, u32)>, ApiError> {
+    let Some((start, top)) = wanted else { return Ok(None) };
     if top > state.limits.max_top_logprobs {
         let message = format!("top_logprobs_num must be at most {}, got {top}", state.limits.max_top_logprobs);
         return Err(ApiError::invalid("top_logprobs_num", message));
@@ -418,6 +443,7 @@ fn job(prompt: PromptPart, lease: Option<AdapterLease>, n: u32) -> Result<Job, A
 /// One output, as far as it is.
 struct Output {
     rid: Arc<str>,
+    tokenizer: Arc<TextTokenizer>,
     prompt_tokens: Vec<u32>,
     lora: Option<String>,
     weight_version: String,
@@ -432,7 +458,7 @@ struct Output {
 }
 
 impl Output {
-    fn response(&self, state: Option<&Gateway>, index: Option<u32>, finish: Option<&Finish>) -> GenerateResponse {
+    fn response(&self, with_logprobs: bool, index: Option<u32>, finish: Option<&Finish>) -> GenerateResponse {
         let mut meta_info = MetaInfo {
             id: self.rid.to_string(),
             finish_reason: finish.map(|finish| match finish {
@@ -455,8 +481,8 @@ impl Output {
             input_top_logprobs: None,
             output_top_logprobs: None,
         };
-        if let (Some(state), Some((start, top))) = (state, self.logprobs) {
-            self.write_logprobs(state, &mut meta_info, start, top);
+        if let Some((start, top)) = self.logprobs.filter(|_| with_logprobs) {
+            self.write_logprobs(&mut meta_info, start, top);
         }
         GenerateResponse {
             index,
@@ -467,8 +493,8 @@ impl Output {
         }
     }
 
-    fn write_logprobs(&self, state: &Gateway, meta_info: &mut MetaInfo, start: Option<u32>, top: u32) {
-        let tokenizer = state.prompt.tokenizer();
+    fn write_logprobs(&self, meta_info: &mut MetaInfo, start: Option<u32>, top: u32) {
+        let tokenizer = &*self.tokenizer;
         let known = |token: &OutputToken| token.logprobs.clone().unwrap_or_default();
         let output = self
             .tokens
@@ -497,7 +523,7 @@ impl Output {
     }
 }
 
-async fn whole(state: &Gateway, outputs: Vec<Output>, is_list: bool, streams: Vec<TextStream>) -> Result<Response, ApiError> {
+async fn whole(outputs: Vec<Output>, is_list: bool, streams: Vec<TextStream>) -> Result<Response, ApiError> {
     let completed = collect(streams).await?;
     let mut responses = outputs.into_iter().zip(completed).map(|(output, completed)| {
         let text = completed.text();
@@ -509,7 +535,7 @@ async fn whole(state: &Gateway, outputs: Vec<Output>, is_list: bool, streams: Ve
             prompt_logprobs: completed.prompt_logprobs,
             ..output
         };
-        output.response(Some(state), None, Some(&finish))
+        output.response(true, None, Some(&finish))
     });
     if is_list {
         return Ok(Json(responses.collect::<Vec<_>>()).into_response());
@@ -521,14 +547,13 @@ async fn whole(state: &Gateway, outputs: Vec<Output>, is_list: bool, streams: Ve
 fn aborted_stream(outputs: Vec<Output>, is_list: bool) -> impl futures::Stream<Item = Bytes> + Send {
     let events = outputs.into_iter().enumerate().map(move |(index, output)| {
         let index = is_list.then_some(index as u32);
-        sse_event(&output.response(None, index, Some(&Finish::Aborted)))
+        sse_event(&output.response(false, index, Some(&Finish::Aborted)))
     });
     futures::stream::iter(events.chain([DONE]))
 }
 
 /// Events of a streamed answer, each with all of its output so far.
 struct GenerateStream {
-    state: AppState,
     outputs: Vec<Output>,
     is_list: bool,
     merged: Option<MergedStream>,
@@ -577,7 +602,6 @@ impl GenerateStream {
             }
         };
         let wire_index = self.is_list.then_some(index as u32);
-        self.ready
-            .push_back(sse_event(&output.response(Some(&self.state), wire_index, finish.as_ref())));
+        self.ready.push_back(sse_event(&output.response(true, wire_index, finish.as_ref())));
     }
 }

@@ -90,7 +90,7 @@ pub async fn model_info(State(state): State<AppState>) -> Json<ModelInfo> {
         model_path: state.served.path.clone(),
         tokenizer_path: state.served.path.clone(),
         is_generation: true,
-        preferred_sampling_params: serde_json::to_value(state.prompt.sampling_defaults()).ok(),
+        preferred_sampling_params: serde_json::to_value(state.text.prompt.sampling_defaults()).ok(),
         weight_version: state.weight_version(None),
         has_image_understanding: false,
         has_audio_understanding: false,

@@ -8,6 +8,8 @@ use crate::{
     error::ApiError,
     extract::ApiJson,
     protocol::tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse},
+    routing::Target,
+    text_side::TextSide,
 };
 
 /// `POST /tokenize`: the token ids of a text, or of a conversation as the chat template writes it.
@@ -20,14 +22,12 @@ pub async fn tokenize(
     caller: Caller,
     ApiJson(request): ApiJson<TokenizeRequest>,
 ) -> Result<Json<TokenizeResponse>, ApiError> {
-    if let Some(model) = &request.model {
-        state.router(&caller.identity).target(model, None)?;
-    }
+    let side = text_side(&state, &caller, request.model.as_deref()).await?;
     let (text, add_special_tokens) = match (request.prompt.or(request.text), request.messages) {
         (Some(prompt), None) => (prompt, request.add_special_tokens.unwrap_or(true)),
         (None, Some(messages)) => {
             let text = template_text(
-                &state,
+                &side,
                 &messages,
                 request.add_generation_prompt.unwrap_or(true),
                 request.chat_template_kwargs.as_ref(),
@@ -36,8 +36,8 @@ pub async fn tokenize(
         }
         _ => return Err(ApiError::invalid("prompt", "Give exactly one of prompt and messages.")),
     };
-    let tokens = state.prompt.encode(text, add_special_tokens).await?;
-    let tokenizer = state.prompt.tokenizer();
+    let tokens = side.prompt.encode(text, add_special_tokens).await?;
+    let tokenizer = side.tokenizer();
     let token_strs = request.return_token_strs.unwrap_or(false).then(|| {
         let spelled = tokens.iter().map(|&id| tokenizer.id_to_token(id).unwrap_or_default());
         spelled.collect()
@@ -50,6 +50,18 @@ pub async fn tokenize(
     }))
 }
 
+/// The way with text of a model or an adapter. One that was not read yet is read for it.
+async fn text_side(state: &AppState, caller: &Caller, model: Option<&str>) -> Result<TextSide, ApiError> {
+    let Some(model) = model else { return Ok(state.text.clone()) };
+    match state.router(&caller.identity).target(model, None)? {
+        Target::Base => Ok(state.text.clone()),
+        target => {
+            let target = state.resolve(caller, target, caller.sticky_key([None, None], &caller.request_id))?;
+            Ok(state.text(state.lease(caller, &target).await?.as_ref()))
+        }
+    }
+}
+
 /// `POST /detokenize`: the text of token ids.
 #[utoipa::path(
     post, path = "/detokenize", tag = "Native", request_body = DetokenizeRequest,
@@ -60,10 +72,8 @@ pub async fn detokenize(
     caller: Caller,
     ApiJson(request): ApiJson<DetokenizeRequest>,
 ) -> Result<Json<DetokenizeResponse>, ApiError> {
-    if let Some(model) = &request.model {
-        state.router(&caller.identity).target(model, None)?;
-    }
-    let tokenizer = state.prompt.tokenizer();
+    let side = text_side(&state, &caller, request.model.as_deref()).await?;
+    let tokenizer = side.tokenizer();
     if let Some(&bad) = request.tokens.iter().find(|&&token| token as usize >= tokenizer.vocab_size()) {
         let message = format!("token id {bad} is outside the vocabulary of {}", tokenizer.vocab_size());
         return Err(ApiError::invalid("tokens", message));

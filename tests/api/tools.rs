@@ -1,5 +1,7 @@
 //! Functions that the model may, must or must not call.
 
+use std::sync::Arc;
+
 use polylora::tool_calls::ToolFormat;
 use polylora_engine::mock::MockEngineBuilder;
 use serde_json::{Value, json};
@@ -138,7 +140,7 @@ async fn a_required_call_is_enforced() {
     ] {
         let server = Server::with(
             |engine| roomy(engine).reply(move |_| says(wanted)),
-            |gateway| gateway.tool_format = format,
+            |gateway| gateway.text.tool_format = format,
         );
         for choice in [json!("required"), json!({"type": "function", "function": {"name": "time"}})] {
             for stream in [false, true] {
@@ -158,7 +160,7 @@ async fn a_required_call_is_enforced() {
         // A model that wants something else can't have it.
         let server = Server::with(
             |engine| roomy(engine).reply(|_| says("No, I would rather talk about the weather and other things in a long sentence.")),
-            |gateway| gateway.tool_format = format,
+            |gateway| gateway.text.tool_format = format,
         );
         let named = json!({"tool_choice": {"type": "function", "function": {"name": "time"}}, "max_tokens": 300});
         let body = server.post("/v1/chat/completions", chat(named)).await.json(200).await;
@@ -212,7 +214,7 @@ async fn strict_functions_bind_the_arguments_and_leave_text_free() {
             let wanted = format!("{text}{call}");
             let server = Server::with(
                 |engine| roomy(engine).reply(move |_| says(&wanted)),
-                |gateway| gateway.tool_format = format,
+                |gateway| gateway.text.tool_format = format,
             );
             let ask = || {
                 server.post(
@@ -357,7 +359,7 @@ async fn thoughts_are_split_off() {
     let server = Server::with(
         |engine| engine.reply(|_| says("<think>\nWell…\n</think>\n\nYes.")),
         |gateway| {
-            gateway.prompt = prompt_processor("{# <think> #}{{ messages[0].content }}");
+            gateway.text.prompt = Arc::new(prompt_processor("{# <think> #}{{ messages[0].content }}"));
         },
     );
     let ask = |extra: Value| {
@@ -432,7 +434,7 @@ async fn a_form_binds_what_follows_the_thoughts() {
             for stream in [false, true] {
                 let server = Server::with(
                     |engine| roomy(engine).reply(move |_| says(output)),
-                    |gateway| gateway.prompt = prompt_processor(template),
+                    |gateway| gateway.text.prompt = Arc::new(prompt_processor(template)),
                 );
                 let mut body = json!({"model": BASE, "messages": [{"role": "user", "content": "Hi"}], "stream": stream, "max_tokens": 300});
                 body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
@@ -462,7 +464,7 @@ async fn a_required_call_may_follow_thoughts() {
     let output = "<think>\nWhich?\n</think>\n\nNone.";
     let server = Server::with(
         |engine| roomy(engine).reply(move |_| says(output)),
-        |gateway| gateway.prompt = prompt_processor("{# <think> #}{{ tools | tojson }}{{ messages[0].content }}"),
+        |gateway| gateway.text.prompt = Arc::new(prompt_processor("{# <think> #}{{ tools | tojson }}{{ messages[0].content }}")),
     );
     let named = json!({"tool_choice": {"type": "function", "function": {"name": "time"}}, "max_tokens": 300});
     let message = server.post("/v1/chat/completions", chat(named)).await.json(200).await["choices"][0]["message"].take();

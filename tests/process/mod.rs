@@ -145,15 +145,25 @@ impl Server {
 
     /// `POST /v1/adapters/{name}` with the files of a demo adapter.
     pub fn push(&self, name: &str, adapter: &str) -> Result<(u16, Value), ureq::Error> {
-        let file = |file: &str| std::fs::read(Path::new(&adapter_path(adapter)).join(file)).unwrap();
-        let (config, weights) = (file("adapter_config.json"), file("adapter_model.safetensors"));
-        self.push_bytes(name, &config, &weights)
+        let parts = [("config", "adapter_config.json"), ("weights", "adapter_model.safetensors")];
+        self.push_files(name, Path::new(&adapter_path(adapter)), &parts)
+    }
+
+    /// The same with files of a folder, by part.
+    pub fn push_files(&self, name: &str, folder: &Path, parts: &[(&str, &str)]) -> Result<(u16, Value), ureq::Error> {
+        let file = |file: &str| std::fs::read(folder.join(file)).unwrap();
+        let parts: Vec<(&str, Vec<u8>)> = parts.iter().map(|(part, name)| (*part, file(name))).collect();
+        self.push_parts(name, &parts)
     }
 
     /// `POST /v1/adapters/{name}` with these files.
     pub fn push_bytes(&self, name: &str, config: &[u8], weights: &[u8]) -> Result<(u16, Value), ureq::Error> {
+        self.push_parts(name, &[("config", config.to_vec()), ("weights", weights.to_vec())])
+    }
+
+    fn push_parts(&self, name: &str, parts: &[(&str, Vec<u8>)]) -> Result<(u16, Value), ureq::Error> {
         let mut body = Vec::new();
-        for (part, file) in [("config", config), ("weights", weights)] {
+        for (part, file) in parts {
             let head = format!("--XX\r\nContent-Disposition: form-data; name=\"{part}\"; filename=\"{part}\"\r\n\r\n");
             body.extend_from_slice(head.as_bytes());
             body.extend_from_slice(file);

@@ -97,6 +97,10 @@ pub fn combine(parts: &[(&HostAdapter, f32)], max_rank: Option<u32>) -> Result<H
         if !adapter.replaced.is_empty() || adapter.modules.iter().any(has_output_terms) {
             return incompatible("an adapter with DoRA, biases or whole modules can't be combined or weighted".into());
         }
+        let digest = |adapter: &HostAdapter| adapter.companion.as_ref().map(|companion| companion.digest());
+        if digest(adapter) != digest(parts[0].0) {
+            return incompatible("adapters that differ in tokenizer or chat template can't be combined".into());
+        }
         if adapter.dtype != dtype {
             return incompatible("adapters packed in different dtypes".into());
         }
@@ -124,6 +128,7 @@ pub fn combine(parts: &[(&HostAdapter, f32)], max_rank: Option<u32>) -> Result<H
         replaced: Vec::new(),
         token_rows: Vec::new(),
         resized_vocab: None,
+        companion: parts[0].0.companion.clone(),
     };
     for (index, members) in members.iter().enumerate() {
         let module = combined.modules[index];

@@ -13,7 +13,8 @@ use safetensors::{Dtype, tensor::TensorView};
 use sha2::{Digest, Sha256};
 
 use super::{
-    AdapterError, AlignedBytes, BaseWeights, HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, ReplacedWeight, TokenRows, VersionId,
+    AdapterError, AlignedBytes, BaseWeights, CompanionReader, HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, ReplacedWeight,
+    TokenRows, VersionId,
     config::{BiasMode, CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfig, Resolution, ResolvedModule, ResolvedRows, module_path},
     tensors::{Element, MAX_HEADER_BYTES, Role, Tensor, WEIGHTS_FILE, WeightFiles, bad, read_file},
 };
@@ -22,15 +23,6 @@ use crate::{
     files::FileSource,
     weights::ModelWeights,
 };
-
-/// Tokens that an adapter's tokenizer adds, as older versions of transformers write them.
-const ADDED_TOKENS_FILE: &str = "added_tokens.json";
-/// The same among others, as newer ones do.
-const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
-/// The same, as all do; read only where the other two are missing, since it has the whole vocabulary.
-const TOKENIZER_FILE: &str = "tokenizer.json";
-/// The largest known has 33 MB.
-const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 
 /// More tokens than this an adapter does not add: what bounds its files in memory.
 const MAX_ADDED_TOKENS: usize = 1 << 16;
@@ -77,9 +69,6 @@ pub struct LoraFeatures {
     /// Embeddings and heads with rows of other tokens than the base model's: a resized vocabulary, `trainable_token_indices`.
     pub own_tokens: bool,
 }
-
-/// The id of a token of the base model's tokenizer.
-pub type TokenLookup = Arc<dyn Fn(&str) -> Option<u32> + Send + Sync>;
 
 /// Opens the base model's weights for the time of one load: kept open, the mapped checkpoint would count as memory.
 pub type BaseOpener = Arc<dyn Fn() -> Result<Box<dyn BaseWeights>, AdapterError> + Send + Sync>;
@@ -155,8 +144,8 @@ pub struct LoraLimits {
     pub base: Option<BaseOpener>,
     /// Most bytes that it may take once packed: what a device keeps for adapters. `None` is no bound.
     pub max_packed_bytes: Option<usize>,
-    /// Knows the base model's tokens: adapters whose tokenizer has others are refused. Without it only those outside the vocabulary are.
-    pub token_id: Option<TokenLookup>,
+    /// Reads what comes with an adapter beside its weights; without it that is passed over.
+    pub companion: Option<CompanionReader>,
     /// Most bytes of weight files, whatever the configuration says.
     pub max_file_bytes: u64,
     /// Threads that read and pack one adapter.
@@ -184,7 +173,7 @@ impl LoraLimits {
             dtype,
             features: LoraFeatures::default(),
             base: None,
-            token_id: None,
+            companion: None,
             max_packed_bytes: None,
             max_file_bytes: 32 << 30,
             pack_threads: std::thread::available_parallelism().map_or(2, |cores| (cores.get() / 2).clamp(2, 8)),
@@ -234,8 +223,19 @@ pub fn load_adapter(files: &FileSource, decoder: &DecoderConfig, limits: &LoraLi
     limits.check(&resolution)?;
     let max_bytes = max_weight_bytes(&resolution, decoder).min(limits.max_file_bytes);
     let weights = WeightFiles::read(files, max_bytes, limits.pack_threads)?;
-    let (adapter, report) = assemble(&config, &resolution, &weights, decoder, limits)?;
-    refuse_own_tokens(files, adapter.vocab_size(decoder.vocab_size), limits.token_id.as_ref())?;
+    let (mut adapter, report) = assemble(&config, &resolution, &weights, decoder, limits)?;
+    // Before the companion is read: there may be gigabytes of them.
+    drop(weights);
+    if let Some(read) = &limits.companion
+        && let Some(companion) = read(files, &adapter)?
+    {
+        let mut hash = Sha256::new();
+        hash.update(b"polylora adapter with files 1");
+        hash.update(adapter.version.0);
+        hash.update(companion.digest());
+        adapter.version = VersionId(hash.finalize().into());
+        adapter.companion = Some(companion);
+    }
     Ok((adapter, report))
 }
 
@@ -375,79 +375,6 @@ fn own_vocab_size(tensors: &BTreeMap<(ModuleId, Role), Tensor<'_>>, resolution: 
         });
     }
     Ok(vocab_size)
-}
-
-/// An adapter whose tokenizer has tokens that the base model's has not would be asked with other token ids than it was trained with.
-fn refuse_own_tokens(files: &FileSource, vocab_size: usize, token_id: Option<&TokenLookup>) -> Result<(), AdapterError> {
-    let Some(OwnTokens { file, tokens }) = own_tokens(files)? else {
-        return Ok(());
-    };
-    let refuse = |reason: String| Err(AdapterError::Unsupported { key: file.into(), reason });
-    for (token, id) in tokens {
-        if id >= vocab_size as u64 {
-            return refuse(format!("it adds {token:?} as {id}, the vocabulary has {vocab_size} tokens"));
-        }
-        let known = token_id.map(|token_id| token_id(&token));
-        if let Some(known) = known.filter(|known| known.map(u64::from) != Some(id)) {
-            let there = known.map_or_else(|| "no such token".to_owned(), |id| format!("it as {id}"));
-            return refuse(format!(
-                "it has the token {token:?} as {id}, the base model's tokenizer has {there}: adapters with tokens of their own are not applied"
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// The added tokens of an adapter's own tokenizer, and the file that says so.
-struct OwnTokens {
-    file: &'static str,
-    tokens: BTreeMap<String, u64>,
-}
-
-fn own_tokens(files: &FileSource) -> Result<Option<OwnTokens>, AdapterError> {
-    #[derive(serde::Deserialize)]
-    struct Added {
-        id: u64,
-        content: String,
-    }
-    #[derive(serde::Deserialize)]
-    struct Content {
-        content: String,
-    }
-    #[derive(serde::Deserialize)]
-    struct TokenizerConfig {
-        added_tokens_decoder: Option<BTreeMap<u64, Content>>,
-    }
-    #[derive(serde::Deserialize)]
-    struct TokenizerJson {
-        #[serde(default)]
-        added_tokens: Vec<Added>,
-    }
-    let wrong = |file, what: &str, error: serde_json::Error| bad(file, format!("expected {what}: {error}"));
-    if files.contains(ADDED_TOKENS_FILE) {
-        let bytes = read_file(files, ADDED_TOKENS_FILE, MAX_CONFIG_BYTES)?;
-        let tokens = serde_json::from_slice(&bytes).map_err(|error| wrong(ADDED_TOKENS_FILE, "an object from token to id", error))?;
-        let file = ADDED_TOKENS_FILE;
-        return Ok(Some(OwnTokens { file, tokens }));
-    }
-    if files.contains(TOKENIZER_CONFIG_FILE) {
-        let bytes = read_file(files, TOKENIZER_CONFIG_FILE, MAX_TOKENIZER_BYTES)?;
-        let config: TokenizerConfig =
-            serde_json::from_slice(&bytes).map_err(|error| wrong(TOKENIZER_CONFIG_FILE, "a tokenizer's configuration", error))?;
-        if let Some(tokens) = config.added_tokens_decoder {
-            let tokens = tokens.into_iter().map(|(id, token)| (token.content, id)).collect();
-            let file = TOKENIZER_CONFIG_FILE;
-            return Ok(Some(OwnTokens { file, tokens }));
-        }
-    }
-    if files.contains(TOKENIZER_FILE) {
-        let bytes = read_file(files, TOKENIZER_FILE, MAX_TOKENIZER_BYTES)?;
-        let json: TokenizerJson = serde_json::from_slice(&bytes).map_err(|error| wrong(TOKENIZER_FILE, "a tokenizer", error))?;
-        let tokens = json.added_tokens.into_iter().map(|token| (token.content, token.id)).collect();
-        let file = TOKENIZER_FILE;
-        return Ok(Some(OwnTokens { file, tokens }));
-    }
-    Ok(None)
 }
 
 /// Input and output width of a module.
@@ -1206,6 +1133,7 @@ impl<'a> Loader<'a> {
             replaced,
             token_rows,
             resized_vocab,
+            companion: None,
         };
         Ok((adapter, self.report))
     }
@@ -1862,55 +1790,34 @@ mod tests {
     }
 
     #[test]
-    fn added_tokens_are_refused() {
-        let decoder = tiny_decoder();
-        let mut files = AdapterFiles::simple(&decoder, 1);
-        files.others.insert("added_tokens.json".into(), br#"{"<a>": 3, "<b>": 10}"#.to_vec());
-        load_adapter(&source(&files.write()), &decoder, &limits()).unwrap();
-        files.others.insert("added_tokens.json".into(), br#"{"<a>": 3, "<b>": 11}"#.to_vec());
-        check_refused(&files, &decoder, &limits(), &["added_tokens.json", "\"<b>\" as 11", "vocabulary has 11"]);
-        files.others.insert("added_tokens.json".into(), b"[]".to_vec());
-        check_refused(&files, &decoder, &limits(), &["added_tokens.json"]);
-    }
-
-    #[test]
-    fn tokens_that_the_base_has_not_are_refused_by_whatever_file_has_them() {
+    fn what_comes_with_an_adapter_is_part_of_its_version() {
+        struct Files([u8; 32]);
+        impl super::super::Companion for Files {
+            fn digest(&self) -> [u8; 32] {
+                self.0
+            }
+        }
         let decoder = tiny_decoder();
         let limits = LoraLimits {
-            token_id: Some(Arc::new(|token| match token {
-                "<a>" => Some(3),
-                "<b>" => Some(4),
-                _ => None,
+            companion: Some(Arc::new(|files, adapter| {
+                assert_eq!(adapter.modules.len(), 6, "the weights are packed");
+                let read = |name: &str| read_file(files, name, 64);
+                match files.contains("tokenizer.json") {
+                    true => Ok(Some(Arc::new(Files(Sha256::digest(read("tokenizer.json")?).into())))),
+                    false => Ok(None),
+                }
             })),
             ..limits()
         };
-        let check = |others: &[(&str, serde_json::Value)], words: &[&str]| {
+        let load = |tokenizer: Option<&[u8]>| {
             let mut files = AdapterFiles::simple(&decoder, 1);
-            for (name, json) in others {
-                files.others.insert((*name).into(), json.to_string().into_bytes());
-            }
-            if words.is_empty() {
-                load_adapter(&source(&files.write()), &decoder, &limits).unwrap();
-            } else {
-                check_refused(&files, &decoder, &limits, words);
-            }
+            files.others.extend(tokenizer.map(|bytes| ("tokenizer.json".to_owned(), bytes.to_vec())));
+            load_adapter(&source(&files.write()), &decoder, &limits).unwrap().0
         };
-        let (config, tokenizer) = (TOKENIZER_CONFIG_FILE, TOKENIZER_FILE);
-        let with = |token: &str, id: u64| json!({"added_tokens_decoder": {"3": {"content": "<a>"}, id.to_string(): {"content": token}}});
-        check(&[(config, with("<b>", 4))], &[]);
-        check(&[(config, json!({"added_tokens_decoder": {}}))], &[]);
-        check(&[(config, with("<new>", 5))], &[config, "\"<new>\" as 5", "no such token"]);
-        check(&[(config, with("<b>", 5))], &[config, "\"<b>\" as 5", "it as 4"]);
-        check(&[(config, with("<b>", 11))], &[config, "\"<b>\" as 11", "vocabulary has 11"]);
-        check(&[(config, json!({"added_tokens_decoder": [1]}))], &[config, "expected"]);
-        let whole = |id: u64, token: &str| json!({"added_tokens": [{"id": id, "content": token}], "model": {"vocab": {"x": 0}}});
-        check(&[(tokenizer, whole(3, "<a>"))], &[]);
-        check(&[(tokenizer, whole(7, "<new>"))], &[tokenizer, "\"<new>\" as 7"]);
-        check(
-            &[(config, json!({"model_max_length": 8})), (tokenizer, whole(7, "<new>"))],
-            &[tokenizer, "\"<new>\""],
-        );
-        check(&[("added_tokens.json", json!({"<new>": 7}))], &["added_tokens.json", "\"<new>\" as 7"]);
+        let (without, one, same, other) = (load(None), load(Some(b"1")), load(Some(b"1")), load(Some(b"2")));
+        assert_eq!(one.version, same.version);
+        assert!(without.version != one.version && one.version != other.version);
+        assert!(without.companion.is_none() && one.companion.is_some());
     }
 
     fn with_own_tokens() -> LoraLimits {

@@ -8,6 +8,8 @@ use std::sync::{Arc, OnceLock};
 use half::bf16;
 use polylora_kernels::cpu::HugeBuffer;
 
+use crate::files::FileSource;
+
 pub mod combine;
 pub mod config;
 pub mod lease;
@@ -182,6 +184,15 @@ pub trait BaseWeights: Send + Sync {
     fn bias(&self, id: ModuleId) -> Option<Vec<f32>>;
 }
 
+/// What an adapter brings beside its weights that is not the engine's to read: its tokenizer. It is kept with the version and dropped with it.
+pub trait Companion: Send + Sync {
+    /// Hash of all that it says; part of the adapter's version.
+    fn digest(&self) -> [u8; 32];
+}
+
+/// Reads an adapter's [`Companion`] from its files, once its weights are packed; `None` where there is none. Called by the threads that load.
+pub type CompanionReader = Arc<dyn Fn(&FileSource, &HostAdapter) -> Result<Option<Arc<dyn Companion>>, AdapterError> + Send + Sync>;
+
 /// A validated adapter, packed into one buffer that one copy moves to a device. Immutable.
 ///
 /// A module's output becomes `y ← output_scale ⊙ (y + scaling · (x·Aᵀ)·Bᵀ) + output_bias`, where `y` is the base's output with its
@@ -208,6 +219,8 @@ pub struct HostAdapter {
     /// `token_rows` has the rows of every further one, for the embedding and for the head; where there are fewer, what the base model
     /// has beyond them does not exist.
     pub resized_vocab: Option<u32>,
+    /// What else came with it.
+    pub companion: Option<Arc<dyn Companion>>,
 }
 
 impl std::fmt::Debug for HostAdapter {

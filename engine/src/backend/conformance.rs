@@ -921,6 +921,7 @@ pub fn random_adapter(config: &DecoderConfig, shape: &AdapterShape<'_>, seed: u6
         replaced,
         token_rows: Vec::new(),
         resized_vocab: None,
+        companion: None,
     })
 }
 
