@@ -88,6 +88,10 @@ class Churn:
         parameters = {"temperature": 0, "max_new_tokens": 64}
         status, body = self.post("/generate", {"input_ids": prompt, "lora_path": name, "sampling_params": parameters})
         wanted = self.meanings(name, begin, time.monotonic()) if name in NAMES else {name}
+        if status == 503 and name in NAMES:
+            # Its new version is being read just now.
+            self.counts["busy"] += 1
+            return
         if status != 200:
             if None in wanted and name in NAMES and status in (400, 404):
                 self.counts["gone"] += 1
