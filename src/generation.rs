@@ -312,7 +312,7 @@ impl Gateway {
                 metrics: self.metrics.begin_request(adapter.map(|name| &**name), job.prompt_tokens.len()),
                 reservation: Arc::clone(reservation),
                 permit: Arc::clone(permit),
-                running: self.running.enter(Arc::clone(&job.rid)),
+                running: self.running.enter(Arc::clone(&job.rid), caller.identity.name()),
             };
             let tokens = self.engine.submit(GenerationRequest {
                 prompt_tokens: job.prompt_tokens.clone(),

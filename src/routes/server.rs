@@ -153,7 +153,7 @@ pub async fn flush_cache(State(state): State<AppState>) -> Result<Response, Nati
     }
 }
 
-/// `POST /abort_request`: ends one request, or all (which is for admins).
+/// `POST /abort_request`: ends one request of the key's own, or (which is for admins) any, or all.
 #[utoipa::path(
     post, path = "/abort_request", tag = "Native", request_body = AbortRequest,
     responses((status = 200, description = "What was told to end.", body = AbortResponse), crate::openapi::NativeBodyErrors),
@@ -169,9 +169,14 @@ pub async fn abort_request(
         return Ok(Json(AbortResponse { aborted: None }));
     }
     match request.rid.filter(|rid| !rid.is_empty()) {
-        Some(rid) => Ok(Json(AbortResponse {
-            aborted: Some(state.running.abort(&rid)),
-        })),
+        Some(rid) => {
+            let owner = caller.identity.name();
+            // Who may abort all may abort any.
+            let owner = (!caller.identity.is_admin()).then_some(&*owner);
+            Ok(Json(AbortResponse {
+                aborted: Some(state.running.abort(&rid, owner)),
+            }))
+        }
         None => Err(ApiError::invalid("rid", "Give rid, or abort_all.").into()),
     }
 }

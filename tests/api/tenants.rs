@@ -167,3 +167,16 @@ async fn a_user_s_key_is_its_fairness() {
         assert_eq!(&*server.engine.recorded().last().unwrap().fairness_key, expected);
     }
 }
+
+#[tokio::test]
+async fn a_key_ends_its_own_requests_and_an_admin_any() {
+    let server = server(vec![key("ann", Role::User), key("eve", Role::User), key("root", Role::Admin)]);
+    for (who, aborted) in [("eve", 0), ("ann", 1), ("root", 1)] {
+        server.engine.script_next(Script::tokens(tokens("a")).then(Step::Wait(Gate::new())));
+        let body = json!({"text": "a", "rid": "r", "stream": true});
+        let mut answer = post(&server, "ann", "/generate", body).await;
+        assert_eq!(answer.json_event().await["text"], "a");
+        let report = post(&server, who, "/abort_request", json!({"rid": "r"})).await.json(200).await;
+        assert_eq!(report["aborted"], aborted, "{who}");
+    }
+}
