@@ -97,6 +97,10 @@ struct ServeArgs {
     /// measure a size without its files. Without a tokenizer there, the demo model's serves.
     #[arg(long, value_enum, default_value_t = LoadFormat::Auto, value_name = "FORMAT", help_heading = "Model")]
     load_format: LoadFormat,
+    /// `owned_by` of the models that /v1/models lists. Some routers tell by it what they speak to: `vllm` and `sglang` make them use these
+    /// engines' routes.
+    #[arg(long, default_value = "polylora", value_name = "NAME", help_heading = "Model")]
+    owned_by: String,
     /// What is computed and stored in. `auto`: the model's own type, where the device is fast in it.
     #[arg(long, value_enum, default_value_t = Dtype::Auto, value_name = "DTYPE", help_heading = "Model")]
     dtype: Dtype,
@@ -278,6 +282,8 @@ pub struct Config {
     pub model: ModelSource,
     /// The base model's name for clients.
     pub served_model_name: String,
+    /// Whose the models are said to be.
+    pub owned_by: String,
     /// Where its weights come from.
     pub load_format: LoadFormat,
     /// What is computed in.
@@ -804,6 +810,7 @@ impl Config {
             otlp: OtlpSettings::from_args(&args, environment)?,
             model,
             served_model_name,
+            owned_by: args.owned_by.clone(),
             load_format: args.load_format,
             dtype: args.dtype,
             context_length: args.context_length,

@@ -72,6 +72,41 @@ pub struct ErrorDetail {
     pub code: Option<String>,
 }
 
+/// The error body of the routes that speak vLLM's form.
+#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
+pub struct VllmErrorBody {
+    /// The error.
+    pub error: VllmErrorDetail,
+}
+
+/// What went wrong.
+#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
+pub struct VllmErrorDetail {
+    /// A sentence for a human.
+    #[schema(example = "The lora adapter 'x' cannot be found.")]
+    pub message: String,
+    /// The class of error: `InvalidUserInput`, `NotFoundError`, `InternalServerError`; of a body that is wrong, OpenAI's.
+    #[serde(rename = "type")]
+    #[schema(example = "NotFoundError")]
+    pub kind: String,
+    /// The field of the request that is wrong, if one is.
+    pub param: Option<String>,
+    /// The status, as a number; of a body that is wrong, OpenAI's code.
+    pub code: Option<VllmErrorCode>,
+}
+
+/// A status, or OpenAI's code.
+#[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum VllmErrorCode {
+    /// The status.
+    #[schema(title = "Status")]
+    Status(u16),
+    /// What went wrong, for a program.
+    #[schema(title = "Code")]
+    Code(String),
+}
+
 /// The error body of the native routes, as SGLang writes it.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct NativeErrorBody {
@@ -289,6 +324,13 @@ impl ApiError {
         &self.message
     }
 
+    /// Says in a response when to try again, if that may help.
+    pub fn write_retry_after(&self, response: &mut Response) {
+        if let Some(seconds) = self.retry_after_seconds {
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+    }
+
     /// The field.
     pub fn param(&self) -> Option<&str> {
         self.param.as_deref()
@@ -321,9 +363,7 @@ impl ApiError {
 
     fn respond(&self, body: impl Serialize) -> Response {
         let mut response = (self.status, Json(body)).into_response();
-        if let Some(seconds) = self.retry_after_seconds {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
-        }
+        self.write_retry_after(&mut response);
         if self.status == StatusCode::UNAUTHORIZED {
             let challenge = HeaderValue::from_static("Bearer");
             response.headers_mut().insert(axum::http::header::WWW_AUTHENTICATE, challenge);

@@ -11,7 +11,7 @@ use utoipa::{
     },
 };
 
-use crate::error::{ErrorBody, NativeErrorBody};
+use crate::error::{ErrorBody, NativeErrorBody, VllmErrorBody};
 
 /// The head of the document; the routes add themselves.
 #[derive(OpenApi)]
@@ -32,7 +32,7 @@ use crate::error::{ErrorBody, NativeErrorBody};
         (name = "Adapters", description = "Load, unload and list adapters; for admins once keys are set."),
         (name = "Server", description = "Probes, and what routers ask."),
     ),
-    components(schemas(ErrorBody, NativeErrorBody)),
+    components(schemas(ErrorBody, NativeErrorBody, VllmErrorBody)),
     security(("bearer" = []), ()),
     modifiers(&BearerScheme),
 )]
@@ -114,6 +114,8 @@ error_sets! {
     NativeBodyErrors: NativeErrorBody = ["400", "401", "403", "408", "413", "415", "500"];
     /// Of routes that load adapters.
     LoadErrors: ErrorBody = ["400", "401", "403", "404", "408", "409", "413", "415", "500", "502", "503"];
+    /// Of routes that load and unload adapters in vLLM's form.
+    VllmLoadErrors: VllmErrorBody = ["400", "401", "403", "404", "408", "409", "413", "415", "500", "502", "503"];
     /// Of routes that receive adapters.
     PushErrors: ErrorBody = ["400", "401", "403", "408", "409", "413", "415", "500", "503", "507"];
     /// Of routes that unload adapters.

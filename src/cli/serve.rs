@@ -143,7 +143,7 @@ async fn load(config: Config, traces: bool) -> anyhow::Result<Loaded> {
         },
     };
     let (is_demo, http) = (*model == ModelSource::Demo, http.clone());
-    let cors_origins = http.cors_origins.clone();
+    let (cors_origins, owned_by) = (http.cors_origins.clone(), config.owned_by.clone());
     let max_adapter_labels = config.metrics_max_adapters;
     let given = adapters
         .iter()
@@ -218,6 +218,7 @@ async fn load(config: Config, traces: bool) -> anyhow::Result<Loaded> {
     gateway.runtime = runtime;
     gateway.pushed = Arc::new(pushed);
     gateway.cors_origins = cors_origins;
+    gateway.owned_by = owned_by;
     gateway.limits.max_body_bytes = http.max_body_bytes;
     gateway.limits.body_timeout = http.read_timeout;
     Ok(Loaded {

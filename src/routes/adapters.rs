@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     app::{AppState, Gateway},
-    error::{ApiError, ErrorBody, ErrorDetail},
+    error::{ApiError, VllmErrorBody, VllmErrorCode, VllmErrorDetail},
     extract::{ApiJson, ApiPath, NativeJson},
     lifecycle::Load,
     protocol::adapters::{
@@ -40,8 +40,8 @@ fn loaded_adapters(state: &Gateway) -> BTreeMap<String, String> {
 
 /// SGLang answers every failure of an adapter with 400; what is not the client's fault keeps its status here, and so does a conflict.
 fn native_answer(state: &Gateway, result: Result<Option<serde_json::Value>, ApiError>) -> Response {
-    let (status, error_message, report) = match result {
-        Ok(report) => (StatusCode::OK, String::new(), report),
+    let (status, error_message, report) = match &result {
+        Ok(report) => (StatusCode::OK, String::new(), report.clone()),
         Err(error) if error.status().is_server_error() || error.status() == StatusCode::CONFLICT => {
             (error.status(), error.message().to_owned(), None)
         }
@@ -54,7 +54,11 @@ fn native_answer(state: &Gateway, result: Result<Option<serde_json::Value>, ApiE
         loaded_adapters: loaded_adapters(state),
         report,
     };
-    (status, Json(body)).into_response()
+    let mut response = (status, Json(body)).into_response();
+    if let Err(error) = &result {
+        error.write_retry_after(&mut response);
+    }
+    response
 }
 
 /// `POST /load_lora_adapter`.
@@ -118,13 +122,13 @@ pub async fn unload(State(state): State<AppState>, NativeJson(request): NativeJs
 
 /// An error in vLLM's words; its clients look at `type`.
 fn vllm_error(status: StatusCode, kind: &str, message: String) -> Response {
-    let error = ErrorDetail {
+    let error = VllmErrorDetail {
         message,
         kind: kind.to_owned(),
         param: None,
-        code: Some(status.as_u16().to_string()),
+        code: Some(VllmErrorCode::Status(status.as_u16())),
     };
-    (status, Json(ErrorBody { error })).into_response()
+    (status, Json(VllmErrorBody { error })).into_response()
 }
 
 fn vllm_failure(error: &ApiError) -> Response {
@@ -133,13 +137,15 @@ fn vllm_failure(error: &ApiError) -> Response {
         status if status.is_server_error() => "InternalServerError",
         _ => "InvalidUserInput",
     };
-    vllm_error(error.status(), kind, error.message().to_owned())
+    let mut response = vllm_error(error.status(), kind, error.message().to_owned());
+    error.write_retry_after(&mut response);
+    response
 }
 
 /// `POST /v1/load_lora_adapter`.
 #[utoipa::path(
     post, path = "/v1/load_lora_adapter", tag = "Adapters", request_body = VllmLoadRequest,
-    responses((status = 200, description = "Loaded.", body = String, content_type = "text/plain"), crate::openapi::LoadErrors),
+    responses((status = 200, description = "Loaded.", body = String, content_type = "text/plain"), crate::openapi::VllmLoadErrors),
 )]
 pub async fn vllm_load(State(state): State<AppState>, ApiJson(request): ApiJson<VllmLoadRequest>) -> Result<Response, ApiError> {
     if request.is_3d_lora_weight == Some(true) {
@@ -174,7 +180,7 @@ pub async fn vllm_load(State(state): State<AppState>, ApiJson(request): ApiJson<
 /// `POST /v1/unload_lora_adapter`.
 #[utoipa::path(
     post, path = "/v1/unload_lora_adapter", tag = "Adapters", request_body = VllmUnloadRequest,
-    responses((status = 200, description = "Unloaded.", body = String, content_type = "text/plain"), crate::openapi::LoadErrors),
+    responses((status = 200, description = "Unloaded.", body = String, content_type = "text/plain"), crate::openapi::VllmLoadErrors),
 )]
 pub async fn vllm_unload(State(state): State<AppState>, ApiJson(request): ApiJson<VllmUnloadRequest>) -> Response {
     let Some(name) = request.lora_name.filter(|name| !name.is_empty()) else {

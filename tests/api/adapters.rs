@@ -481,3 +481,20 @@ async fn a_hub_that_can_t_be_reached_is_not_the_client_s_fault() {
     let error = server.post("/v1/loras", body).await.error(502).await;
     assert_eq!((&error["code"], &error["param"]), (&json!("hub_unreachable"), &json!("source.uri")));
 }
+
+#[tokio::test]
+async fn vllm_s_errors_have_the_status_as_a_number_and_say_when_to_try_again() {
+    let server = Server::new();
+    let load = json!({"lora_name": "x", "lora_path": folder()});
+    let full = || AdapterError::NothingToEvict { loaded: 2, limit: 2 };
+    server.engine.fail_next_load(full());
+    let mut answer = server.post("/v1/load_lora_adapter", load.clone()).await;
+    assert_eq!(answer.header("retry-after"), Some("1"));
+    assert_eq!(answer.error(503).await["code"], 503);
+    server.engine.fail_next_load(full());
+    let mut answer = server.post("/load_lora_adapter", load).await;
+    assert_eq!(answer.header("retry-after"), Some("1"));
+    assert_eq!(answer.json(503).await["success"], false);
+    let error = server.post("/v1/unload_lora_adapter", json!({"lora_name": "x"})).await.error(404).await;
+    assert_eq!((&error["code"], &error["type"]), (&json!(404), &json!("NotFoundError")));
+}
