@@ -29,6 +29,7 @@ pub mod requests;
 pub mod routes;
 pub mod routing;
 pub mod server;
+pub mod sse;
 pub mod state_dir;
 pub mod stream;
 pub mod telemetry;

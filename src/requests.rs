@@ -96,10 +96,15 @@ pub struct RunningRequest {
 }
 
 impl RunningRequest {
-    /// Whether it was told to end; if not, `waker` is woken when it is.
-    pub fn is_aborted(&self, waker: &Waker) -> bool {
-        self.flag.waker.register(waker);
+    /// Whether it was told to end.
+    pub fn is_aborted(&self) -> bool {
         self.flag.aborted.load(Ordering::Acquire)
+    }
+
+    /// The same; if it was not, `waker` is woken when it is.
+    pub fn wake_when_aborted(&self, waker: &Waker) -> bool {
+        self.flag.waker.register(waker);
+        self.is_aborted()
     }
 }
 
@@ -121,7 +126,7 @@ mod tests {
             .into();
         assert_eq!(running.abort("a", Some("eve")), 0);
         assert_eq!(running.abort("a", Some("ann")), 3);
-        let aborted: Vec<bool> = entered.iter().map(|request| request.is_aborted(Waker::noop())).collect();
+        let aborted: Vec<bool> = entered.iter().map(|request| request.wake_when_aborted(Waker::noop())).collect();
         assert_eq!(aborted, [true, true, true, false, false, false, false]);
         drop(entered);
         assert!(running.is_empty());

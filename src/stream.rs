@@ -1,24 +1,18 @@
-//! [`TokenEvent`]s to text, and text to server-sent events. Dropping a [`TextStream`] cancels its request.
+//! [`TokenEvent`]s to text. Dropping a [`TextStream`] cancels its request.
 
 use std::{
     collections::VecDeque,
+    future::poll_fn,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
-use axum::{
-    body::Body,
-    http::{HeaderValue, header},
-    response::Response,
-};
-use bytes::Bytes;
 use futures::{
     Stream, StreamExt,
     stream::{SelectAll, select_all},
 };
 use polylora_engine::{FinishReason, RequestError, TokenEvent, TokenLogprobs, TokenStream};
-use serde::Serialize;
 
 use crate::{
     auth::{RequestPermit, TokenReservation},
@@ -284,17 +278,23 @@ impl Stream for TextStream {
             if let Some(event) = self.queue.pop_front() {
                 return Poll::Ready(Some(event));
             }
-            if self.held.as_ref().is_some_and(|held| held.running.is_aborted(context.waker())) {
+            if self.held.as_ref().is_some_and(|held| held.running.is_aborted()) {
                 self.finished(FinishReason::Aborted);
                 continue;
             }
             let Some(tokens) = &mut self.tokens else {
                 return Poll::Ready(None);
             };
-            let event = ready!(tokens.poll_next(context));
-            // A stream without a terminal event breaks the engine's contract: its thread has died.
-            let event = event.unwrap_or_else(|| TokenEvent::Failed(RequestError::Engine("the engine stopped".into())));
-            self.event(event);
+            match tokens.poll_next(context) {
+                Poll::Ready(Some(event)) => self.event(event),
+                // A stream without a terminal event breaks the engine's contract: its thread has died.
+                Poll::Ready(None) => self.event(TokenEvent::Failed(RequestError::Engine("the engine stopped".into()))),
+                Poll::Pending => match &self.held {
+                    // It was told to end since it was asked above.
+                    Some(held) if held.running.wake_when_aborted(context.waker()) => {}
+                    _ => return Poll::Pending,
+                },
+            }
         }
     }
 }
@@ -389,8 +389,14 @@ impl StopMatcher {
 
 /// The events of several sequences as they come, each with its index.
 pub struct MergedStream {
-    streams: SelectAll<Indexed>,
+    sequences: Sequences,
     first: VecDeque<(usize, TextEvent)>,
+}
+
+enum Sequences {
+    /// Nearly always: nothing has to be found out about who was woken.
+    One(Box<TextStream>),
+    Several(SelectAll<Indexed>),
 }
 
 struct Indexed {
@@ -408,9 +414,17 @@ impl Stream for Indexed {
 
 impl MergedStream {
     /// The streams, by index.
-    pub fn new(streams: Vec<TextStream>) -> Self {
+    pub fn new(mut streams: Vec<TextStream>) -> Self {
+        let sequences = match streams.pop() {
+            Some(only) if streams.is_empty() => Sequences::One(Box::new(only)),
+            last => {
+                streams.extend(last);
+                let indexed = streams.into_iter().enumerate().map(|(index, stream)| Indexed { index, stream });
+                Sequences::Several(select_all(indexed))
+            }
+        };
         Self {
-            streams: select_all(streams.into_iter().enumerate().map(|(index, stream)| Indexed { index, stream })),
+            sequences,
             first: VecDeque::new(),
         }
     }
@@ -420,7 +434,7 @@ impl MergedStream {
     /// # Errors
     /// What the first sequence failed with, or that it was aborted; the others are cancelled.
     pub async fn wait_for_first(&mut self) -> Result<(), ApiError> {
-        while let Some((index, event)) = self.streams.next().await {
+        while let Some((index, event)) = poll_fn(|context| self.poll_sequences(context)).await {
             let done = match &event {
                 TextEvent::Started { .. } => false,
                 TextEvent::Failed(error) => return Err(error.clone().into()),
@@ -435,12 +449,24 @@ impl MergedStream {
         Ok(())
     }
 
-    /// The next event; `None` after the last sequence has ended.
-    pub async fn next(&mut self) -> Option<(usize, TextEvent)> {
-        match self.first.pop_front() {
-            Some(event) => Some(event),
-            None => self.streams.next().await,
+    fn poll_sequences(&mut self, context: &mut Context<'_>) -> Poll<Option<(usize, TextEvent)>> {
+        match &mut self.sequences {
+            Sequences::One(stream) => stream.poll_next_unpin(context).map(|event| event.map(|event| (0, event))),
+            Sequences::Several(streams) => streams.poll_next_unpin(context),
         }
+    }
+
+    /// The next event; `None` after the last sequence has ended.
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<(usize, TextEvent)>> {
+        match self.first.pop_front() {
+            Some(event) => Poll::Ready(Some(event)),
+            None => self.poll_sequences(context),
+        }
+    }
+
+    /// The same.
+    pub async fn next(&mut self) -> Option<(usize, TextEvent)> {
+        poll_fn(|context| self.poll_next(context)).await
     }
 }
 
@@ -500,38 +526,6 @@ pub async fn collect(streams: Vec<TextStream>) -> Result<Vec<Completed>, Request
         completed[index].push(event)?;
     }
     Ok(completed)
-}
-
-/// The last event of a stream that ended well.
-pub const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
-
-/// One server-sent event.
-pub fn sse_event(data: &impl Serialize) -> Bytes {
-    let mut event = Vec::with_capacity(384);
-    event.extend_from_slice(b"data: ");
-    serde_json::to_writer(&mut event, data).expect("wire types have string keys and write to memory");
-    event.extend_from_slice(b"\n\n");
-    event.into()
-}
-
-/// One server-sent event with a name, as `/v1/responses` has them.
-pub fn named_sse_event(name: &str, data: &impl Serialize) -> Bytes {
-    let mut event = Vec::with_capacity(384);
-    event.extend_from_slice(b"event: ");
-    event.extend_from_slice(name.as_bytes());
-    event.extend_from_slice(b"\n");
-    event.extend_from_slice(&sse_event(data));
-    event.into()
-}
-
-/// A response of server-sent events. Nothing is buffered here: the next event is made when the client has taken the last.
-pub fn sse_response(events: impl Stream<Item = Bytes> + Send + 'static) -> Response {
-    let mut response = Response::new(Body::from_stream(events.map(Ok::<_, std::convert::Infallible>)));
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    response
 }
 
 #[cfg(test)]

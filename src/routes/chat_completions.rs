@@ -1,10 +1,8 @@
 //! `POST /v1/chat/completions`.
 
-use std::{collections::VecDeque, sync::Arc, time::SystemTime};
+use std::{sync::Arc, time::SystemTime};
 
 use axum::{Json, extract::State, response::IntoResponse, response::Response};
-use bytes::Bytes;
-use futures::Stream;
 use polylora_engine::{AdapterLease, LogprobsParams};
 use serde_json::{Value, json};
 
@@ -24,7 +22,8 @@ use crate::{
         chat::{ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatMessage, ChatRequest, ChatResponse, Role, Tool, ToolChoice, ToolChoiceMode},
     },
     reasoning::{self, ReasoningSplitter},
-    stream::{Completed, DONE, Finish, MergedStream, OutputToken, TextEvent, TextOptions, TextStream, collect, sse_event, sse_response},
+    sse::{AnswerWriter, SseEvents, sse_answer},
+    stream::{Completed, Finish, MergedStream, OutputToken, TextEvent, TextOptions, TextStream, collect},
     text_side::TextSide,
     tool_calls::{ToolParser, required},
 };
@@ -46,7 +45,7 @@ pub async fn chat_completions(State(state): State<AppState>, caller: Caller, Api
     let response = if streaming {
         let mut merged = MergedStream::new(started.streams);
         merged.wait_for_first().await?;
-        sse_response(events(ChatStream::new(started.envelope, merged, options)))
+        sse_answer(merged, ChatWriter::new(started.envelope, options))
     } else {
         whole(&started.envelope, started.streams).await?
     };
@@ -455,14 +454,13 @@ fn choice(envelope: &Envelope, index: u32, output: Completed, parser: &mut Messa
 }
 
 /// Chunks of a streamed answer.
-struct ChatStream {
+struct ChatWriter {
     envelope: Envelope,
-    merged: Option<MergedStream>,
     options: StreamOptions,
     choices: Vec<StreamedChoice>,
     output_tokens: u32,
     cached_tokens: u32,
-    ready: VecDeque<Bytes>,
+    events: SseEvents,
 }
 
 struct StreamedChoice {
@@ -471,8 +469,8 @@ struct StreamedChoice {
     unreported: Vec<OutputToken>,
 }
 
-impl ChatStream {
-    fn new(envelope: Envelope, merged: MergedStream, options: StreamOptions) -> Self {
+impl ChatWriter {
+    fn new(envelope: Envelope, options: StreamOptions) -> Self {
         let choice = || StreamedChoice {
             parser: envelope.parser.clone(),
             unreported: Vec::new(),
@@ -480,24 +478,54 @@ impl ChatStream {
         Self {
             choices: (0..envelope.n).map(|_| choice()).collect(),
             envelope,
-            merged: Some(merged),
             options,
             output_tokens: 0,
             cached_tokens: 0,
-            ready: VecDeque::new(),
+            events: SseEvents::default(),
         }
     }
 
-    async fn next(&mut self) -> Option<Bytes> {
-        loop {
-            if let Some(event) = self.ready.pop_front() {
-                return Some(event);
-            }
-            match self.merged.as_mut()?.next().await {
-                Some((index, event)) => self.event(index, event),
-                None => self.done(),
-            }
+    fn push_parts(&mut self, index: usize, parts: Vec<MessagePart>) {
+        // A token that adds no text yet still has its log-probability.
+        let has_logprobs = self.choices[index].unreported.iter().any(|token| !token.is_stop);
+        if parts.is_empty() && has_logprobs && !self.envelope.parser.reads_parts() {
+            return self.push_parts(index, vec![MessagePart::Content(String::new())]);
         }
+        for part in parts {
+            self.push(index, part.into(), None);
+        }
+    }
+
+    fn push(&mut self, index: usize, delta: ChatDelta, finish: Option<&Finish>) {
+        let choice = &mut self.choices[index];
+        let tokens = std::mem::take(&mut choice.unreported);
+        let has_logprobs = tokens.iter().any(|token| !token.is_stop);
+        let choice = ChatChunkChoice {
+            index: index as u32,
+            delta,
+            logprobs: has_logprobs.then(|| chat_logprobs(self.envelope.text.tokenizer(), &tokens)),
+            finish_reason: finish.and_then(|finish| finish_reason(finish, &choice.parser)).map(Into::into),
+            matched_stop: finish.and_then(Finish::matched),
+        };
+        let usage = (self.options.continuous_usage_stats == Some(true)).then(|| self.usage());
+        self.events.push(&self.envelope.chunk(vec![choice], usage));
+    }
+
+    fn usage(&self) -> Usage {
+        let reasoning_tokens = self.choices.iter().map(|choice| choice.parser.reasoning_tokens()).sum();
+        Usage::new(self.envelope.prompt_tokens, self.output_tokens, self.cached_tokens, reasoning_tokens)
+    }
+
+    /// The status is spent: the error goes out as an event, and nothing after it. The other choices are cancelled.
+    fn fail(&mut self, error: &ApiError) {
+        self.events.push(&error.body());
+        self.events.close();
+    }
+}
+
+impl AnswerWriter for ChatWriter {
+    fn events(&mut self) -> &mut SseEvents {
+        &mut self.events
     }
 
     fn event(&mut self, index: usize, event: TextEvent) {
@@ -530,53 +558,11 @@ impl ChatStream {
         }
     }
 
-    fn push_parts(&mut self, index: usize, parts: Vec<MessagePart>) {
-        // A token that adds no text yet still has its log-probability.
-        let has_logprobs = self.choices[index].unreported.iter().any(|token| !token.is_stop);
-        if parts.is_empty() && has_logprobs && !self.envelope.parser.reads_parts() {
-            return self.push_parts(index, vec![MessagePart::Content(String::new())]);
-        }
-        for part in parts {
-            self.push(index, part.into(), None);
-        }
-    }
-
-    fn push(&mut self, index: usize, delta: ChatDelta, finish: Option<&Finish>) {
-        let choice = &mut self.choices[index];
-        let tokens = std::mem::take(&mut choice.unreported);
-        let has_logprobs = tokens.iter().any(|token| !token.is_stop);
-        let choice = ChatChunkChoice {
-            index: index as u32,
-            delta,
-            logprobs: has_logprobs.then(|| chat_logprobs(self.envelope.text.tokenizer(), &tokens)),
-            finish_reason: finish.and_then(|finish| finish_reason(finish, &choice.parser)).map(Into::into),
-            matched_stop: finish.and_then(Finish::matched),
-        };
-        let usage = (self.options.continuous_usage_stats == Some(true)).then(|| self.usage());
-        self.ready.push_back(sse_event(&self.envelope.chunk(vec![choice], usage)));
-    }
-
-    fn usage(&self) -> Usage {
-        let reasoning_tokens = self.choices.iter().map(|choice| choice.parser.reasoning_tokens()).sum();
-        Usage::new(self.envelope.prompt_tokens, self.output_tokens, self.cached_tokens, reasoning_tokens)
-    }
-
-    /// The status is spent: the error goes out as an event, and nothing after it. The other choices are cancelled.
-    fn fail(&mut self, error: &ApiError) {
-        self.merged = None;
-        self.ready.push_back(sse_event(&error.body()));
-    }
-
-    fn done(&mut self) {
-        self.merged = None;
+    fn end(&mut self) {
         if self.options.include_usage == Some(true) {
             let chunk = self.envelope.chunk(Vec::new(), Some(self.usage()));
-            self.ready.push_back(sse_event(&chunk));
+            self.events.push(&chunk);
         }
-        self.ready.push_back(DONE);
+        self.events.done();
     }
-}
-
-fn events(stream: ChatStream) -> impl Stream<Item = Bytes> {
-    futures::stream::unfold(stream, |mut stream| async move { stream.next().await.map(|event| (event, stream)) })
 }

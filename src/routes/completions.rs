@@ -1,13 +1,12 @@
 //! `POST /v1/completions`.
 
-use std::{collections::VecDeque, sync::Arc, time::SystemTime};
+use std::{sync::Arc, time::SystemTime};
 
 use axum::{
     Json,
     extract::State,
     response::{IntoResponse, Response},
 };
-use bytes::Bytes;
 use polylora_engine::{AdapterLease, LogprobsParams, PromptLogprobsParams, TokenLogprobs};
 
 use super::{chat_completions::PRIORITY, with_adapter_header};
@@ -23,7 +22,8 @@ use crate::{
         completions::{CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse},
     },
     routing::Target,
-    stream::{DONE, Finish, MergedStream, TextEvent, TextOptions, TextStream, collect, sse_event, sse_response},
+    sse::{AnswerWriter, SseEvents, sse_answer},
+    stream::{Finish, MergedStream, TextEvent, TextOptions, TextStream, collect},
     text_side::TextSide,
     tokenizer::TextTokenizer,
 };
@@ -62,10 +62,8 @@ pub async fn completions(State(state): State<AppState>, caller: Caller, ApiJson(
     let response = if streaming {
         let mut merged = MergedStream::new(streams);
         merged.wait_for_first().await?;
-        let stream = CompletionStream::new(answer, merged, options);
-        sse_response(futures::stream::unfold(stream, |mut stream| async move {
-            stream.next().await.map(|event| (event, stream))
-        }))
+        let events = SseEvents::default();
+        sse_answer(merged, CompletionWriter { answer, options, events })
     } else {
         whole(answer, streams).await?
     };
@@ -373,33 +371,42 @@ async fn whole(mut answer: Answer, streams: Vec<TextStream>) -> Result<Response,
 }
 
 /// Chunks of a streamed answer.
-struct CompletionStream {
+struct CompletionWriter {
     answer: Answer,
-    merged: Option<MergedStream>,
     options: StreamOptions,
-    ready: VecDeque<Bytes>,
+    events: SseEvents,
 }
 
-impl CompletionStream {
-    fn new(answer: Answer, merged: MergedStream, options: StreamOptions) -> Self {
-        Self {
-            answer,
-            merged: Some(merged),
-            options,
-            ready: VecDeque::new(),
+impl CompletionWriter {
+    fn push_new(&mut self, index: usize, text: String, logprobs: Option<CompletionLogprobs>) {
+        let has_tokens = logprobs.as_ref().is_some_and(|logprobs| !logprobs.tokens.is_empty());
+        if !text.is_empty() || has_tokens {
+            self.push(index, text, logprobs, None);
         }
     }
 
-    async fn next(&mut self) -> Option<Bytes> {
-        loop {
-            if let Some(event) = self.ready.pop_front() {
-                return Some(event);
-            }
-            match self.merged.as_mut()?.next().await {
-                Some((index, event)) => self.event(index, event),
-                None => self.done(),
-            }
-        }
+    fn push(&mut self, index: usize, text: String, logprobs: Option<CompletionLogprobs>, finish: Option<&Finish>) {
+        let choice = CompletionChoice {
+            index: index as u32,
+            text,
+            logprobs,
+            finish_reason: finish.and_then(Finish::reason).map(Into::into),
+            matched_stop: finish.and_then(Finish::matched),
+        };
+        let usage = (self.options.continuous_usage_stats == Some(true)).then(|| self.answer.usage());
+        self.events.push(&self.answer.response(vec![choice], usage));
+    }
+
+    /// The status is spent: the error goes out as an event, and nothing after it. The other choices are cancelled.
+    fn fail(&mut self, error: &ApiError) {
+        self.events.push(&error.body());
+        self.events.close();
+    }
+}
+
+impl AnswerWriter for CompletionWriter {
+    fn events(&mut self) -> &mut SseEvents {
+        &mut self.events
     }
 
     fn event(&mut self, index: usize, event: TextEvent) {
@@ -421,37 +428,11 @@ impl CompletionStream {
         }
     }
 
-    fn push_new(&mut self, index: usize, text: String, logprobs: Option<CompletionLogprobs>) {
-        let has_tokens = logprobs.as_ref().is_some_and(|logprobs| !logprobs.tokens.is_empty());
-        if !text.is_empty() || has_tokens {
-            self.push(index, text, logprobs, None);
-        }
-    }
-
-    fn push(&mut self, index: usize, text: String, logprobs: Option<CompletionLogprobs>, finish: Option<&Finish>) {
-        let choice = CompletionChoice {
-            index: index as u32,
-            text,
-            logprobs,
-            finish_reason: finish.and_then(Finish::reason).map(Into::into),
-            matched_stop: finish.and_then(Finish::matched),
-        };
-        let usage = (self.options.continuous_usage_stats == Some(true)).then(|| self.answer.usage());
-        self.ready.push_back(sse_event(&self.answer.response(vec![choice], usage)));
-    }
-
-    /// The status is spent: the error goes out as an event, and nothing after it. The other choices are cancelled.
-    fn fail(&mut self, error: &ApiError) {
-        self.merged = None;
-        self.ready.push_back(sse_event(&error.body()));
-    }
-
-    fn done(&mut self) {
-        self.merged = None;
+    fn end(&mut self) {
         if self.options.include_usage == Some(true) {
             let usage = self.answer.usage();
-            self.ready.push_back(sse_event(&self.answer.response(Vec::new(), Some(usage))));
+            self.events.push(&self.answer.response(Vec::new(), Some(usage)));
         }
-        self.ready.push_back(DONE);
+        self.events.done();
     }
 }

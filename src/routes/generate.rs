@@ -1,6 +1,6 @@
 //! `POST /generate`: SGLang's native route. One call may hold many prompts, each on an adapter of its own.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::sync::Arc;
 
 use axum::{
     Json,
@@ -24,7 +24,8 @@ use crate::{
         generate::{GenerateRequest, GenerateResponse, GenerateResponses, InputIds, MetaInfo, NativeFinishReason, NativeSamplingParams},
     },
     routing::Target,
-    stream::{DONE, Finish, MergedStream, OutputToken, TextEvent, TextOptions, TextStream, collect, sse_event, sse_response},
+    sse::{AnswerWriter, SseEvents, sse_answer, sse_response},
+    stream::{Finish, MergedStream, OutputToken, TextEvent, TextOptions, TextStream, collect},
     text_side::TextSide,
     tokenizer::TextTokenizer,
 };
@@ -56,18 +57,11 @@ pub async fn generate(
         match merged.wait_for_first().await {
             Ok(()) => {}
             // Natively an abort is an outcome, not an error; there is just nothing before it.
-            Err(error) if error.status().as_u16() == 499 => return Ok(sse_response(aborted_stream(outputs, is_list))),
+            Err(error) if error.status().as_u16() == 499 => return Ok(sse_response(aborted(&outputs, is_list).into())),
             Err(error) => return Err(error.into()),
         }
-        let stream = GenerateStream {
-            outputs,
-            is_list,
-            merged: Some(merged),
-            ready: VecDeque::new(),
-        };
-        sse_response(futures::stream::unfold(stream, |mut stream| async move {
-            stream.next().await.map(|event| (event, stream))
-        }))
+        let events = SseEvents::default();
+        sse_answer(merged, GenerateWriter { outputs, is_list, events })
     } else {
         whole(outputs, is_list, streams).await?
     };
@@ -544,36 +538,26 @@ async fn whole(outputs: Vec<Output>, is_list: bool, streams: Vec<TextStream>) ->
     Ok(Json(one).into_response())
 }
 
-fn aborted_stream(outputs: Vec<Output>, is_list: bool) -> impl futures::Stream<Item = Bytes> + Send {
-    let events = outputs.into_iter().enumerate().map(move |(index, output)| {
+fn aborted(outputs: &[Output], is_list: bool) -> Bytes {
+    let mut events = SseEvents::default();
+    for (index, output) in outputs.iter().enumerate() {
         let index = is_list.then_some(index as u32);
-        sse_event(&output.response(false, index, Some(&Finish::Aborted)))
-    });
-    futures::stream::iter(events.chain([DONE]))
+        events.push(&output.response(false, index, Some(&Finish::Aborted)));
+    }
+    events.done();
+    events.take()
 }
 
 /// Events of a streamed answer, each with all of its output so far.
-struct GenerateStream {
+struct GenerateWriter {
     outputs: Vec<Output>,
     is_list: bool,
-    merged: Option<MergedStream>,
-    ready: VecDeque<Bytes>,
+    events: SseEvents,
 }
 
-impl GenerateStream {
-    async fn next(&mut self) -> Option<Bytes> {
-        loop {
-            if let Some(event) = self.ready.pop_front() {
-                return Some(event);
-            }
-            match self.merged.as_mut()?.next().await {
-                Some((index, event)) => self.event(index, event),
-                None => {
-                    self.merged = None;
-                    self.ready.push_back(DONE);
-                }
-            }
-        }
+impl AnswerWriter for GenerateWriter {
+    fn events(&mut self) -> &mut SseEvents {
+        &mut self.events
     }
 
     fn event(&mut self, index: usize, event: TextEvent) {
@@ -595,13 +579,15 @@ impl GenerateStream {
             TextEvent::Finished(finish) => Some(finish),
             TextEvent::Failed(error) => {
                 // The status is spent: the error goes out as an event, and the stream ends.
-                self.merged = None;
-                let error = ApiError::from(error);
-                self.ready.extend([sse_event(&error.native_body()), DONE]);
-                return;
+                self.events.push(&ApiError::from(error).native_body());
+                return self.events.done();
             }
         };
         let wire_index = self.is_list.then_some(index as u32);
-        self.ready.push_back(sse_event(&output.response(true, wire_index, finish.as_ref())));
+        self.events.push(&output.response(true, wire_index, finish.as_ref()));
+    }
+
+    fn end(&mut self) {
+        self.events.done();
     }
 }

@@ -1,13 +1,12 @@
 //! `POST /v1/responses`, stateless: the Responses API over the same machinery as `/v1/chat/completions`.
 
-use std::{collections::VecDeque, time::SystemTime};
+use std::time::SystemTime;
 
 use axum::{
     Json,
     extract::State,
     response::{IntoResponse, Response},
 };
-use bytes::Bytes;
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -30,7 +29,8 @@ use crate::{
             ResponseObject, ResponsesRequest, ResponsesToolChoice, ResponsesUsage, TextFormat, TextSettings,
         },
     },
-    stream::{Finish, MergedStream, TextEvent, named_sse_event, sse_response},
+    sse::{AnswerWriter, SseEvents, sse_answer},
+    stream::{Finish, MergedStream, TextEvent},
 };
 
 /// Answers a conversation.
@@ -58,17 +58,19 @@ pub async fn responses(State(state): State<AppState>, caller: Caller, ApiJson(re
         cached_tokens: 0,
         open: None,
         sequence_number: 0,
-        ready: VecDeque::new(),
-        merged: Some(merged),
+        is_streamed: streaming,
+        events: SseEvents::default(),
         failure: None,
     };
     let response = if streaming {
         answer.begin();
-        sse_response(futures::stream::unfold(answer, |mut answer| async move {
-            answer.next().await.map(|event| (event, answer))
-        }))
+        sse_answer(merged, answer)
     } else {
-        while answer.next().await.is_some() {}
+        while !answer.events.is_closed()
+            && let Some((index, event)) = merged.next().await
+        {
+            answer.event(index, event);
+        }
         match answer.failure {
             Some(error) => return Err(error),
             None => Json(answer.object).into_response(),
@@ -328,8 +330,9 @@ struct Answer {
     /// The item that is being written: always the last of `object.output`.
     open: Option<Open>,
     sequence_number: u32,
-    ready: VecDeque<Bytes>,
-    merged: Option<MergedStream>,
+    /// Whether anybody reads the events.
+    is_streamed: bool,
+    events: SseEvents,
     failure: Option<ApiError>,
 }
 
@@ -347,37 +350,10 @@ impl Answer {
         }
     }
 
-    async fn next(&mut self) -> Option<Bytes> {
-        loop {
-            if let Some(event) = self.ready.pop_front() {
-                return Some(event);
-            }
-            match self.merged.as_mut()?.next().await {
-                Some((_, event)) => self.event(event),
-                None => self.merged = None,
-            }
-        }
-    }
-
-    fn event(&mut self, event: TextEvent) {
-        match event {
-            TextEvent::Started { cached_tokens, .. } => self.cached_tokens = cached_tokens,
-            TextEvent::Chunk { text, tokens } => {
-                self.output_tokens += tokens.len() as u32;
-                let parts = self.parser.push(text, tokens.len());
-                parts.into_iter().for_each(|part| self.part(part));
-            }
-            TextEvent::Finished(finish) if finish.reason().is_some() => {
-                let parts = self.parser.finish();
-                parts.into_iter().for_each(|part| self.part(part));
-                self.finish(&finish);
-            }
-            TextEvent::Finished(_) => self.fail(ApiError::aborted()),
-            TextEvent::Failed(error) => self.fail(error.into()),
-        }
-    }
-
     fn emit(&mut self, kind: &str, fields: Value) {
+        if !self.is_streamed {
+            return;
+        }
         let fields = match fields {
             Value::Object(fields) => fields,
             _ => Map::new(),
@@ -388,7 +364,7 @@ impl Answer {
             fields,
         };
         self.sequence_number += 1;
-        self.ready.push_back(named_sse_event(kind, &event));
+        self.events.push_named(kind, &event);
     }
 
     fn part(&mut self, part: MessagePart) {
@@ -547,12 +523,11 @@ impl Answer {
             total_tokens: self.prompt_tokens + self.output_tokens,
         });
         self.emit(&format!("response.{status}"), json!({"response": self.object}));
-        self.merged = None;
+        self.events.close();
     }
 
     /// The status is spent: the answer ends as failed.
     fn fail(&mut self, error: ApiError) {
-        self.merged = None;
         let detail = error.body().error;
         "failed".clone_into(&mut self.object.status);
         self.object.error = Some(ResponseError {
@@ -560,6 +535,33 @@ impl Answer {
             message: detail.message,
         });
         self.emit("response.failed", json!({"response": self.object}));
+        self.events.close();
         self.failure = Some(error);
     }
+}
+
+impl AnswerWriter for Answer {
+    fn events(&mut self) -> &mut SseEvents {
+        &mut self.events
+    }
+
+    fn event(&mut self, _: usize, event: TextEvent) {
+        match event {
+            TextEvent::Started { cached_tokens, .. } => self.cached_tokens = cached_tokens,
+            TextEvent::Chunk { text, tokens } => {
+                self.output_tokens += tokens.len() as u32;
+                let parts = self.parser.push(text, tokens.len());
+                parts.into_iter().for_each(|part| self.part(part));
+            }
+            TextEvent::Finished(finish) if finish.reason().is_some() => {
+                let parts = self.parser.finish();
+                parts.into_iter().for_each(|part| self.part(part));
+                self.finish(&finish);
+            }
+            TextEvent::Finished(_) => self.fail(ApiError::aborted()),
+            TextEvent::Failed(error) => self.fail(error.into()),
+        }
+    }
+
+    fn end(&mut self) {}
 }
