@@ -1,6 +1,7 @@
 //! [`app`]: everything that is served, as a router that tests call without a socket.
 
 use std::{
+    panic::AssertUnwindSafe,
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -15,15 +16,11 @@ use axum::{
     middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse, Response},
 };
+use futures::FutureExt;
 use polylora_engine::InferenceEngine;
 use sha2::{Digest, Sha256};
-use tower_http::{
-    catch_panic::CatchPanicLayer,
-    cors::CorsLayer,
-    request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer},
-    timeout::RequestBodyTimeoutLayer,
-    trace::TraceLayer,
-};
+use tower::ServiceBuilder;
+use tower_http::{cors::CorsLayer, timeout::RequestBodyTimeoutLayer, trace::TraceLayer};
 
 use crate::{
     aliases::Aliases,
@@ -209,22 +206,10 @@ pub fn app(state: AppState) -> Router {
     let limits = state.limits.clone();
     let (routes, document) = routes::router();
     let documentation: Router = utoipa_swagger_ui::SwaggerUi::new("/docs").url("/openapi.json", document).into();
-    let routes = routes
-        .merge(documentation.with_state(()))
-        .method_not_allowed_fallback(method_not_allowed)
-        .fallback(unknown_url)
-        .layer(from_fn_with_state(Arc::clone(&state), authenticate))
-        .layer(DefaultBodyLimit::max(limits.max_body_bytes))
-        .layer(RequestBodyTimeoutLayer::new(limits.body_timeout))
-        .layer(CatchPanicLayer::custom(panicked))
-        .layer(from_fn(native_errors))
-        .layer(from_fn_with_state(Arc::clone(&state), count));
-    let routes = match cors(&state.cors_origins) {
-        Some(cors) => routes.layer(cors),
-        None => routes,
-    };
     let make_span: fn(&Request) -> tracing::Span = if state.traces { traced_span } else { request_span };
-    routes
+    // One stack, not a layer after the other: `Router::layer` puts every route into a box each time.
+    let around = ServiceBuilder::new()
+        .layer(from_fn(identify))
         .layer(
             TraceLayer::new_for_http()
                 .make_span_with(make_span)
@@ -232,9 +217,15 @@ pub fn app(state: AppState) -> Router {
                 .on_response(())
                 .on_failure(()),
         )
-        .layer(PropagateRequestIdLayer::new(REQUEST_ID_HEADER))
-        .layer(SetRequestIdLayer::new(REQUEST_ID_HEADER, MakeRequestUuid))
-        .layer(from_fn(drop_bad_request_id))
+        .option_layer(cors(&state.cors_origins))
+        .layer(from_fn_with_state(Arc::clone(&state), guard))
+        .layer(RequestBodyTimeoutLayer::new(limits.body_timeout))
+        .layer(DefaultBodyLimit::max(limits.max_body_bytes));
+    routes
+        .merge(documentation.with_state(()))
+        .method_not_allowed_fallback(method_not_allowed)
+        .fallback(unknown_url)
+        .layer(around)
         .with_state(state)
 }
 
@@ -281,7 +272,35 @@ fn is_open(path: &str) -> bool {
         || path.starts_with("/docs/")
 }
 
-async fn authenticate(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
+/// Around every route: counts its answers, keeps its panics to the one request, gives its errors their form, and asks for the key.
+async fn guard(State(state): State<AppState>, path: Option<MatchedPath>, mut request: Request, next: Next) -> Response {
+    let arrived = Instant::now();
+    let runs_on = RunsOn::default();
+    request.extensions_mut().insert(runs_on.clone());
+    let is_native = speaks_native(request.uri().path());
+    let answered = AssertUnwindSafe(authenticated(&state, request, next)).catch_unwind().await;
+    let mut response = answered.unwrap_or_else(|panic| panicked(&*panic));
+    // The layers around a native route don't know what they stand around.
+    if let Some(error) = response.extensions_mut().remove::<ApiError>()
+        && is_native
+    {
+        response = native_error(error, &response);
+    }
+    let route = path.as_ref().map_or("(unknown)", MatchedPath::as_str);
+    let status = response.status().as_u16();
+    state.metrics.http_request(route, &runs_on, status);
+    if state.traces {
+        let span = tracing::Span::current();
+        span.record("http.response.status_code", status);
+        if let Some(adapter) = runs_on.name() {
+            span.record("polylora.adapter", &*adapter);
+        }
+    }
+    tracing::debug!(route, status, seconds = arrived.elapsed().as_secs_f64(), "answered");
+    response
+}
+
+async fn authenticated(state: &Gateway, mut request: Request, next: Next) -> Response {
     let authorization = request.headers().get(AUTHORIZATION).map(|value| value.to_str().unwrap_or_default());
     let identity = match state.auth.authenticate(authorization) {
         Ok(identity) => identity,
@@ -311,23 +330,16 @@ fn speaks_native(path: &str) -> bool {
     ) || matches!(path, "/health" | "/health_generate" | "/ping" | "/metrics")
 }
 
-/// Gives SGLang's form to what the layers around a native route refuse: they don't know what they stand around.
-async fn native_errors(request: Request, next: Next) -> Response {
-    let is_native = speaks_native(request.uri().path());
-    let mut response = next.run(request).await;
-    match response.extensions_mut().remove::<ApiError>() {
-        Some(error) if is_native => {
-            let mut native = NativeError(error).into_response();
-            for (name, value) in response.headers() {
-                // Not the length of the other body.
-                if !native.headers().contains_key(name) && name != CONTENT_LENGTH {
-                    native.headers_mut().insert(name.clone(), value.clone());
-                }
-            }
-            native
+/// SGLang's form of an error that was answered in OpenAI's.
+fn native_error(error: ApiError, answered: &Response) -> Response {
+    let mut native = NativeError(error).into_response();
+    for (name, value) in answered.headers() {
+        // Not the length of the other body.
+        if !native.headers().contains_key(name) && name != CONTENT_LENGTH {
+            native.headers_mut().insert(name.clone(), value.clone());
         }
-        _ => response,
     }
+    native
 }
 
 /// Counts a request against its key's limits, and tells how they stand. Around the routes that generate.
@@ -373,14 +385,24 @@ fn request_id(headers: &HeaderMap) -> &str {
     headers.get(REQUEST_ID_HEADER).and_then(|id| id.to_str().ok()).unwrap_or_default()
 }
 
-/// An id from outside goes into logs and answers: one that is too long or no plain text gets replaced.
-async fn drop_bad_request_id(mut request: Request, next: Next) -> Response {
+/// Gives every request an id, and its answer the same. One from outside goes into logs and answers: if it is too long or no plain text,
+/// it gets replaced.
+async fn identify(mut request: Request, next: Next) -> Response {
     const MAX_BYTES: usize = 200;
-    let is_bad = |id: &HeaderValue| id.is_empty() || id.len() > MAX_BYTES || id.to_str().is_err();
-    if request.headers().get(REQUEST_ID_HEADER).is_some_and(is_bad) {
-        request.headers_mut().remove(REQUEST_ID_HEADER);
-    }
-    next.run(request).await
+    let is_good = |id: &HeaderValue| !id.is_empty() && id.len() <= MAX_BYTES && id.to_str().is_ok();
+    let id = match request.headers().get(REQUEST_ID_HEADER) {
+        Some(id) if is_good(id) => id.clone(),
+        _ => {
+            let mut text = [0; uuid::fmt::Hyphenated::LENGTH];
+            let text = uuid::Uuid::new_v4().hyphenated().encode_lower(&mut text);
+            let id = HeaderValue::from_str(text).expect("hexadecimal digits and hyphens");
+            request.headers_mut().insert(REQUEST_ID_HEADER, id.clone());
+            id
+        }
+    };
+    let mut response = next.run(request).await;
+    response.headers_mut().entry(REQUEST_ID_HEADER).or_insert(id);
+    response
 }
 
 fn request_span(request: &Request) -> tracing::Span {
@@ -411,30 +433,7 @@ fn traced_span(request: &Request) -> tracing::Span {
     span
 }
 
-async fn count(State(state): State<AppState>, path: Option<MatchedPath>, mut request: Request, next: Next) -> Response {
-    let arrived = Instant::now();
-    let runs_on = RunsOn::default();
-    request.extensions_mut().insert(runs_on.clone());
-    let response = next.run(request).await;
-    let route = path.as_ref().map_or("(unknown)", MatchedPath::as_str);
-    state.metrics.http_request(route, &runs_on, response.status().as_u16());
-    if state.traces {
-        let span = tracing::Span::current();
-        span.record("http.response.status_code", response.status().as_u16());
-        if let Some(adapter) = runs_on.name() {
-            span.record("polylora.adapter", &*adapter);
-        }
-    }
-    tracing::debug!(
-        route,
-        status = response.status().as_u16(),
-        seconds = arrived.elapsed().as_secs_f64(),
-        "answered"
-    );
-    response
-}
-
-fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
+fn panicked(panic: &(dyn std::any::Any + Send)) -> Response {
     let reason = panic
         .downcast_ref::<String>()
         .map(String::as_str)
