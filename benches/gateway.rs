@@ -11,26 +11,19 @@ use axum::{Router, body::Body, http::Request};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use futures::StreamExt;
 use polylora::{
-    app::{Gateway, app},
-    auth::{AdapterSources, SourcePolicy},
+    app::app,
+    auth::SourcePolicy,
     chat_template::ChatInput,
     demo,
-    hub::{Hub, HubConfig},
-    prompt::PromptProcessor,
     protocol::chat::{ChatChunk, ChatChunkChoice, ChatDelta, ChatRequest},
-    routing::ServedModel,
-    stream::sse_event,
+    sse::SseEvents,
     tokenizer::Detokenizer,
 };
-use polylora_engine::{FileSource, MockEngine, decoder::DecoderConfig, mock::Script};
+use polylora_engine::mock::Script;
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
 const ANSWER: &str = "1. France: Paris\n2. Peru: Lima\n3. Japan: Tokyo\n";
-
-fn prompt_processor() -> PromptProcessor {
-    PromptProcessor::from_files(&FileSource::Embedded(demo::BASE), None).expect("the demo's files")
-}
 
 fn request(max_tokens: usize, stream: bool) -> Value {
     json!({"model": "demo:json", "messages": [{"role": "user", "content": "List 3 countries and their capitals."}],
@@ -38,7 +31,7 @@ fn request(max_tokens: usize, stream: bool) -> Value {
 }
 
 fn parts(criterion: &mut Criterion) {
-    let prompt = prompt_processor();
+    let prompt = demo::prompt_processor();
     let tokenizer = Arc::clone(prompt.tokenizer());
     let tokens: Vec<u32> = tokenizer.encode(ANSWER, false).expect("text").into_iter().cycle().take(1024).collect();
 
@@ -74,7 +67,13 @@ fn parts(criterion: &mut Criterion) {
         }],
         usage: None,
     };
-    group.bench_function("write an event", |bencher| bencher.iter(|| sse_event(black_box(&chunk))));
+    group.bench_function("write an event", |bencher| {
+        bencher.iter(|| {
+            let mut events = SseEvents::default();
+            events.push(black_box(&chunk));
+            events.take()
+        });
+    });
     let body = request(64, true).to_string();
     group.bench_function("read a request", |bencher| {
         bencher.iter(|| serde_json::from_str::<ChatRequest>(black_box(&body)).expect("a request"));
@@ -95,17 +94,10 @@ fn parts(criterion: &mut Criterion) {
     group.finish();
 }
 
-fn router() -> Router {
-    let files = FileSource::Embedded(demo::BASE);
-    let config = DecoderConfig::from_json(&files.open("config.json").expect("a config"), None).expect("a config");
-    let prompt = prompt_processor();
-    let answer = prompt.tokenizer().encode(ANSWER, false).expect("text");
-    let engine = MockEngine::builder()
-        .describe(|description| {
-            description.vocab_size = config.vocab_size;
-            description.eos_token_ids.clone_from(&config.eos_token_ids);
-            description.context_length = 2048;
-        })
+/// The gateway over an engine that answers at once, with `adapters` adapters.
+fn router(adapters: usize) -> Router {
+    let answer = demo::prompt_processor().tokenizer().encode(ANSWER, false).expect("text");
+    let engine = demo::mock_engine()
         .reply(move |request| {
             let tokens = request.sampling.max_tokens as usize;
             Script::tokens(answer.iter().copied().cycle().take(tokens))
@@ -113,23 +105,12 @@ fn router() -> Router {
         .forget_ended()
         .build();
     engine.add_adapter("json");
-    let hub = Hub::new(HubConfig {
-        endpoint: None,
-        cache_dir: std::env::temp_dir().join("polylora-bench"),
-        token: None,
-        offline: true,
-        progress: false,
-    });
-    let sources = Arc::new(AdapterSources::new(hub, SourcePolicy::Any));
-    let served = ServedModel {
-        names: vec!["demo".to_owned()],
-        path: "mock".to_owned(),
-    };
-    app(Arc::new(Gateway::new(Arc::new(engine), prompt, served, sources)))
+    (1..adapters).for_each(|number| engine.add_adapter(&format!("adapter-{number}")));
+    app(Arc::new(demo::gateway(Arc::new(engine), SourcePolicy::Any)))
 }
 
 fn whole(criterion: &mut Criterion) {
-    let router = router();
+    let router = router(1);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let mut group = criterion.benchmark_group("whole");
     for (name, max_tokens, stream) in [

@@ -5,27 +5,32 @@
 //! What is checked or measured against it is the gateway alone: schemathesis, generated clients, load tests. Its models are named as the
 //! demo's. Every answer is the same text, cut or repeated to `--output-tokens` (or as a grammar allows), all of it at once; adapters load
 //! from anywhere, nothing of them is read.
+//!
+//! `POST /floor` is what no gateway can do without: the same engine's events, each written as the bytes of a chunk that was made long
+//! before, by the same axum and hyper on the same sockets. What an answer costs above that is the gateway's own work.
 
 use std::{
     collections::VecDeque,
+    convert::Infallible,
+    future::poll_fn,
     sync::{Arc, Mutex},
+    task::Poll,
     time::Duration,
 };
 
 use anyhow::anyhow;
+use axum::{Json, Router, body::Body, http::StatusCode, response::Response, routing::post};
+use bytes::Bytes;
 use clap::Parser;
 use polylora::{
     app::{Gateway, app},
-    auth::{AdapterSources, Auth, SourcePolicy},
+    auth::{Auth, SourcePolicy},
     demo,
-    hub::{Hub, HubConfig},
-    prompt::PromptProcessor,
-    routing::ServedModel,
-    server::{ServerSettings, bind, serve},
+    server::{ServerSettings, bind, runtime, serve},
+    sse::sse_response,
 };
 use polylora_engine::{
-    FileSource, InferenceEngine, MockEngine,
-    decoder::DecoderConfig,
+    GenerationRequest, InferenceEngine, LogprobsParams, SamplingParams, TokenEvent, TokenStream,
     mock::{Gate, Script, Step},
 };
 
@@ -52,14 +57,17 @@ struct Args {
     api_key: Option<String>,
 }
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
+    runtime()?.block_on(run())
+}
+
+async fn run() -> anyhow::Result<()> {
     tracing_subscriber::fmt()
         .with_max_level(tracing::Level::WARN)
         .with_writer(std::io::stderr)
         .init();
     let args = Args::parse();
-    let gateway = gateway(&args).await?;
+    let (engine, gateway) = gateway(&args)?;
     let (listener, address) = bind("127.0.0.1", args.port)
         .await
         .and_then(|socket| socket.listen())
@@ -78,31 +86,24 @@ async fn main() -> anyhow::Result<()> {
             _ = tokio::signal::ctrl_c() => {}
         }
     };
-    serve(listener, app(Arc::new(gateway)), settings, stopped, async {}).await;
+    let router = app(Arc::new(gateway)).merge(floor(engine));
+    serve(listener, router, settings, stopped, async {}).await;
     Ok(())
 }
 
-async fn gateway(args: &Args) -> anyhow::Result<Gateway> {
-    let files = FileSource::Embedded(demo::BASE);
-    let config = DecoderConfig::from_json(&files.open("config.json")?, None)?;
-    let prompt = PromptProcessor::from_files(&files, None)?;
-    let answer = prompt
-        .encode(ANSWER.to_owned(), false)
-        .await
-        .map_err(|error| anyhow!("{}", error.message().to_owned()))?;
+fn gateway(args: &Args) -> anyhow::Result<(Arc<dyn InferenceEngine>, Gateway)> {
+    let answer = demo::prompt_processor().tokenizer().encode(ANSWER, false)?;
     let answer: Vec<u32> = answer.iter().copied().cycle().take(args.output_tokens).collect();
-
     let context_length = args.context_length;
     let clock = args.token_interval_ms.map(|interval| Clock::start(Duration::from_millis(interval)));
-    let engine = MockEngine::builder()
-        .describe(|description| {
-            description.vocab_size = config.vocab_size;
-            description.eos_token_ids.clone_from(&config.eos_token_ids);
-            description.context_length = context_length;
-        })
-        .reply(move |_| match &clock {
-            Some(clock) => clock.paced(&answer),
-            None => Script::tokens(answer.iter().copied()),
+    let engine = demo::mock_engine()
+        .describe(|description| description.context_length = context_length)
+        .reply(move |request| {
+            let tokens = &answer[..answer.len().min(request.sampling.max_tokens as usize)];
+            match &clock {
+                Some(clock) => clock.paced(tokens),
+                None => Script::tokens(tokens.iter().copied()),
+            }
         })
         .forget_ended()
         .build();
@@ -110,25 +111,72 @@ async fn gateway(args: &Args) -> anyhow::Result<Gateway> {
         engine.add_adapter(adapter.name);
     }
     let engine: Arc<dyn InferenceEngine> = Arc::new(engine);
-
-    let cache_dir = std::env::temp_dir().join("polylora-mock-server");
-    let hub = Hub::new(HubConfig {
-        endpoint: None,
-        cache_dir,
-        token: None,
-        offline: true,
-        progress: false,
-    });
-    let sources = Arc::new(AdapterSources::new(hub, SourcePolicy::Any));
-    let served = ServedModel {
-        names: vec!["demo".to_owned()],
-        path: "mock".to_owned(),
-    };
-    let mut gateway = Gateway::new(engine, prompt, served, sources);
+    let mut gateway = demo::gateway(Arc::clone(&engine), SourcePolicy::Any);
     if let Some(key) = &args.api_key {
         gateway.auth = Auth::new(Some(key), None, Vec::new());
     }
-    Ok(gateway)
+    Ok((engine, gateway))
+}
+
+/// All that the floor reads of a request.
+#[derive(serde::Deserialize)]
+struct FloorRequest {
+    max_tokens: u32,
+}
+
+fn floor(engine: Arc<dyn InferenceEngine>) -> Router {
+    let answer = move |Json(request): Json<FloorRequest>| async move {
+        let tokens = engine.submit(GenerationRequest {
+            prompt_tokens: vec![1; 40],
+            sampling: SamplingParams {
+                max_tokens: request.max_tokens,
+                ..SamplingParams::default()
+            },
+            adapter: None,
+            logprobs: LogprobsParams::default(),
+            constraint: None,
+            fairness_key: "".into(),
+        });
+        let events = |tokens| {
+            futures::stream::unfold(tokens, |mut tokens| async {
+                ready_events(&mut tokens).await.map(|bytes| (bytes, tokens))
+            })
+        };
+        match tokens {
+            Ok(tokens) => sse_response(Body::from_stream(events(tokens))),
+            Err(error) => {
+                let mut refused = Response::new(Body::from(error.to_string()));
+                *refused.status_mut() = StatusCode::BAD_REQUEST;
+                refused
+            }
+        }
+    };
+    Router::new().route("/floor", post(answer))
+}
+
+/// The bytes of all events that are there: as many as the gateway's.
+async fn ready_events(tokens: &mut TokenStream) -> Option<Result<Bytes, Infallible>> {
+    const CHUNK: &[u8] = b"data: {\"id\":\"chatcmpl-0123456789abcdef0123456789abcdef\",\"object\":\"chat.completion.chunk\",\"created\":1700000000,\
+        \"model\":\"demo:json\",\"system_fingerprint\":\"fp_0123abcd-4567cdef\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"Tokyo\"},\
+        \"logprobs\":null,\"finish_reason\":null}]}\n\n";
+    let mut bytes = Vec::new();
+    poll_fn(|context| {
+        loop {
+            match tokens.poll_next(context) {
+                Poll::Ready(Some(event)) => {
+                    bytes.extend_from_slice(CHUNK);
+                    if matches!(event, TokenEvent::Finished { .. }) {
+                        bytes.extend_from_slice(b"data: [DONE]\n\n");
+                    }
+                }
+                Poll::Ready(None) => return Poll::Ready(()),
+                Poll::Pending if bytes.is_empty() => return Poll::Pending,
+                Poll::Pending => return Poll::Ready(()),
+            }
+        }
+    })
+    .await;
+    (!bytes.is_empty()).then(|| Ok(bytes.into()))
 }
 
 /// Steps of an engine: one token of every answer at each tick.

@@ -3,10 +3,7 @@
 //!
 //! None may panic, whatever the bytes are, nor hold what it promises to hold and does not.
 
-use std::{
-    path::PathBuf,
-    sync::{Arc, LazyLock},
-};
+use std::sync::{Arc, LazyLock};
 
 use axum::{
     Router,
@@ -14,10 +11,9 @@ use axum::{
     http::{Request, StatusCode, header::CONTENT_TYPE},
 };
 use polylora_engine::{
-    MockEngine,
     adapter::{LoraLimits, PackedDtype, config::PeftConfig, load::load_adapter_bytes},
     decoder::{DecoderConfig, DecoderTensor},
-    files::{FileBytes, FileSource},
+    files::FileBytes,
     weights::ModelWeights,
 };
 use serde_json::{Value, json};
@@ -25,13 +21,13 @@ use tower::ServiceExt;
 
 use crate::{
     app::{Gateway, app},
-    auth::{AdapterSources, Auth, SourcePolicy, parse_keys},
+    auth::{Auth, SourcePolicy, parse_keys},
     chat_template::ChatInput,
     config::{LoraPath, parse_settings},
     demo, gbnf,
-    hub::{Hub, HubConfig, HubId},
+    hub::HubId,
     message_parser::{MessageParser, MessagePart},
-    prompt::{PromptProcessor, templates_from_config},
+    prompt::templates_from_config,
     reasoning::ReasoningSplitter,
     routing::{ServedModel, Target},
     tokenizer::Detokenizer,
@@ -275,26 +271,10 @@ pub fn native_adapters(data: &[u8]) {
 
 /// The gateway over a mock engine with the demo's tokenizer; no folder and no Hub may be read.
 static GATEWAY: LazyLock<Arc<Gateway>> = LazyLock::new(|| {
-    let prompt = PromptProcessor::from_files(&FileSource::Embedded(demo::BASE), None).expect("the demo's files are valid");
-    let engine = MockEngine::builder().describe(|description| {
-        description.vocab_size = prompt.tokenizer().vocab_size();
-        description.context_length = 512;
-    });
-    let engine = engine.build();
+    let engine = demo::mock_engine().describe(|description| description.context_length = 512).build();
     ["sql", "json"].into_iter().for_each(|name| engine.add_adapter(name));
-    let hub = Hub::new(HubConfig {
-        endpoint: Some("http://127.0.0.1:9".into()),
-        cache_dir: PathBuf::from("/dev/null/no-cache"),
-        token: None,
-        offline: true,
-        progress: false,
-    });
-    let served = ServedModel {
-        names: vec!["demo".into()],
-        path: "mock".into(),
-    };
     let policy = SourcePolicy::new(&[], &[], false).expect("nothing is a valid policy");
-    Arc::new(Gateway::new(Arc::new(engine), prompt, served, Arc::new(AdapterSources::new(hub, policy))))
+    Arc::new(demo::gateway(Arc::new(engine), policy))
 });
 static ROUTER: LazyLock<Router> = LazyLock::new(|| app(Arc::clone(&GATEWAY)));
 static RUNTIME: LazyLock<tokio::runtime::Runtime> = LazyLock::new(|| {

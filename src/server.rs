@@ -18,6 +18,7 @@ use hyper_util::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpSocket, TcpStream},
+    runtime::{self, Runtime},
     time::{Instant, Sleep},
 };
 use tokio_rustls::{
@@ -65,6 +66,20 @@ pub fn load_tls(files: &TlsFiles) -> Result<Arc<rustls::ServerConfig>, String> {
         .map_err(|error| certificate_error(format!("does not fit the key {}: {error}", files.key.display())))?;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(Arc::new(config))
+}
+
+/// The runtime for connections.
+///
+/// # Errors
+/// The system gives no threads.
+pub fn runtime() -> io::Result<Runtime> {
+    // A step of the engine wakes every stream at once. After so many of them a thread looks for new requests: by default they would wait
+    // for 61 writes, which is milliseconds.
+    const TASKS_BETWEEN_POLLS: u32 = 8;
+    runtime::Builder::new_multi_thread()
+        .enable_all()
+        .event_interval(TASKS_BETWEEN_POLLS)
+        .build()
 }
 
 /// Serves until `shutdown` resolves; then accepts no more, closes idle connections and waits for the others until `drained`

@@ -229,6 +229,15 @@ struct MockAdapter {
     hold: Arc<Hold>,
 }
 
+impl MockAdapter {
+    fn info(&self) -> AdapterInfo {
+        AdapterInfo {
+            leases: self.hold.count(),
+            ..self.info.clone()
+        }
+    }
+}
+
 impl Default for MockEngine {
     fn default() -> Self {
         Self::builder().build()
@@ -722,18 +731,13 @@ impl InferenceEngine for MockEngine {
 
     fn list_adapters(&self) -> Vec<AdapterInfo> {
         self.prune();
-        let adapters = self.adapters.lock();
-        adapters
-            .iter()
-            .map(|adapter| AdapterInfo {
-                leases: adapter.hold.count(),
-                ..adapter.info.clone()
-            })
-            .collect()
+        self.adapters.lock().iter().map(MockAdapter::info).collect()
     }
 
     fn adapter_info(&self, name: &str) -> Option<AdapterInfo> {
-        self.list_adapters().into_iter().find(|info| &*info.name == name)
+        self.prune();
+        let adapters = self.adapters.lock();
+        adapters.iter().find(|adapter| &*adapter.info.name == name).map(MockAdapter::info)
     }
 
     fn stats(&self) -> EngineStats {

@@ -32,7 +32,7 @@ use crate::{
     prompt::PromptProcessor,
     pushed::{PushLimits, PushedAdapters, remove_abandoned},
     routing::ServedModel,
-    server::{ServerSettings, bind, load_tls, serve},
+    server::{ServerSettings, bind, load_tls, runtime, serve},
     state_dir::{Changes, RuntimeState},
     telemetry,
     text_side::{BaseText, OwnSides},
@@ -50,8 +50,7 @@ const LAST_BYTES: Duration = Duration::from_secs(5);
 pub fn run(config: Config) -> anyhow::Result<()> {
     // Dropped last: what was traced to the very end is sent then.
     let telemetry = telemetry::start(&config.log_level, config.log_format, config.otlp.as_ref())?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(run_server(config, telemetry.exports_traces()))
+    runtime()?.block_on(run_server(config, telemetry.exports_traces()))
 }
 
 async fn run_server(config: Config, traces: bool) -> anyhow::Result<()> {

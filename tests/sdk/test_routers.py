@@ -2,58 +2,20 @@
 import concurrent.futures
 import itertools
 import math
-import os
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import unittest
-import urllib.error
-import urllib.request
 
 import openai
 
-from server import LIST_3, Server, free_port, golden
+from routers import Router
+from server import LIST_3, Server, golden
 
 MODELS = [("demo", None), ("demo:json", "json"), ("table", "table"), ("demo:pirate", "pirate"), ("yaml", "yaml")]
 CLIENTS = 4
-ROUTERS = {
-    "sglang-router": [sys.executable, "-m", "sglang_router.launch_router"],
-    "vllm-router": [os.path.join(os.path.dirname(sys.executable), "vllm-router")],
-}
-
-
-class Router:
-    """A router's process on a free port, ready when it has found its workers well."""
-
-    def __init__(self, name, workers, policy):
-        self.command = [*ROUTERS[name], "--host", "127.0.0.1", "--policy", policy, "--worker-urls", *workers, "--retry-initial-backoff-ms", "20",
-                        "--health-check-interval-secs", "1", "--worker-startup-check-interval", "1"]
-
-    def __enter__(self):
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")
-        command = [*self.command, "--port", str(port), "--prometheus-port", str(free_port())]
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.url}/v1/models", timeout=5).close()
-                return self
-            except OSError:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    self.__exit__()
-                    with open(self.log.name, encoding="utf-8", errors="replace") as file:
-                        raise RuntimeError(f"the router did not start:\n{file.read()}")
-                time.sleep(0.1)
-
-    def __exit__(self, *_):
-        # Its own group: the launcher may have started others.
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(timeout=20)
+TRY_AGAIN_SOON = ("--retry-initial-backoff-ms", "20", "--health-check-interval-secs", "1", "--worker-startup-check-interval", "1")
 
 
 class Replicas:
@@ -170,7 +132,7 @@ def until(condition, what):
 class Routers(unittest.TestCase):
     def check_streams(self, router_name):
         """A replica is killed while streams run on it: those end, visibly and soon, and nothing else is touched."""
-        with Replicas() as replicas, Router(router_name, replicas.urls, "round_robin") as router:
+        with Replicas() as replicas, Router(router_name, replicas.urls, *TRY_AGAIN_SOON) as router:
             client = openai.OpenAI(base_url=f"{router.url}/v1", api_key="none", max_retries=0, timeout=300)
             for _ in range(10):
                 streams = [LongStream(client, number) for number in range(6)]
@@ -206,7 +168,7 @@ class Routers(unittest.TestCase):
             print(f"{router_name}: {len(running)} of {len(streams)} streams cut by the kill", file=sys.stderr)
 
     def check(self, router_name):
-        with Replicas() as replicas, Router(router_name, replicas.urls, "round_robin") as router:
+        with Replicas() as replicas, Router(router_name, replicas.urls, *TRY_AGAIN_SOON) as router:
             traffic = Traffic(router.url)
             with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
                 clients = [pool.submit(traffic.run) for _ in range(CLIENTS)]
@@ -227,7 +189,7 @@ class Routers(unittest.TestCase):
 
     def check_errors(self, router_name):
         """A client's mistake stays the client's: no router may try it again elsewhere or hold it against a replica."""
-        with Replicas() as replicas, Router(router_name, replicas.urls, "round_robin") as router:
+        with Replicas() as replicas, Router(router_name, replicas.urls, *TRY_AGAIN_SOON) as router:
             client = openai.OpenAI(base_url=f"{router.url}/v1", api_key="none", max_retries=0)
             for _ in range(12):
                 with self.assertRaises(openai.NotFoundError):
