@@ -2,7 +2,7 @@
 //!
 //! Token ids in, token ids out: text, chat templates and stop strings are the gateway's.
 
-use std::sync::Arc;
+use std::{fmt::Display, sync::Arc};
 
 use crate::adapter::AdapterLease;
 
@@ -257,10 +257,11 @@ impl SamplingParams {
     /// # Errors
     /// `InvalidParam` naming the field, the allowed range and what was given.
     pub fn validate(&self, vocab_size: usize) -> Result<(), SubmitError> {
-        let range = |ok: bool, field, expected, got: String| {
+        let range = |ok: bool, field, expected, got: &dyn Display| {
             if ok {
                 Ok(())
             } else {
+                let got = got.to_string();
                 Err(SubmitError::InvalidParam { field, expected, got })
             }
         };
@@ -268,50 +269,40 @@ impl SamplingParams {
             self.temperature.is_finite() && self.temperature >= 0.0,
             "temperature",
             "a finite number of at least 0",
-            self.temperature.to_string(),
+            &self.temperature,
         )?;
-        range(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", "in (0, 1]", self.top_p.to_string())?;
-        range((0.0..=1.0).contains(&self.min_p), "min_p", "in [0, 1]", self.min_p.to_string())?;
+        range(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", "in (0, 1]", &self.top_p)?;
+        range((0.0..=1.0).contains(&self.min_p), "min_p", "in [0, 1]", &self.min_p)?;
         range(
             (-2.0..=2.0).contains(&self.frequency_penalty),
             "frequency_penalty",
             "in [-2, 2]",
-            self.frequency_penalty.to_string(),
+            &self.frequency_penalty,
         )?;
         range(
             (-2.0..=2.0).contains(&self.presence_penalty),
             "presence_penalty",
             "in [-2, 2]",
-            self.presence_penalty.to_string(),
+            &self.presence_penalty,
         )?;
         range(
             self.repetition_penalty > 0.0 && self.repetition_penalty <= 2.0,
             "repetition_penalty",
             "in (0, 2]",
-            self.repetition_penalty.to_string(),
+            &self.repetition_penalty,
         )?;
-        range(
-            self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            "at most max_tokens",
-            self.min_tokens.to_string(),
-        )?;
+        range(self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens", &self.min_tokens)?;
         for &(token, bias) in &self.logit_bias {
             range(
                 (token as usize) < vocab_size,
                 "logit_bias",
                 "keyed by token ids of the vocabulary",
-                token.to_string(),
+                &token,
             )?;
-            range(bias.is_finite(), "logit_bias", "finite", bias.to_string())?;
+            range(bias.is_finite(), "logit_bias", "finite", &bias)?;
         }
         for &token in &self.stop_token_ids {
-            range(
-                (token as usize) < vocab_size,
-                "stop_token_ids",
-                "token ids of the vocabulary",
-                token.to_string(),
-            )?;
+            range((token as usize) < vocab_size, "stop_token_ids", "token ids of the vocabulary", &token)?;
         }
         Ok(())
     }
