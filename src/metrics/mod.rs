@@ -1,16 +1,15 @@
 //! Prometheus metrics, kept and written by `metrics-exporter-prometheus`; [`definitions`] has every metric once.
 //!
-//! Recorders are values, none is global: each app (and each test) has its own. There are three, by how long their series live:
+//! Recorders are values, none is global: each app (and each test) has its own. Series differ by how long they live:
 //!
 //! - what the gateway counts as it happens lives as long as the server;
 //! - series of adapters live as long as the adapter has a label. Adapter names are client-made, so at most
 //!   [`MetricsConfig::max_adapter_labels`] names have one; the others share `(other)`, and the base model is `(base)`. A name that has
 //!   not been asked for in [`MetricsConfig::adapter_idle`] gives its label up to a new one, and its series vanish likewise later;
-//! - what the engine counts is read at a scrape, from statistics that it publishes (no lock of its own is taken), into a recorder
-//!   that lives for this one scrape: an adapter that has left the device, or yesterday's list of waiting adapters, leaves nothing behind.
-//!
-//! Two kinds of samples the library can't take, so their values are put between its lines here (with its own formatting): histograms
-//! that the engine has counted already, and counters of seconds, which the library has as whole numbers only.
+//! - what the engine counts is read at a scrape, from statistics that it publishes (no lock of its own is taken), and written at once,
+//!   with the library's own formatting: an adapter that has left the device, or yesterday's list of waiting adapters, leaves nothing
+//!   behind. So it is with two kinds of samples that the library can't take: histograms that the engine has counted already, and counters
+//!   of seconds, which the library has as whole numbers only.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -116,24 +115,15 @@ impl Registry {
                 builder = builder.set_buckets_for_metric(name, bounds).expect("a histogram's definition has bounds");
             }
         }
-        let registry = Self::of(builder);
+        let recorder = builder.build_recorder();
+        let registry = Self {
+            handle: recorder.handle(),
+            recorder,
+        };
         definitions.iter().for_each(|definition| registry.describe(definition));
         // Publishes the descriptions: until then each further one of a metric would be kept beside the first.
         registry.handle.run_upkeep();
         registry
-    }
-
-    /// For metrics whose values are known at a scrape, and for that scrape alone.
-    fn scrape() -> Self {
-        Self::of(PrometheusBuilder::new())
-    }
-
-    fn of(builder: PrometheusBuilder) -> Self {
-        let recorder = builder.build_recorder();
-        Self {
-            handle: recorder.handle(),
-            recorder,
-        }
     }
 
     fn describe(&self, definition: &Definition) {
@@ -148,15 +138,40 @@ impl Registry {
     fn histogram(&self, definition: &Definition, labels: &[&str]) -> Histogram {
         self.recorder.register_histogram(&definition.key(labels), &METADATA)
     }
+}
 
-    fn set(&self, definition: &Definition, labels: &[&str], value: f64) {
-        self.describe(definition);
-        self.recorder.register_gauge(&definition.key(labels), &METADATA).set(value);
+/// Metrics whose values are known at a scrape, as text, in the order in which they were first named.
+#[derive(Default)]
+struct ScrapeText {
+    metrics: Vec<(&'static str, String)>,
+}
+
+impl ScrapeText {
+    fn set(&mut self, definition: &Definition, labels: &[&str], value: f64) {
+        self.line(definition, "gauge", labels, value);
     }
 
-    fn count(&self, definition: &Definition, labels: &[&str], total: u64) {
-        self.describe(definition);
-        self.counter(definition, labels).absolute(total);
+    fn count(&mut self, definition: &Definition, labels: &[&str], total: u64) {
+        self.line(definition, "counter", labels, total);
+    }
+
+    fn line(&mut self, definition: &Definition, kind: &str, labels: &[&str], value: impl std::fmt::Display) {
+        let name = definition.name;
+        let index = match self.metrics.iter().rposition(|(other, _)| *other == name) {
+            Some(index) => index,
+            None => {
+                let mut text = String::new();
+                write_head(&mut text, definition, kind);
+                self.metrics.push((name, text));
+                self.metrics.len() - 1
+            }
+        };
+        let text = &mut self.metrics[index].1;
+        formatting::write_metric_line::<&str, _>(text, name, None, &label_set(definition, labels), None, value, None);
+    }
+
+    fn render(self) -> String {
+        self.metrics.into_iter().map(|(_, text)| text).collect()
     }
 }
 
@@ -486,11 +501,11 @@ impl Metrics {
 
     /// What the engine's statistics say.
     fn engine_text(&self, stats: &EngineStats) -> String {
-        let scrape = Registry::scrape();
-        self.set_vllm(&scrape, stats);
-        self.set_sglang(&scrape, stats);
-        self.set_own(&scrape, stats);
-        let mut text = scrape.handle.render();
+        let mut scrape = ScrapeText::default();
+        self.set_vllm(&mut scrape, stats);
+        self.set_sglang(&mut scrape, stats);
+        self.set_own(&mut scrape, stats);
+        let mut text = scrape.render();
         let model = [self.model.as_str(), "0"];
         write_histogram(&mut text, &VLLM_QUEUE_TIME, &model, &stats.queue_seconds);
         write_histogram(&mut text, &VLLM_PREFILL_TIME, &model, &stats.prefill_seconds);
@@ -509,7 +524,7 @@ impl Metrics {
         text
     }
 
-    fn set_vllm(&self, scrape: &Registry, stats: &EngineStats) {
+    fn set_vllm(&self, scrape: &mut ScrapeText, stats: &EngineStats) {
         let model = [self.model.as_str(), "0"];
         let usage = ratio(stats.used_blocks, stats.total_blocks);
         scrape.set(&VLLM_RUNNING, &model, stats.running as f64);
@@ -528,7 +543,7 @@ impl Metrics {
         scrape.set(&VLLM_LORA_INFO, &[&slots, &adapters[0], &adapters[1]], unix_seconds());
     }
 
-    fn set_sglang(&self, scrape: &Registry, stats: &EngineStats) {
+    fn set_sglang(&self, scrape: &mut ScrapeText, stats: &EngineStats) {
         let model = [self.model.as_str()];
         scrape.set(&SGLANG_RUNNING, &model, stats.running as f64);
         scrape.set(&SGLANG_QUEUE, &model, stats.waiting as f64);
@@ -538,7 +553,7 @@ impl Metrics {
         scrape.set(&SGLANG_SLOTS_UTILIZATION, &model, ratio(stats.running_adapters.len(), self.total_slots));
     }
 
-    fn set_own(&self, scrape: &Registry, stats: &EngineStats) {
+    fn set_own(&self, scrape: &mut ScrapeText, stats: &EngineStats) {
         let built = &self.description;
         let info = [env!("CARGO_PKG_VERSION"), &self.model, &built.architecture, &built.device, &built.dtype];
         scrape.set(&BUILD_INFO, &info, 1.0);
@@ -591,8 +606,8 @@ impl Metrics {
         labels.values().for_each(|label| label.series.keep());
         let mut text = self.adapters.handle.render();
 
-        let scrape = Registry::scrape();
-        self.set_residency(&scrape, list);
+        let mut scrape = ScrapeText::default();
+        self.set_residency(&mut scrape, list);
         // What runs and waits; adapters without a label of their own together.
         let mut by_label: BTreeMap<&str, (u64, u64, f64)> = BTreeMap::new();
         for stats in busy {
@@ -604,14 +619,14 @@ impl Metrics {
             scrape.set(&ADAPTER_RUNNING, &[label], *running as f64);
             scrape.set(&ADAPTER_WAITING, &[label], *waiting as f64);
         }
-        text.push_str(&scrape.handle.render());
+        text.push_str(&scrape.render());
         let waited: Vec<([&str; 1], f64)> = by_label.iter().map(|(label, (.., seconds))| ([*label], *seconds)).collect();
         let waited: Vec<(&[&str], f64)> = waited.iter().map(|(labels, seconds)| (&labels[..], *seconds)).collect();
         write_seconds(&mut text, &ADAPTER_WAITED, &waited);
         text
     }
 
-    fn set_residency(&self, scrape: &Registry, list: &[AdapterInfo]) {
+    fn set_residency(&self, scrape: &mut ScrapeText, list: &[AdapterInfo]) {
         let mut by_state = [0; 3];
         for adapter in list {
             by_state[adapter.state as usize] += 1;
@@ -772,7 +787,7 @@ fn write_seconds(text: &mut String, definition: &Definition, series: &[(&[&str],
 
 /// Their number is bounded, and they are made by admins: each has series of its own, which vanish with it.
 fn aliases_text(aliases: &Aliases) -> String {
-    let scrape = Registry::scrape();
+    let mut scrape = ScrapeText::default();
     for alias in aliases.list() {
         for target in alias.targets() {
             let labels = [&**alias.name(), &**target.adapter()];
@@ -780,7 +795,7 @@ fn aliases_text(aliases: &Aliases) -> String {
             scrape.set(&ALIAS_SHARE, &labels, alias.share(target));
         }
     }
-    scrape.handle.render()
+    scrape.render()
 }
 
 fn ratio(part: usize, whole: usize) -> f64 {
