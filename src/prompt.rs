@@ -15,8 +15,8 @@ use crate::{
 
 /// Files of a model directory are read up to this size; the largest `tokenizer.json` known has 33 MB.
 const MAX_FILE_BYTES: u64 = 128 << 20;
-/// Longer texts are tokenized on a thread that may block.
-const BLOCKING_TEXT_BYTES: usize = 16 << 10;
+/// Longer texts are tokenized on a thread that may block: these take a millisecond, in which no stream of the same thread is served.
+const BLOCKING_TEXT_BYTES: usize = 4 << 10;
 
 /// Why a model directory's text side can't be used.
 #[derive(Debug, thiserror::Error)]

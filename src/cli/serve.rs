@@ -50,7 +50,9 @@ const LAST_BYTES: Duration = Duration::from_secs(5);
 pub fn run(config: Config) -> anyhow::Result<()> {
     // Dropped last: what was traced to the very end is sent then.
     let telemetry = telemetry::start(&config.log_level, config.log_format, config.otlp.as_ref())?;
-    runtime()?.block_on(run_server(config, telemetry.exports_traces()))
+    let server = run_server(config, telemetry.exports_traces());
+    // On a thread of the runtime: from outside, who connects would wait behind every stream that has a token to send.
+    runtime()?.block_on(async { tokio::spawn(server).await? })
 }
 
 async fn run_server(config: Config, traces: bool) -> anyhow::Result<()> {
