@@ -5,7 +5,7 @@
 //! The whole is the router without sockets, on one thread: the difference between its two cases, by 256, is the cost of a token; the
 //! first, less `encode`, that of a request. `examples/load_test.rs` measures with sockets, streams and other servers.
 
-use std::{hint::black_box, sync::Arc};
+use std::{hint::black_box, sync::Arc, time::Duration};
 
 use axum::{Router, body::Body, http::Request};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -15,6 +15,7 @@ use polylora::{
     auth::SourcePolicy,
     chat_template::ChatInput,
     demo,
+    metrics::{Metrics, MetricsConfig},
     protocol::chat::{ChatChunk, ChatChunkChoice, ChatDelta, ChatRequest},
     sse::SseEvents,
     tokenizer::Detokenizer,
@@ -95,7 +96,7 @@ fn parts(criterion: &mut Criterion) {
 }
 
 /// The gateway over an engine that answers at once, with `adapters` adapters.
-fn router(adapters: usize) -> Router {
+fn router(adapters: usize, metrics: MetricsConfig) -> Router {
     let answer = demo::prompt_processor().tokenizer().encode(ANSWER, false).expect("text");
     let engine = demo::mock_engine()
         .reply(move |request| {
@@ -106,36 +107,83 @@ fn router(adapters: usize) -> Router {
         .build();
     engine.add_adapter("json");
     (1..adapters).for_each(|number| engine.add_adapter(&format!("adapter-{number}")));
-    app(Arc::new(demo::gateway(Arc::new(engine), SourcePolicy::Any)))
+    let mut gateway = demo::gateway(Arc::new(engine), SourcePolicy::Any);
+    gateway.metrics = Arc::new(Metrics::new(gateway.served.name(), gateway.engine.describe(), metrics));
+    app(Arc::new(gateway))
+}
+
+/// Asks (with a body, if there is one), checks that it is answered well, and reads the answer to its end.
+async fn ask(router: &Router, path: &str, body: &str) -> Vec<u8> {
+    let method = if body.is_empty() { "GET" } else { "POST" };
+    let request = Request::builder().method(method).uri(path).header("content-type", "application/json");
+    let request = request.body(Body::from(body.to_owned())).expect("a request");
+    let Ok(response) = router.clone().oneshot(request).await;
+    assert_eq!(response.status(), 200, "{path}");
+    let mut pieces = response.into_body().into_data_stream();
+    let mut answer = Vec::new();
+    while let Some(piece) = pieces.next().await {
+        answer.extend_from_slice(&piece.expect("a piece"));
+    }
+    answer
 }
 
 fn whole(criterion: &mut Criterion) {
-    let router = router(1);
+    let router = router(1, MetricsConfig::default());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let mut group = criterion.benchmark_group("whole");
-    for (name, max_tokens, stream) in [
+    for (name, tokens, stream) in [
         ("1 token, streamed", 1, true),
         ("257 tokens, streamed", 257, true),
         ("1 token", 1, false),
         ("257 tokens", 257, false),
     ] {
-        let body = request(max_tokens, stream).to_string();
-        let ask = || async {
-            let request = Request::post("/v1/chat/completions").header("content-type", "application/json");
-            let request = request.body(Body::from(body.clone())).expect("a request");
-            let Ok(response) = router.clone().oneshot(request).await;
-            assert_eq!(response.status(), 200);
-            let mut body = response.into_body().into_data_stream();
-            let mut bytes = 0;
-            while let Some(piece) = body.next().await {
-                bytes += piece.expect("a piece").len();
-            }
-            bytes
-        };
-        group.bench_function(name, |bencher| bencher.iter(|| runtime.block_on(ask())));
+        let body = request(tokens, stream).to_string();
+        let ask = || runtime.block_on(ask(&router, "/v1/chat/completions", &body));
+        let answer = String::from_utf8(ask()).expect("text");
+        if stream {
+            // One for the role, one for the end.
+            assert_eq!(answer.matches("data: {").count(), tokens + 2, "{answer}");
+            assert!(answer.ends_with("data: [DONE]\n\n"), "{answer}");
+        } else {
+            assert!(answer.contains(&format!("\"completion_tokens\":{tokens},")), "{answer}");
+        }
+        group.bench_function(name, |bencher| bencher.iter(ask));
     }
     group.finish();
 }
 
-criterion_group!(benches, parts, whole);
+/// `/metrics` of a server on which a hundred adapters have been asked for: with their part as old as it may be, and written anew.
+fn scrape(criterion: &mut Criterion) {
+    const ADAPTERS: usize = 100;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let mut group = criterion.benchmark_group("scrape");
+    for (name, adapter_refresh) in [("adapters cached", Duration::from_secs(3600)), ("adapters anew", Duration::ZERO)] {
+        let config = MetricsConfig {
+            max_adapter_labels: ADAPTERS,
+            adapter_refresh,
+            ..MetricsConfig::default()
+        };
+        let router = router(ADAPTERS, config);
+        let text = runtime.block_on(async {
+            for number in 0..ADAPTERS {
+                let mut body = request(8, true);
+                if number > 0 {
+                    body["model"] = json!(format!("demo:adapter-{number}"));
+                }
+                ask(&router, "/v1/chat/completions", &body.to_string()).await;
+            }
+            ask(&router, "/metrics", "").await
+        });
+        let text = String::from_utf8(text).expect("text");
+        for number in 1..ADAPTERS {
+            let series = format!("polylora_requests_total{{adapter=\"adapter-{number}\"");
+            assert!(text.contains(&series), "no {series} in {text}");
+        }
+        println!("scrape/{name}: {} lines, {} bytes", text.lines().count(), text.len());
+        group.bench_function(name, |bencher| bencher.iter(|| runtime.block_on(ask(&router, "/metrics", ""))));
+    }
+    group.finish();
+}
+
+criterion_group!(benches, parts, whole, scrape);
 criterion_main!(benches);

@@ -74,7 +74,8 @@ class Bench:
         self.measure(["--output-tokens", "300", "--token-interval-ms", "50"], ["paced", "--floor", "--tokens", "300"], core=0)
 
     def first_token(self):
-        self.measure(["--output-tokens", "300", "--token-interval-ms", "50"], ["first-token", "--floor", "--tokens", "300"], core=0)
+        self.measure(["--output-tokens", "300", "--token-interval-ms", "50"], ["first-token", "--floor", "--tokens", "300"],
+                     ["first-token", "--floor", "--tokens", "300", "--connect"], core=0)
 
     def open(self):
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)

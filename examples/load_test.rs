@@ -103,6 +103,9 @@ enum Measure {
         /// Requests that are measured in each round, one after the other.
         #[arg(long, default_value_t = 500)]
         requests: usize,
+        /// Each on a connection of its own, which counts.
+        #[arg(long)]
+        connect: bool,
     },
     /// Memory with many streams open.
     Open {
@@ -387,7 +390,12 @@ async fn main() -> anyhow::Result<()> {
         Measure::Cost { requests, streams } => cost(&args, requests, streams).await,
         Measure::Paced { streams, tokens, seconds } => paced(&args, streams, tokens, Duration::from_secs(seconds)).await,
         Measure::Rate { requests, streams, tokens } => rate(&args, requests, streams, tokens).await,
-        Measure::FirstToken { streams, tokens, requests } => first_token(&args, streams, tokens, requests).await,
+        Measure::FirstToken {
+            streams,
+            tokens,
+            requests,
+            connect,
+        } => first_token(&args, streams, tokens, requests, connect).await,
         Measure::Open { streams } => open(&args, streams).await,
     }
 }
@@ -485,12 +493,12 @@ async fn rate(args: &Args, requests: usize, streams: usize, tokens: usize) -> an
     Ok(())
 }
 
-async fn first_token(args: &Args, streams: usize, tokens: usize, requests: usize) -> anyhow::Result<()> {
+async fn first_token(args: &Args, streams: usize, tokens: usize, requests: usize, connect: bool) -> anyhow::Result<()> {
     for args in args.paths() {
-        let alone = args.probe(requests * args.rounds).await?;
+        let alone = args.probe(requests * args.rounds, connect).await?;
         let (mut running, events) = args.background(streams, tokens).await?;
         let (before, counted, began) = (args.usage().await?, events.load(Relaxed), Instant::now());
-        let beside = args.probe(requests * args.rounds).await?;
+        let beside = args.probe(requests * args.rounds, connect).await?;
         let seconds = began.elapsed().as_secs_f64();
         let cores = args.usage().await?.each_since(&before, seconds * 1e6).total();
         let rate = (events.load(Relaxed) - counted) as f64 / seconds;
@@ -514,11 +522,15 @@ async fn first_token(args: &Args, streams: usize, tokens: usize, requests: usize
 impl Args {
     /// Times to the first text of requests of one token, one after the other, sorted. A thread of its own asks, so that no other stream's
     /// bytes come before its own, at times that have nothing to do with the server's steps.
-    async fn probe(&self, requests: usize) -> anyhow::Result<Vec<Duration>> {
+    async fn probe(&self, requests: usize, connect: bool) -> anyhow::Result<Vec<Duration>> {
         let (authority, request) = (self.authority().to_owned(), self.request(1));
         let mut times = tokio::task::spawn_blocking(move || {
-            let mut stream = std::net::TcpStream::connect(authority)?;
-            stream.set_nodelay(true)?;
+            let dial = || -> std::io::Result<_> {
+                let stream = std::net::TcpStream::connect(&authority)?;
+                stream.set_nodelay(true)?;
+                Ok(stream)
+            };
+            let mut stream = dial()?;
             let mut buffer = vec![0; 1 << 14];
             let mut times = Vec::with_capacity(requests);
             for number in 0..requests {
@@ -527,6 +539,9 @@ impl Args {
                     1000 + (number as f64 * 0.618_034).fract().mul_add(3000.0, 0.0) as u64,
                 ));
                 let began = Instant::now();
+                if connect {
+                    stream = dial()?;
+                }
                 stream.write_all(&request)?;
                 let mut text = Vec::new();
                 let mut first = None;
