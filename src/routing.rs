@@ -180,7 +180,7 @@ impl Router<'_> {
     /// Names that a request may use, base model first.
     pub fn available(&self) -> Vec<String> {
         let base = self.served.name();
-        let adapters = self.engine.list_adapters().into_iter().map(|info| info.name);
+        let adapters = self.engine.adapter_names().into_iter();
         let aliases = self.aliases.list().into_iter().map(|alias| alias.name().clone());
         let names = adapters.chain(aliases).filter(|name| self.identity.sees_adapter(name));
         std::iter::once(base.to_owned())

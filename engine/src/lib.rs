@@ -70,6 +70,10 @@ pub trait InferenceEngine: Send + Sync + 'static {
     fn pin_adapter(&self, name: &str, pinned: bool) -> Result<(), AdapterError>;
     /// Every registered adapter, least recently used first.
     fn list_adapters(&self) -> Vec<AdapterInfo>;
+    /// Their names alone, in the same order.
+    fn adapter_names(&self) -> Vec<Arc<str>> {
+        self.list_adapters().into_iter().map(|info| info.name).collect()
+    }
     /// One registered adapter.
     fn adapter_info(&self, name: &str) -> Option<AdapterInfo>;
 

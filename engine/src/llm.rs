@@ -338,6 +338,10 @@ impl InferenceEngine for LlmEngine {
         self.adapters.as_ref().map_or_else(Vec::new, |registry| registry.list())
     }
 
+    fn adapter_names(&self) -> Vec<Arc<str>> {
+        self.adapters.as_ref().map_or_else(Vec::new, |registry| registry.names())
+    }
+
     fn adapter_info(&self, name: &str) -> Option<AdapterInfo> {
         self.adapters.as_ref()?.info(name)
     }

@@ -133,11 +133,10 @@ async fn leases(state: &Gateway, caller: &Caller, prompts: &[PromptPart]) -> Res
 
 fn never_loaded(state: &Gateway, caller: &Caller, name: &str) -> ApiError {
     const MOST: usize = 20;
-    let adapters = state.engine.list_adapters();
+    let adapters = state.engine.adapter_names().into_iter();
     let mut loaded: Vec<String> = adapters
-        .into_iter()
-        .filter(|info| caller.identity.sees_adapter(&info.name))
-        .map(|info| info.name.to_string())
+        .filter(|name| caller.identity.sees_adapter(name))
+        .map(|name| name.to_string())
         .collect();
     loaded.sort();
     if loaded.len() > MOST {

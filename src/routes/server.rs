@@ -128,7 +128,7 @@ pub async fn server_info(State(state): State<AppState>) -> Json<ServerInfo> {
         max_loaded_loras: description.max_loaded_loras,
         max_lora_rank: description.max_lora_rank,
         lora_target_modules: description.lora_target_modules.clone(),
-        num_loaded_loras: state.engine.list_adapters().len(),
+        num_loaded_loras: state.engine.adapter_names().len(),
         device: description.device.clone(),
         dtype: description.dtype.clone(),
         weight_version: state.weight_version(None),

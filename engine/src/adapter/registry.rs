@@ -273,7 +273,6 @@ impl ResidentSet {
 }
 
 /// What is known of a version once it was read; stays when its weights leave.
-#[derive(Clone)]
 struct Facts {
     version: VersionId,
     report: Arc<CoverageReport>,
@@ -301,10 +300,10 @@ enum Tier {
 struct Entry {
     name: Arc<str>,
     files: FileSource,
-    source: String,
+    source: Arc<str>,
     pinned: bool,
     tier: Tier,
-    facts: Option<Facts>,
+    facts: Option<Arc<Facts>>,
     hold: Arc<Hold>,
     /// Holds of versions that this name had before and that requests still run on.
     previous: Vec<Arc<Hold>>,
@@ -319,13 +318,47 @@ struct Entry {
     failure: Option<Failure>,
 }
 
+/// What [`AdapterInfo`] is made of: cheap to take while the registry is locked.
+struct Glance {
+    name: Arc<str>,
+    source: Arc<str>,
+    on_host: bool,
+    facts: Option<Arc<Facts>>,
+    pinned: bool,
+    leases: usize,
+    requests_total: u64,
+    hits_total: u64,
+    last_used: Option<SystemTime>,
+}
+
+impl Glance {
+    fn at(entry: &Entry) -> Self {
+        Self {
+            name: entry.name.clone(),
+            source: entry.source.clone(),
+            on_host: matches!(entry.tier, Tier::Host(_)),
+            facts: entry.facts.clone(),
+            pinned: entry.pinned,
+            leases: entry.hold.count() + entry.previous.iter().map(|hold| hold.count()).sum::<usize>(),
+            requests_total: entry.requests_total,
+            hits_total: entry.hits_total,
+            last_used: entry.last_used_time,
+        }
+    }
+}
+
+/// Least recently used first; those never used come first, in order of registration.
+fn list_order(entry: &Entry) -> (u64, u64) {
+    (entry.last_used, entry.registration)
+}
+
 #[derive(Default)]
 struct State {
     entries: HashMap<Arc<str>, Entry>,
     /// Weights by content, as long as anything holds them.
     versions: HashMap<VersionId, Weak<HostAdapter>>,
     /// What folders held when they were read, as long as the weights are anywhere: such a folder is not read again.
-    read: HashMap<SourceStamp, (Weak<HostAdapter>, Facts)>,
+    read: HashMap<SourceStamp, (Weak<HostAdapter>, Arc<Facts>)>,
     /// Loads that found no room, the first to be tried first. Their entries are `Loading`.
     parked: VecDeque<Parked<Load>>,
     /// Combinations that found no room, likewise.
@@ -814,12 +847,21 @@ impl AdapterRegistry {
     pub fn list(&self) -> Vec<AdapterInfo> {
         let mut entries: Vec<_> = {
             let state = self.shared.state.lock();
-            let sorted_by = |entry: &Entry| (entry.last_used, entry.registration);
-            state.entries.values().map(|entry| (sorted_by(entry), self.shared.info(entry))).collect()
+            state.entries.values().map(|entry| (list_order(entry), Glance::at(entry))).collect()
         };
-        // Sorted without the lock: there may be thousands.
-        entries.sort_unstable_by_key(|(key, _)| *key);
-        entries.into_iter().map(|(_, info)| info).collect()
+        // Sorted and put into words without the lock: there may be thousands, and requests wait for it.
+        entries.sort_unstable_by_key(|(order, _)| *order);
+        entries.into_iter().map(|(_, glance)| self.shared.describe(glance)).collect()
+    }
+
+    /// The names of `list`.
+    pub fn names(&self) -> Vec<Arc<str>> {
+        let mut names: Vec<_> = {
+            let state = self.shared.state.lock();
+            state.entries.values().map(|entry| (list_order(entry), entry.name.clone())).collect()
+        };
+        names.sort_unstable_by_key(|(order, _)| *order);
+        names.into_iter().map(|(_, name)| name).collect()
     }
 
     /// One registered adapter; an expression (see `acquire`) is described by its parts, if there are all of them.
@@ -928,7 +970,7 @@ impl State {
     }
 
     /// Adds an entry under a free name.
-    fn insert(&mut self, request: LoadRequest, content: Option<(Arc<HostAdapter>, Facts)>) {
+    fn insert(&mut self, request: LoadRequest, content: Option<(Arc<HostAdapter>, Arc<Facts>)>) {
         let tick = self.tick();
         let name: Arc<str> = request.name.as_str().into();
         let (tier, facts) = match content {
@@ -942,7 +984,7 @@ impl State {
         let entry = Entry {
             name: name.clone(),
             files: request.files,
-            source: request.source,
+            source: request.source.into(),
             pinned: request.pinned,
             tier,
             facts,
@@ -1001,12 +1043,12 @@ impl State {
     }
 
     /// What a folder in this state holds, if that is known and still in memory.
-    fn known(&self, stamp: &SourceStamp) -> Option<(Arc<HostAdapter>, Facts)> {
+    fn known(&self, stamp: &SourceStamp) -> Option<(Arc<HostAdapter>, Arc<Facts>)> {
         let (weights, facts) = self.read.get(stamp)?;
         Some((weights.upgrade()?, facts.clone()))
     }
 
-    fn remember(&mut self, stamp: SourceStamp, weights: &Arc<HostAdapter>, facts: &Facts) {
+    fn remember(&mut self, stamp: SourceStamp, weights: &Arc<HostAdapter>, facts: &Arc<Facts>) {
         if self.read.len() > 2 * self.tier.len() + 64 {
             self.read.retain(|_, (weights, _)| weights.strong_count() > 0);
         }
@@ -1100,26 +1142,30 @@ impl Shared {
     }
 
     fn info(&self, entry: &Entry) -> AdapterInfo {
-        let facts = entry.facts.as_ref();
+        self.describe(Glance::at(entry))
+    }
+
+    /// Needs no lock.
+    fn describe(&self, glance: Glance) -> AdapterInfo {
+        let facts = glance.facts.as_ref();
         let on_device = facts.is_some_and(|facts| self.residents.contains(&facts.version));
-        let state = match entry.tier {
-            _ if on_device => AdapterState::Device,
-            Tier::Host(_) => AdapterState::Host,
-            Tier::Registered | Tier::Loading(_) => AdapterState::Registered,
-        };
         AdapterInfo {
-            name: entry.name.clone(),
-            source: entry.source.clone(),
-            state,
+            name: glance.name,
+            source: glance.source.to_string(),
+            state: match glance.on_host {
+                _ if on_device => AdapterState::Device,
+                true => AdapterState::Host,
+                false => AdapterState::Registered,
+            },
             version: facts.map(|facts| facts.version.to_string()),
             max_lora_rank: facts.map_or(0, |facts| facts.max_lora_rank),
             target_modules: facts.map_or_else(Vec::new, |facts| facts.target_modules.clone()),
             bytes: facts.map_or(0, |facts| facts.bytes),
-            pinned: entry.pinned,
-            leases: entry.hold.count() + entry.previous.iter().map(|hold| hold.count()).sum::<usize>(),
-            requests_total: entry.requests_total,
-            hits_total: entry.hits_total,
-            last_used: entry.last_used_time,
+            pinned: glance.pinned,
+            leases: glance.leases,
+            requests_total: glance.requests_total,
+            hits_total: glance.hits_total,
+            last_used: glance.last_used,
             report: facts.map(|facts| facts.report.clone()),
             parts: Vec::new(),
         }
@@ -1373,7 +1419,7 @@ impl Shared {
     }
 
     /// Reads and packs, unless the same files were read before and what they hold is still somewhere. Of equal content there is one copy.
-    fn read(&self, files: &FileSource) -> Result<(Arc<HostAdapter>, Facts), AdapterError> {
+    fn read(&self, files: &FileSource) -> Result<(Arc<HostAdapter>, Arc<Facts>), AdapterError> {
         let start = Instant::now();
         let result = self.read_unchanging(files);
         let took = start.elapsed();
@@ -1388,7 +1434,7 @@ impl Shared {
 
     /// A folder may be replaced, or a file written to, between the reading of one file and of another: then what was read belongs
     /// together no more, and is read again.
-    fn read_unchanging(&self, files: &FileSource) -> Result<(Arc<HostAdapter>, Facts), AdapterError> {
+    fn read_unchanging(&self, files: &FileSource) -> Result<(Arc<HostAdapter>, Arc<Facts>), AdapterError> {
         for _ in 0..READ_ATTEMPTS {
             let stamp = files.stamp();
             if let Some(known) = stamp.and_then(|stamp| self.state.lock().known(&stamp)) {
@@ -1415,7 +1461,7 @@ impl Shared {
     }
 
     /// A panic is an error like another.
-    fn read_once(&self, files: &FileSource) -> Result<(Arc<HostAdapter>, Facts), AdapterError> {
+    fn read_once(&self, files: &FileSource) -> Result<(Arc<HostAdapter>, Arc<Facts>), AdapterError> {
         let load = || load_adapter(files, &self.decoder, &self.config.limits).inspect(|(weights, _)| self.config.prepare(weights));
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(load)).unwrap_or_else(|panic| Err(panicked(&*panic)));
         result.map(|(weights, report)| {
@@ -1426,7 +1472,7 @@ impl Shared {
                 bytes: weights.bytes(),
                 report: Arc::new(report),
             };
-            (Arc::new(weights), facts)
+            (Arc::new(weights), Arc::new(facts))
         })
     }
 
@@ -1541,7 +1587,7 @@ impl Shared {
         }
     }
 
-    fn finish_fetch(&self, load: Parked<Load>, loaded: Result<(Arc<HostAdapter>, Facts), AdapterError>) {
+    fn finish_fetch(&self, load: Parked<Load>, loaded: Result<(Arc<HostAdapter>, Arc<Facts>), AdapterError>) {
         let mut state = self.state.lock();
         if state.current(&load.work).is_none() {
             return;
@@ -1606,7 +1652,7 @@ impl Shared {
         }
     }
 
-    fn finish_load(&self, request: LoadRequest, loaded: (Arc<HostAdapter>, Facts)) -> Result<AdapterInfo, AdapterError> {
+    fn finish_load(&self, request: LoadRequest, loaded: (Arc<HostAdapter>, Arc<Facts>)) -> Result<AdapterInfo, AdapterError> {
         let mut state = self.state.lock();
         self.check_load(&state, &request)?;
         let (weights, facts) = loaded;
@@ -1646,7 +1692,7 @@ impl Shared {
 
     /// Registers new content under a name, free or taken (whose old weights have left the tier). Gives those who waited for the old
     /// content's load.
-    fn put(&self, state: &mut State, request: LoadRequest, weights: Arc<HostAdapter>, facts: Facts) -> Vec<LeaseSender> {
+    fn put(&self, state: &mut State, request: LoadRequest, weights: Arc<HostAdapter>, facts: Arc<Facts>) -> Vec<LeaseSender> {
         let Some(mut old) = state.entries.remove(request.name.as_str()) else {
             state.insert(request, Some((weights, facts)));
             return Vec::new();
@@ -1664,7 +1710,7 @@ impl Shared {
         state.num_pinned += usize::from(request.pinned && !old.pinned);
         let entry = Entry {
             files: request.files,
-            source: request.source,
+            source: request.source.into(),
             // A replacement stays pinned: unpinning is asked for by name.
             pinned: request.pinned || old.pinned,
             tier: Tier::Host(weights),
@@ -2003,7 +2049,9 @@ mod tests {
     }
 
     fn names(registry: &AdapterRegistry) -> Vec<String> {
-        registry.list().iter().map(|info| info.name.to_string()).collect()
+        let listed: Vec<String> = registry.list().iter().map(|info| info.name.to_string()).collect();
+        assert!(registry.names().iter().map(|name| &**name).eq(&listed));
+        listed
     }
 
     fn unload(registry: &AdapterRegistry, name: &str) -> Result<UnloadReport, AdapterError> {
