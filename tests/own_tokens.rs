@@ -28,6 +28,15 @@ fn copy(from: &Path, to: &Path, names: &[&str]) {
 const TOKENIZER_FILES: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
 const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
+/// The parts of a push: configuration and weights, then what belongs to its texts.
+const PARTS: [(&str, &str); 5] = [
+    ("config", "adapter_config.json"),
+    ("weights", "adapter_model.safetensors"),
+    ("tokenizer", "tokenizer.json"),
+    ("tokenizer_config", "tokenizer_config.json"),
+    ("chat_template", "chat_template.jinja"),
+];
+
 /// The base model with its tokenizer, in a folder that goes with the value.
 fn base() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
@@ -338,22 +347,58 @@ fn versions_and_pushed_adapters_have_the_tokenizer_in_them() {
     assert_eq!(status, 200, "{answer}");
     assert_eq!(prompt("talk"), prompt("own"));
 
-    let parts = [
-        ("config", "adapter_config.json"),
-        ("weights", "adapter_model.safetensors"),
-        ("tokenizer", "tokenizer.json"),
-        ("tokenizer_config", "tokenizer_config.json"),
-        ("chat_template", "chat_template.jinja"),
-    ];
-    let (status, answer) = server.push_files("pushed", &own_tokens().join("adapter"), &parts).unwrap();
+    let (status, answer) = server.push_files("pushed", &own_tokens().join("adapter"), &PARTS).unwrap();
     assert_eq!(status, 200, "{answer}");
     assert_eq!(version("pushed"), version("own"), "the same content is the same version");
     assert_eq!(prompt("pushed"), prompt("own"));
     // Without its tokenizer it is answered with the base model's.
-    let (status, answer) = server.push_files("pushed", &own_tokens().join("adapter"), &parts[..2]).unwrap();
+    let (status, answer) = server.push_files("pushed", &own_tokens().join("adapter"), &PARTS[..2]).unwrap();
     assert_eq!(status, 200, "{answer}");
     assert_eq!(prompt("pushed"), prompt("tiny"));
     let combined = server.post("/v1/completions", &json!({"model": "own+plain", "prompt": "x", "max_tokens": 1}));
     assert!(combined.0 == 400 && combined.1.to_string().contains("tokens of its own"), "{combined:?}");
+    server.stop();
+}
+
+#[test]
+fn folders_of_adapters_and_restarts_keep_the_tokenizer() {
+    let (base, adapters, state) = (base(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let folder = adapters.path().join("found");
+    std::fs::create_dir(&folder).unwrap();
+    copy(&own_tokens().join("adapter"), &folder, &[&ADAPTER_FILES[..], &TOKENIZER_FILES].concat());
+    let path = |path: &Path| path.to_str().unwrap().to_owned();
+    let (model, adapters, state) = (path(base.path()), path(adapters.path()), path(state.path()));
+    let flags = [
+        "--model-path",
+        &model,
+        "--served-model-name",
+        "tiny",
+        "--dtype",
+        "float32",
+        "--lora-dir",
+        &adapters,
+        "--state-dir",
+        &state,
+    ];
+    let golden = golden();
+    let check = |server: &Server, name: &str| {
+        let expected = &golden["chat"];
+        let (_, tokens) = server.post("/tokenize", &json!({"model": name, "messages": expected["messages"]}));
+        assert_eq!(tokens["tokens"], expected["prompt_ids"], "{name}");
+        let body = json!({"model": name, "messages": expected["messages"], "max_tokens": 24, "temperature": 0, "ignore_eos": true,
+            "skip_special_tokens": false});
+        let (_, answer) = server.post("/v1/chat/completions", &body);
+        assert_eq!(answer["choices"][0]["message"]["content"], expected["output_text"], "{name}: {answer}");
+    };
+    let mut server = Server::start(&flags);
+    check(&server, "found");
+    let (status, answer) = server.push_files("pushed", &own_tokens().join("adapter"), &PARTS).unwrap();
+    assert_eq!(status, 200, "{answer}");
+    check(&server, "pushed");
+    server.kill();
+    server.wait();
+    let server = Server::start(&flags);
+    check(&server, "pushed");
+    check(&server, "found");
     server.stop();
 }
