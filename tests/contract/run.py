@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -57,7 +58,8 @@ class MockServer:
 
 
 def statuses(url):
-    """{route: {status: count}} as the server counted."""
+    """{route: {status: count}} as the server counted; what it tells by adapter may be a second old, and /metrics has just been asked."""
+    time.sleep(1.1)
     table = {}
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
         for line in response.read().decode().splitlines():
