@@ -25,7 +25,7 @@ pub enum TemplateError {
 }
 
 /// Instructions that one rendering may take, so that no template can keep a thread for ever. A long conversation takes some 100 000.
-const MAX_STEPS: u64 = 50_000_000;
+const MAX_STEPS: u64 = 5_000_000;
 /// The template for plain chat.
 const DEFAULT: &str = "default";
 /// The template that models with several use when tools are given.

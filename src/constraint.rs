@@ -253,7 +253,9 @@ impl GrammarCompiler {
         if !self.tokenizer.has_fixed_bytes() {
             return Err("the model's tokenizer has no fixed bytes for its tokens, so grammars are not possible".to_owned());
         }
-        let &[eos, ..] = &self.eos_token_ids[..] else {
+        // An adapter may have fewer tokens than the base model, whose end tokens these are.
+        let ends: Vec<u32> = self.eos_token_ids.iter().copied().filter(|&id| (id as usize) < self.vocab_size).collect();
+        let &[eos, ..] = &ends[..] else {
             return Err("the model has no end-of-sequence token, so grammars are not possible".to_owned());
         };
         let words: Vec<Vec<u8>> = (0..self.vocab_size as u32)
@@ -266,7 +268,7 @@ impl GrammarCompiler {
                 bytes
             })
             .collect();
-        let trie = TokTrie::from(&TokRxInfo::new(self.vocab_size as u32, eos), &words).with_eos_tokens(&self.eos_token_ids);
+        let trie = TokTrie::from(&TokRxInfo::new(self.vocab_size as u32, eos), &words).with_eos_tokens(&ends);
         let environment: TokEnv = Arc::new(Environment {
             tokenizer: Arc::clone(&self.tokenizer),
             trie,

@@ -179,7 +179,7 @@ impl Gateway {
     /// Leases on several targets, in their order: all of them, or none.
     ///
     /// # Errors
-    /// As `lease`; 503 for more adapters than there may be in host memory.
+    /// As `lease`; 400 for more adapters than there may be in host memory.
     pub async fn leases(&self, caller: &Caller, targets: &[Target]) -> Result<Vec<Option<AdapterLease>>, ApiError> {
         if let [target] = targets {
             return Ok(vec![self.lease(caller, target).await?]);

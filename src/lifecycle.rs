@@ -4,6 +4,7 @@
 use std::{
     collections::HashMap,
     future::Future,
+    path::Path,
     sync::{Arc, Weak},
     time::{Duration, Instant},
 };
@@ -11,7 +12,10 @@ use std::{
 use parking_lot::Mutex;
 use polylora_engine::{
     AdapterError, AdapterInfo, FileSource, LoadRequest, UnloadMode, UnloadReport,
-    adapter::{registry::check_adapter_name, tensors::WEIGHTS_FILE},
+    adapter::{
+        registry::check_adapter_name,
+        tensors::{INDEX_FILE, WEIGHTS_FILE, is_shard_name},
+    },
 };
 
 use crate::{
@@ -19,7 +23,7 @@ use crate::{
     app::Gateway,
     auth::Identity,
     error::ApiError,
-    pushed::Upload,
+    pushed::{TEXT_PARTS, Upload},
     state_dir::KeptAdapter,
 };
 
@@ -102,8 +106,17 @@ impl Drop for LoadingName {
 /// What is wrong with an adapter that was sent as parts of a form, by the part.
 fn pushed_error(error: AdapterError) -> ApiError {
     let part = match &error {
-        AdapterError::BadFile { file, .. } if file.ends_with(WEIGHTS_FILE) => "weights",
-        AdapterError::BadFile { .. } | AdapterError::Unsupported { .. } | AdapterError::Incompatible { .. } => "config",
+        AdapterError::BadFile { file, .. } => {
+            let name = Path::new(file).file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let text_part = TEXT_PARTS.iter().find(|(_, file)| *file == name);
+            match name {
+                WEIGHTS_FILE => "weights",
+                INDEX_FILE => "index",
+                shard if is_shard_name(shard) => "shard",
+                _ => text_part.map_or("config", |(part, _)| part),
+            }
+        }
+        AdapterError::Unsupported { .. } | AdapterError::Incompatible { .. } => "config",
         _ => return error.into(),
     };
     ApiError::from(error).for_param(part)

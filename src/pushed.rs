@@ -66,8 +66,8 @@ pub const TEXT_PARTS: [(&str, &str); 5] = [
 const MAX_TEXT_PART_BYTES: u64 = 64 << 20;
 /// Bodies that are received at once.
 const MAX_UPLOADS: usize = 4;
-/// Bytes of a body that are no weights: the configuration, an index, and the heads of the parts.
-const MAX_BYTES_BESIDE_WEIGHTS: u64 = MAX_CONFIG_BYTES + MAX_INDEX_BYTES + (2 << 20);
+/// Bytes of a body that are no weights: the configuration, an index, the tokenizer's files, and the heads of the parts.
+const MAX_BYTES_BESIDE_WEIGHTS: u64 = MAX_CONFIG_BYTES + MAX_INDEX_BYTES + TEXT_PARTS.len() as u64 * MAX_TEXT_PART_BYTES + (2 << 20);
 /// Bytes gathered before a write.
 const BUFFER_BYTES: usize = 1 << 20;
 /// Bytes of a body that are read although it is refused.
@@ -381,7 +381,8 @@ impl PushedAdapters {
             let directory = root.join(name);
             let before = folder_bytes(&directory);
             remove(&directory);
-            self.used_bytes.fetch_sub(before - folder_bytes(&directory), Relaxed);
+            // Should it have grown meanwhile, nothing is given back.
+            self.used_bytes.fetch_sub(before.saturating_sub(folder_bytes(&directory)), Relaxed);
         }
     }
 

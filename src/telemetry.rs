@@ -1,8 +1,9 @@
 //! The log, and traces for an OpenTelemetry collector (feature `otlp`).
 //!
-//! A request is a span, `request`, and its stages are spans in it: `render` (chat template), `tokenize`, `grammar` (compiling one), `adapter`
-//! (a lease on it, which may wait for its load), and for each output `prefill` (waiting for its turn included) and `decode`. The stages are at
-//! level `debug`: without a collector, and at the usual log level, they cost nothing.
+//! A request is a span, `request`, and its stages are spans in it: `adapter` (a lease on it, which may wait for its load and comes first, since
+//! the adapter may have a tokenizer of its own), `render` (chat template), `tokenize`, `grammar` (compiling one), and for each output `prefill`
+//! (waiting for its turn included) and `decode`. The stages are at level `debug`: without a collector, and at the usual log level, they cost
+//! nothing.
 
 use std::io::IsTerminal;
 
@@ -28,7 +29,8 @@ pub struct Telemetry {
 pub fn start(filter: &str, format: LogFormat, otlp: Option<&OtlpSettings>) -> anyhow::Result<Telemetry> {
     let filter = EnvFilter::try_new(filter).with_context(|| format!("--log-level {filter:?}"))?;
     // Standard error, so that standard output holds only what a person or a script reads: the start line.
-    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    // A line that can't be written (a full disk, a reader that has gone) is lost; to say so would be a write that fails, too, and a panic.
+    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).log_internal_errors(false);
     let log: BoxedLayer = match format {
         LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).with_filter(filter).boxed(),
         LogFormat::Json => log.json().flatten_event(true).with_filter(filter).boxed(),
@@ -91,12 +93,16 @@ impl Telemetry {
 impl Drop for Telemetry {
     fn drop(&mut self) {
         if let Some(provider) = &self.provider
-            && let Err(error) = provider.shutdown()
+            && let Err(error) = provider.shutdown_with_timeout(LAST_TRACES_TIMEOUT)
         {
             tracing::warn!(%error, "the last traces could not be sent");
         }
     }
 }
+
+/// For what has not been sent when the server ends.
+#[cfg(feature = "otlp")]
+const LAST_TRACES_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// Where traces go at an OTLP endpoint.
 #[cfg(feature = "otlp")]

@@ -183,6 +183,8 @@ impl DeviceResidency {
                 Err(BackendError::OutOfMemory { .. }) if self.evict_one(backend) => {}
                 Err(error @ BackendError::OutOfMemory { .. }) if self.entries.is_empty() => return Ok(Residency::Impossible(error.to_string())),
                 Err(BackendError::OutOfMemory { .. }) => return Ok(Residency::NoRoom),
+                // Nothing was begun: this adapter can't be there, which is no fault of the device's.
+                Err(BackendError::BadBatch(reason)) => return Ok(Residency::Impossible(reason)),
                 Err(error) => return Err(error),
             }
         }

@@ -255,7 +255,7 @@ fn inspect(path: &str, model_path: Option<&PathBuf>) -> anyhow::Result<(Value, S
     };
     let base = model_path.map_or(FileSource::Embedded(crate::demo::BASE), |path| FileSource::Directory(path.clone()));
     let decoder = read_decoder_config(&base)?;
-    // As the server does it: the version is the same, and so is what is refused.
+    // As a server without --chat-template does it: the version is the same, and so is what is refused.
     let text = base.contains(TextFiles::TOKENIZER).then(|| {
         let prompt = PromptProcessor::from_files(&base, None)?;
         BaseText::new(&base, None, prompt, Arc::default())
@@ -561,6 +561,13 @@ impl Client {
 /// The parts of a push of this folder, and their files.
 fn files_to_push(folder: &Path) -> anyhow::Result<Vec<(&'static str, String)>> {
     let mut files = vec![("config", CONFIG_FILE.to_owned())];
+    // Read from folders; a push has no part for it, and without it the adapter would have another prompt.
+    if folder.join("chat_template.json").is_file() {
+        bail!(
+            "{}: chat_template.json can't be pushed: write its template to chat_template.jinja instead",
+            folder.display()
+        );
+    }
     let text_parts = TEXT_PARTS.into_iter().filter(|(_, file)| folder.join(file).is_file());
     files.extend(text_parts.map(|(part, file)| (part, file.to_owned())));
     let index = folder.join(INDEX_FILE);

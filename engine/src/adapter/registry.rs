@@ -154,6 +154,11 @@ pub struct RegistryConfig {
 }
 
 impl RegistryConfig {
+    /// Names, and bytes.
+    fn limits_of_host(&self) -> (usize, usize) {
+        (self.max_loaded_loras.unwrap_or(usize::MAX), self.max_loaded_bytes.unwrap_or(usize::MAX))
+    }
+
     /// A loader thread for each four cores, two to eight of them; LRU, no bound on host memory, seven pins.
     pub fn new(limits: LoraLimits) -> Self {
         Self {
@@ -412,6 +417,30 @@ struct Need {
     names: usize,
     combinations: usize,
     bytes: usize,
+}
+
+/// What is left of the host tier.
+struct Room {
+    names: usize,
+    combinations: usize,
+    bytes: usize,
+    limit_bytes: usize,
+}
+
+impl Room {
+    /// Takes what is needed if it is there. What is larger than all room there could be is let through, to be refused.
+    fn take(&mut self, need: Need) -> bool {
+        if need.bytes > self.limit_bytes {
+            return true;
+        }
+        if need.names > self.names || need.combinations > self.combinations || need.bytes > self.bytes {
+            return false;
+        }
+        self.names -= need.names;
+        self.combinations -= need.combinations;
+        self.bytes -= need.bytes;
+        true
+    }
 }
 
 trait NeedsRoom {
@@ -1061,6 +1090,40 @@ impl State {
         (entry.registration == load.registration && matches!(entry.tier, Tier::Loading(_))).then_some(entry)
     }
 
+    /// Whether anybody waits for a load. One that nobody waits for is given up here: the next request starts another.
+    fn is_wanted(&mut self, load: &Load) -> bool {
+        if self.current(load).is_none() {
+            return false;
+        }
+        let Some(entry) = self.entries.get_mut(&load.name) else { return false };
+        let Tier::Loading(waiters) = &entry.tier else { return false };
+        let wanted = entry.pinned || waiters.iter().any(|waiter| !waiter.is_closed());
+        if !wanted {
+            entry.tier = Tier::Registered;
+        }
+        wanted
+    }
+
+    /// Names, and bytes of distinct versions, that may not leave the host: pinned, or in use.
+    fn staying(&self) -> (usize, usize) {
+        let loaded = self.loaded.iter().filter_map(|name| self.entries.get(name));
+        let mut versions: HashMap<VersionId, usize> = HashMap::new();
+        let mut num_staying = 0;
+        for entry in loaded.filter(|entry| !may_leave(entry)) {
+            num_staying += 1;
+            if let Tier::Host(weights) = &entry.tier {
+                versions.insert(weights.version, weights.bytes());
+            }
+        }
+        let combinations = self.combinations.iter().filter(|combination| combination.hold.count() > 0);
+        versions.extend(combinations.map(|combination| (combination.weights.version, combination.weights.bytes())));
+        (num_staying, versions.values().sum())
+    }
+
+    fn combinations_in_use(&self) -> usize {
+        self.combinations.iter().filter(|combination| combination.hold.count() > 0).count()
+    }
+
     /// One copy for equal content, whoever holds the other.
     fn share(&mut self, weights: Arc<HostAdapter>) -> Arc<HostAdapter> {
         if let Some(same) = self.versions.get(&weights.version).and_then(Weak::upgrade) {
@@ -1304,10 +1367,16 @@ impl Shared {
     // The loader threads.
 
     fn run_loader(&self) {
+        let mut last_check = Instant::now();
         loop {
             let job = {
                 let mut queue = self.queue.lock();
                 loop {
+                    // However many jobs there are.
+                    if self.parked.load(Ordering::SeqCst) > 0 && last_check.elapsed() >= ROOM_CHECK {
+                        last_check = Instant::now();
+                        MutexGuard::unlocked(&mut queue, || self.give_up_on_overdue());
+                    }
                     if let Some(job) = queue.jobs.pop_front() {
                         queue.running += 1;
                         break job;
@@ -1317,8 +1386,8 @@ impl Shared {
                     }
                     if self.parked.load(Ordering::SeqCst) == 0 {
                         self.wake.wait(&mut queue);
-                    } else if self.wake.wait_for(&mut queue, ROOM_CHECK).timed_out() {
-                        MutexGuard::unlocked(&mut queue, || self.give_up_on_overdue());
+                    } else {
+                        self.wake.wait_for(&mut queue, ROOM_CHECK);
                     }
                 }
             };
@@ -1484,13 +1553,15 @@ impl Shared {
         let mut state = self.state.lock();
         // Counted before the look: a lease that ends after the look sees the count, one that ends before it has made room.
         self.parked.fetch_add(1, Ordering::SeqCst);
-        // Whoever waits already is before it, whatever room there is.
         if W::queue(&mut state).is_empty() && self.is_room(&state, parked.work.need()) {
             self.parked.fetch_sub(1, Ordering::SeqCst);
             parked.grant = Some(Grant::new(&self.granted, parked.work.need()));
             return Some(parked);
         }
         enqueue_by_deadline(W::queue(&mut state), parked);
+        drop(state);
+        self.room_may_be();
+        self.watch_deadlines();
         None
     }
 
@@ -1503,47 +1574,59 @@ impl Shared {
             enqueue_by_deadline(W::queue(&mut state), work);
         }
         self.room_may_be();
+        self.watch_deadlines();
     }
 
-    /// Something may have made room: who waited longest is granted it, then the next, as far as it goes. The decision is taken under
-    /// the lock, and nobody leaves the line without room, so that nobody overtakes.
+    /// Wakes loaders that sleep without an end, as they may while nobody waits for room.
+    fn watch_deadlines(&self) {
+        // With the lock, so that none is between its look at the count and its sleep.
+        drop(self.queue.lock());
+        self.wake.notify_all();
+    }
+
+    /// Something may have made room: whoever waits is granted it, first come, first served. The decision is taken under the lock, and
+    /// nobody leaves the line without room, so that of equals nobody overtakes. Who needs more bytes than there are is passed over: a
+    /// request that holds leases may wait for a small adapter behind one that waits for just these leases.
     fn room_may_be(&self) {
         if self.parked.load(Ordering::SeqCst) == 0 {
             return;
         }
         let mut jobs = Vec::new();
+        let mut unwanted = Vec::new();
         {
             let mut state = self.state.lock();
-            while let Some(first) = state.parked.front() {
-                let is_forgotten = state.current(&first.work).is_none();
-                if !is_forgotten && !self.is_room(&state, first.work.need()) {
-                    break;
-                }
-                let first = state.parked.pop_front().expect("it was just seen");
-                if is_forgotten {
+            let mut room = self.room(&state);
+            for load in std::mem::take(&mut state.parked) {
+                if !state.is_wanted(&load.work) {
                     self.parked.fetch_sub(1, Ordering::SeqCst);
+                } else if room.take(load.work.need()) {
+                    jobs.push(Job::Fetch(self.grant(load)));
                 } else {
-                    jobs.push(Job::Fetch(self.grant(first)));
+                    state.parked.push_back(load);
                 }
             }
-            while let Some(first) = state.parked_combinations.front() {
-                if !self.is_room(&state, first.work.need()) {
-                    break;
+            for combine in std::mem::take(&mut state.parked_combinations) {
+                if combine.work.done.is_closed() {
+                    self.parked.fetch_sub(1, Ordering::SeqCst);
+                    unwanted.push(combine);
+                } else if room.take(combine.work.need()) {
+                    jobs.push(Job::Combine(self.grant(combine)));
+                } else {
+                    state.parked_combinations.push_back(combine);
                 }
-                let first = state.parked_combinations.pop_front().expect("it was just seen");
-                jobs.push(Job::Combine(self.grant(first)));
             }
         }
-        if jobs.is_empty() {
-            return;
+        if !jobs.is_empty() {
+            // They were admitted to the queue before, so that the bound does not count them twice, and have waited longest.
+            let mut queue = self.queue.lock();
+            for job in jobs.into_iter().rev() {
+                queue.jobs.push_front(job);
+            }
+            drop(queue);
+            self.wake.notify_all();
         }
-        // They were admitted to the queue before, so that the bound does not count them twice, and have waited longest.
-        let mut queue = self.queue.lock();
-        for job in jobs.into_iter().rev() {
-            queue.jobs.push_front(job);
-        }
-        drop(queue);
-        self.wake.notify_all();
+        // Their leases end here, without the lock; each may make room again.
+        drop(unwanted);
     }
 
     /// Takes work out of those who wait.
@@ -1553,16 +1636,27 @@ impl Shared {
         Parked { grant, ..work }
     }
 
-    /// Whether there is room beside what is granted to others. What is larger than all room is let through, to be refused.
+    /// Whether there is room beside what is granted to others.
     fn is_room(&self, state: &State, need: Need) -> bool {
-        if self.config.max_loaded_bytes.is_some_and(|limit| need.bytes > limit) {
-            return true;
-        }
         let granted = |count: &AtomicUsize| count.load(Ordering::SeqCst);
-        let combinations = granted(&self.granted.combinations) + need.combinations;
         let names = granted(&self.granted.names) + need.names;
         let bytes = granted(&self.granted.bytes).saturating_add(need.bytes);
-        (need.combinations == 0 || self.room_for_combinations(state, combinations).is_ok()) && self.room_for(state, names, bytes).is_ok()
+        let (limit, limit_bytes) = self.config.limits_of_host();
+        let nobody_must_leave = state.loaded.len() + names <= limit && state.tier_bytes.saturating_add(bytes) <= limit_bytes;
+        (need.combinations == 0 && nobody_must_leave) || self.room(state).take(need)
+    }
+
+    /// What would be left if all left that may, beside what is granted.
+    fn room(&self, state: &State) -> Room {
+        let (limit, limit_bytes) = self.config.limits_of_host();
+        let (names, bytes) = state.staying();
+        let left = |limit: usize, used: usize, granted: &AtomicUsize| limit.saturating_sub(used).saturating_sub(granted.load(Ordering::SeqCst));
+        Room {
+            names: left(limit, names, &self.granted.names),
+            combinations: left(self.config.max_combinations, state.combinations_in_use(), &self.granted.combinations),
+            bytes: left(limit_bytes, bytes, &self.granted.bytes),
+            limit_bytes,
+        }
     }
 
     /// Ends the waiting of work that has found no room for too long.
@@ -1579,6 +1673,9 @@ impl Shared {
             };
             (loads, combines, error)
         };
+        if loads.is_empty() && combines.is_empty() {
+            return;
+        }
         for load in loads {
             self.finish_fetch(load, Err(error.clone()));
         }
@@ -1726,27 +1823,11 @@ impl Shared {
 
     /// Whether `names` more names with `bytes` more bytes could be on the host, if all left that may.
     fn room_for(&self, state: &State, names: usize, bytes: usize) -> Result<(), AdapterError> {
-        let limit = self.config.max_loaded_loras.unwrap_or(usize::MAX);
-        let limit_bytes = self.config.max_loaded_bytes.unwrap_or(usize::MAX);
+        let (limit, limit_bytes) = self.config.limits_of_host();
         if state.loaded.len() + names <= limit && state.tier_bytes.saturating_add(bytes) <= limit_bytes {
             return Ok(());
         }
-        let staying = state
-            .loaded
-            .iter()
-            .filter_map(|name| state.entries.get(name))
-            .filter(|entry| !may_leave(entry));
-        let mut versions: HashMap<VersionId, usize> = HashMap::new();
-        let mut num_staying = 0;
-        for entry in staying {
-            num_staying += 1;
-            if let Tier::Host(weights) = &entry.tier {
-                versions.insert(weights.version, weights.bytes());
-            }
-        }
-        let combinations = state.combinations.iter().filter(|combination| combination.hold.count() > 0);
-        versions.extend(combinations.map(|combination| (combination.weights.version, combination.weights.bytes())));
-        let used_bytes: usize = versions.values().sum();
+        let (num_staying, used_bytes) = state.staying();
         if num_staying + names > limit {
             return Err(AdapterError::NothingToEvict {
                 loaded: state.loaded.len(),
@@ -1765,8 +1846,7 @@ impl Shared {
 
     /// Evicts until `names` more names with these weights may be on the host, or nothing if that can't be.
     fn make_room(&self, state: &mut State, names: usize, weights: &HostAdapter) -> Result<(), AdapterError> {
-        let limit = self.config.max_loaded_loras.unwrap_or(usize::MAX);
-        let limit_bytes = self.config.max_loaded_bytes.unwrap_or(usize::MAX);
+        let (limit, limit_bytes) = self.config.limits_of_host();
         if weights.bytes() > limit_bytes {
             return Err(AdapterError::Incompatible {
                 reason: format!(
@@ -1815,7 +1895,7 @@ impl Shared {
 
     fn room_for_combinations(&self, state: &State, number: usize) -> Result<(), AdapterError> {
         let limit = self.config.max_combinations;
-        let in_use = state.combinations.iter().filter(|combination| combination.hold.count() > 0).count();
+        let in_use = state.combinations_in_use();
         if in_use + number > limit {
             return Err(AdapterError::TooManyCombinations { in_use, limit });
         }
@@ -2439,6 +2519,43 @@ mod tests {
         drop(first);
         assert_eq!(block_on(waiter).unwrap().name().as_ref(), "b");
         assert_eq!(registry.stats().loaded, 1);
+    }
+
+    #[test]
+    fn a_small_adapter_does_not_wait_behind_a_large_one_and_who_has_gone_waits_for_nothing() {
+        let directory = folder(&["p", "q", "x", "y"]);
+        let large = serde_json::json!({"r": 16, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]});
+        let large_folder = directory.path().join("large");
+        std::fs::create_dir(&large_folder).unwrap();
+        AdapterFiles::new(&tiny_decoder(), large, 9).write_to(&large_folder);
+        let bytes_of = |name| load_adapter(&source_of(&directory, name), &tiny_decoder(), &limits()).unwrap().0.bytes();
+        let small = bytes_of("p");
+        assert!(bytes_of("large") > 2 * small);
+        // Room for the large one, or for two small ones beside its lack of it.
+        let registry = registry(|config| config.max_loaded_bytes = Some(bytes_of("large").max(3 * small)));
+        for name in ["p", "q", "x", "y", "large"] {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        // A request that holds some adapters and waits for one more must not stand behind one that waits for its leases.
+        let held = (acquire(&registry, "p").unwrap(), acquire(&registry, "q").unwrap());
+        let mut waiter = registry.acquire("large");
+        assert!(futures::FutureExt::now_or_never(&mut waiter).is_none());
+        while registry.stats().waiting_for_room == 0 {
+            std::thread::yield_now();
+        }
+        drop(acquire(&registry, "x").unwrap());
+        assert_eq!(registry.stats().waiting_for_room, 1);
+        // Nobody waits for the large one any more: it is not read when there is room, and can be asked for again.
+        drop(waiter);
+        drop(held);
+        drop(acquire(&registry, "y").unwrap());
+        while registry.stats().waiting_for_room > 0 {
+            std::thread::yield_now();
+        }
+        assert_eq!(registry.info("large").unwrap().state, AdapterState::Registered);
+        drop(acquire(&registry, "large").unwrap());
+        assert_eq!(registry.shared.parked.load(Ordering::SeqCst), 0);
+        assert_eq!(registry.shared.granted.bytes.load(Ordering::SeqCst), 0);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::{
     fs,
     io::{self, Read},
     path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use super::{
@@ -80,7 +81,9 @@ impl Tuning {
     /// Those of the file system.
     pub fn write(&self, directory: &Path, tuned_for: &TunedFor) -> Result<(), TuningError> {
         let path = directory.join(tuned_for.file_name());
-        let partial = path.with_extension(format!("{}.partial", std::process::id()));
+        // Containers that share a volume may have the same process id.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let partial = path.with_extension(format!("{}-{now}.partial", std::process::id()));
         let write = || -> io::Result<()> {
             fs::create_dir_all(directory)?;
             fs::write(&partial, self.to_text(tuned_for))?;
