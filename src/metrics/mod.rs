@@ -15,7 +15,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -193,6 +193,7 @@ pub struct Metrics {
     base: Arc<AdapterSeries>,
     others: Arc<AdapterSeries>,
     adapters_text: Mutex<Option<(Instant, String)>>,
+    is_renewing: AtomicBool,
     observations: AtomicU64,
 }
 
@@ -230,6 +231,16 @@ struct AdapterReport {
     busy: Vec<AdapterStats>,
     /// Since the last such report.
     moves: Vec<AdapterMoves>,
+}
+
+impl AdapterReport {
+    fn of(engine: &dyn InferenceEngine) -> Self {
+        Self {
+            list: engine.list_adapters(),
+            busy: engine.adapter_stats(),
+            moves: engine.take_adapter_moves(),
+        }
+    }
 }
 
 /// On what a request runs, as far as it is known by now. Shared between the layer that counts requests and the routes.
@@ -351,6 +362,7 @@ impl Metrics {
             base,
             others,
             adapters_text: Mutex::default(),
+            is_renewing: AtomicBool::new(false),
             observations: AtomicU64::new(0),
         }
     }
@@ -473,15 +485,30 @@ impl Metrics {
         }
     }
 
-    /// The text of `/metrics`.
+    /// The text of `/metrics`. What it says by adapter is at most `adapter_refresh` old.
     pub fn render(&self, engine: &dyn InferenceEngine, aliases: &Aliases) -> String {
-        let mut text = self.render_from(&engine.stats(), || AdapterReport {
-            list: engine.list_adapters(),
-            busy: engine.adapter_stats(),
-            moves: engine.take_adapter_moves(),
-        });
+        let mut text = self.render_from(&engine.stats(), || AdapterReport::of(engine));
         text.push_str(&aliases_text(aliases));
         text
+    }
+
+    /// Whether somebody should call [`Self::renew`] now: whoever scrapes often then finds the part about adapters written, before it is
+    /// too old. True once for each time that it is.
+    pub fn should_renew(&self) -> bool {
+        let is_aging = |(written, _): &(Instant, String)| 2 * written.elapsed() >= self.config.adapter_refresh;
+        self.adapters_text.lock().as_ref().is_some_and(is_aging) && !self.is_renewing.swap(true, Relaxed)
+    }
+
+    /// Writes the part about adapters anew, while scrapes go on with the old one.
+    pub fn renew(&self, engine: &dyn InferenceEngine) {
+        self.renew_from(|| AdapterReport::of(engine));
+    }
+
+    fn renew_from(&self, report: impl FnOnce() -> AdapterReport) {
+        let asked_at = Instant::now();
+        let written = self.write_adapters(&report());
+        *self.adapters_text.lock() = Some((asked_at, written));
+        self.is_renewing.store(false, Relaxed);
     }
 
     fn render_from(&self, stats: &EngineStats, report: impl FnOnce() -> AdapterReport) -> String {
@@ -491,9 +518,10 @@ impl Metrics {
         match &*adapters {
             Some((written, adapters)) if written.elapsed() < self.config.adapter_refresh => text.push_str(adapters),
             _ => {
+                let asked_at = Instant::now();
                 let written = self.write_adapters(&report());
                 text.push_str(&written);
-                *adapters = Some((Instant::now(), written));
+                *adapters = Some((asked_at, written));
             }
         }
         text
@@ -1140,6 +1168,30 @@ mod tests {
             lists
         };
         assert_eq!((refresh(Duration::from_secs(3600)), refresh(Duration::ZERO)), (1, 3));
+    }
+
+    #[test]
+    fn the_part_about_adapters_is_written_ahead_for_those_who_scrape_often() {
+        let config = MetricsConfig {
+            adapter_refresh: Duration::from_secs(3600),
+            ..MetricsConfig::default()
+        };
+        let metrics = Metrics::new("demo", &description(), config);
+        assert!(!metrics.should_renew(), "nobody has asked");
+        metrics.render_from(&stats(), AdapterReport::default);
+        assert!(!metrics.should_renew(), "it is new");
+        let long_ago = Instant::now().checked_sub(Duration::from_secs(1800)).expect("the clock runs for longer");
+        metrics.adapters_text.lock().as_mut().expect("it was written").0 = long_ago;
+        assert!(metrics.should_renew());
+        assert!(!metrics.should_renew(), "somebody is at it");
+        let list = vec![adapter("a", AdapterState::Host, false)];
+        metrics.renew_from(|| AdapterReport {
+            list,
+            ..AdapterReport::default()
+        });
+        assert!(!metrics.should_renew(), "it is new again");
+        let text = metrics.render_from(&stats(), || panic!("it was written ahead"));
+        assert_eq!(value(&text, "polylora_adapters{state=\"host\"}"), 1.0);
     }
 
     #[test]

@@ -90,5 +90,10 @@ pub async fn health_generate(State(state): State<AppState>, caller: Caller) -> R
 )]
 pub async fn metrics(State(state): State<AppState>) -> Response {
     let text = state.metrics.render(state.engine.as_ref(), &state.aliases);
+    if state.metrics.should_renew() {
+        let (metrics, engine) = (Arc::clone(&state.metrics), Arc::clone(&state.engine));
+        // Nobody waits for it.
+        drop(tokio::task::spawn_blocking(move || metrics.renew(engine.as_ref())));
+    }
     ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response()
 }
