@@ -175,18 +175,31 @@ impl TextFiles {
         self.tokenizer.is_none() && self.templates.is_empty() && self.special_tokens.is_empty() && self.added.is_empty()
     }
 
-    /// A hash of all that they say, for logits over `vocab_size` tokens.
-    pub fn digest(&self, vocab_size: usize) -> [u8; 32] {
-        let mut hash = Sha256::new();
-        let mut part = |bytes: &[u8]| {
-            hash.update((bytes.len() as u64).to_le_bytes());
-            hash.update(bytes);
-        };
-        part(&vocab_size.to_le_bytes());
-        part(self.tokenizer.as_deref().unwrap_or_default());
-        part(&serde_json::to_vec(&(&self.templates, &self.special_tokens.by_name, &self.added)).unwrap_or_default());
-        hash.finalize().into()
+    /// A hash of what they say of the tokenizer, for logits over `vocab_size` tokens.
+    pub fn tokenizer_digest(&self, vocab_size: usize) -> [u8; 32] {
+        let bos = self.special_tokens.by_name.get("bos_token");
+        digest([
+            &vocab_size.to_le_bytes(),
+            self.tokenizer.as_deref().unwrap_or_default(),
+            &serde_json::to_vec(&(&self.added, bos)).unwrap_or_default(),
+        ])
     }
+
+    /// A hash of all that they say, with that of the tokenizer.
+    pub fn digest(&self, tokenizer_digest: &[u8; 32]) -> [u8; 32] {
+        let others = serde_json::to_vec(&(&self.templates, &self.special_tokens.by_name)).unwrap_or_default();
+        digest([tokenizer_digest, &others])
+    }
+}
+
+/// A hash of parts, each with its length.
+pub fn digest<const N: usize>(parts: [&[u8]; N]) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    hash.finalize().into()
 }
 
 impl PromptProcessor {

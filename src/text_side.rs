@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     chat_template::ChatTemplates,
     constraint::GrammarCompiler,
-    prompt::{PromptError, PromptProcessor, TextFiles},
+    prompt::{self, PromptError, PromptProcessor, TextFiles},
     tokenizer::{TextTokenizer, TokenizerError},
     tool_calls::ToolFormat,
 };
@@ -71,42 +71,61 @@ impl Companion for OwnSide {
     }
 }
 
-/// The sides of adapters that have their own, by content. Whoever holds such an adapter finds its side here.
+/// What is alike in many adapters, by a hash of what it was made from, for as long as anybody holds it.
+struct Shared<T>(Mutex<HashMap<[u8; 32], Weak<T>>>);
+
+impl<T> Default for Shared<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T> Shared<T> {
+    fn len(&self) -> usize {
+        self.0.lock().values().filter(|shared| shared.strong_count() > 0).count()
+    }
+
+    fn find(&self, digest: &[u8; 32]) -> Option<Arc<T>> {
+        self.0.lock().get(digest)?.upgrade()
+    }
+
+    /// The one that is there already, if two came at once.
+    fn insert(&self, digest: [u8; 32], new: T) -> Arc<T> {
+        let mut shared = self.0.lock();
+        shared.retain(|_, shared| shared.strong_count() > 0);
+        if let Some(there) = shared.get(&digest).and_then(Weak::upgrade) {
+            return there;
+        }
+        let new = Arc::new(new);
+        shared.insert(digest, Arc::downgrade(&new));
+        new
+    }
+}
+
+/// The sides of adapters that have their own, by content. Whoever holds such an adapter finds its side here. Tokenizers and what is made for
+/// grammars are large: adapters that differ in their templates alone share them.
 #[derive(Default)]
 pub struct OwnSides {
-    by_digest: Mutex<HashMap<[u8; 32], Weak<OwnSide>>>,
+    sides: Shared<OwnSide>,
+    tokenizers: Shared<TextTokenizer>,
+    grammars: Shared<GrammarCompiler>,
 }
 
 impl OwnSides {
     /// The side of an adapter; `None`: the base model's.
     pub fn of(&self, lease: &AdapterLease) -> Option<TextSide> {
-        self.find(&lease.weights().companion.as_ref()?.digest()).map(|own| own.side.clone())
+        let own = self.sides.find(&lease.weights().companion.as_ref()?.digest());
+        own.map(|own| own.side.clone())
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.by_digest.lock().values().filter(|own| own.strong_count() > 0).count()
+        self.sides.len()
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
-    }
-
-    fn find(&self, digest: &[u8; 32]) -> Option<Arc<OwnSide>> {
-        self.by_digest.lock().get(digest)?.upgrade()
-    }
-
-    /// The one that is there already, if two came at once.
-    fn insert(&self, own: OwnSide) -> Arc<OwnSide> {
-        let mut by_digest = self.by_digest.lock();
-        by_digest.retain(|_, own| own.strong_count() > 0);
-        if let Some(there) = by_digest.get(&own.digest).and_then(Weak::upgrade) {
-            return there;
-        }
-        let own = Arc::new(own);
-        by_digest.insert(own.digest, Arc::downgrade(&own));
-        own
     }
 }
 
@@ -167,12 +186,13 @@ impl BaseText {
         }
         let vocab_size = adapter.vocab_size(base_vocab_size);
         let check = |own: &TextTokenizer| check_tokens(own, self.prompt.tokenizer(), adapter);
-        let digest = files.digest(vocab_size);
-        if let Some(own) = self.own.find(&digest) {
+        let tokenizer_digest = files.tokenizer_digest(vocab_size);
+        let digest = files.digest(&tokenizer_digest);
+        if let Some(own) = self.own.sides.find(&digest) {
             check(own.side.tokenizer())?;
             return Ok(Some(own));
         }
-        let tokenizer = self.tokenizer(&files, digest, vocab_size)?;
+        let tokenizer = self.tokenizer(&files, tokenizer_digest, vocab_size)?;
         if let Some(own) = &tokenizer {
             check(own)?;
         }
@@ -183,7 +203,8 @@ impl BaseText {
         let shows = |name: &String| sources.values().any(|source| source.contains(name.as_str()));
         let differs = |name: &str| special_tokens.by_name.get(name) != self.files.special_tokens.by_name.get(name);
         let shows_others = special_tokens.by_name.keys().any(|name| differs(name) && shows(name));
-        let is_known = |text: &String| tokenizer.as_ref().unwrap_or(self.prompt.tokenizer()).token_to_id(text);
+        let used = tokenizer.as_ref().unwrap_or(self.prompt.tokenizer());
+        let is_known = |text: &String| used.token_to_id(text);
         let mut end_tokens = Vec::new();
         if differs("eos_token")
             && let Some(text) = special_tokens.by_name.get("eos_token")
@@ -202,17 +223,24 @@ impl BaseText {
         } else {
             None
         };
-        let prompt = self.prompt.with_own(tokenizer.map(Arc::new), templates);
         let ends: Vec<u32> = eos_token_ids.iter().copied().chain(end_tokens.iter().copied()).collect();
+        let of_tokenizer = tokenizer.as_ref().map_or(&[][..], |_| &tokenizer_digest[..]);
+        let end_bytes: Vec<u8> = ends.iter().flat_map(|id| id.to_le_bytes()).collect();
+        let key = prompt::digest([of_tokenizer, &vocab_size.to_le_bytes(), &end_bytes]);
+        let grammars = self.own.grammars.find(&key);
+        let grammars = grammars.unwrap_or_else(|| self.own.grammars.insert(key, GrammarCompiler::new(Arc::clone(used), vocab_size, ends)));
+        let prompt = self.prompt.with_own(tokenizer, templates);
         let side = TextSide {
+            tool_format: ToolFormat::of(prompt.templates()),
+            prompt: Arc::new(prompt),
+            grammars,
             end_tokens: end_tokens.into(),
-            ..TextSide::new(prompt, vocab_size, ends)
         };
-        Ok(Some(self.own.insert(OwnSide { digest, side })))
+        Ok(Some(self.own.sides.insert(digest, OwnSide { digest, side })))
     }
 
     /// The tokenizer that the files make, if it is another than the base model's.
-    fn tokenizer(&self, files: &TextFiles, digest: [u8; 32], vocab_size: usize) -> Result<Option<TextTokenizer>, AdapterError> {
+    fn tokenizer(&self, files: &TextFiles, digest: [u8; 32], vocab_size: usize) -> Result<Option<Arc<TextTokenizer>>, AdapterError> {
         let base = self.prompt.tokenizer();
         let bos = files
             .special_tokens
@@ -230,6 +258,9 @@ impl BaseText {
         }
         if self.known_copies.lock().contains(&digest) {
             return Ok(None);
+        }
+        if let Some(own) = self.own.tokenizers.find(&digest) {
+            return Ok(Some(own));
         }
         let failed = |error: TokenizerError| match error {
             TokenizerError::Added { .. } => AdapterError::BadFile {
@@ -256,7 +287,7 @@ impl BaseText {
             known.insert(digest);
             return Ok(None);
         }
-        Ok(Some(own))
+        Ok(Some(self.own.tokenizers.insert(digest, own)))
     }
 }
 
@@ -436,6 +467,20 @@ mod tests {
         assert_eq!(base.own.len(), 1);
         drop(second);
         assert!(base.own.is_empty(), "streams may go on with the tokenizer, nobody finds it");
+    }
+
+    #[test]
+    fn adapters_that_differ_in_their_templates_alone_share_the_tokenizer() {
+        let base = Base::new(None);
+        let mut files = files_of(&root().join(OWN));
+        let (first, side) = base.side(OWN, &files).unwrap();
+        files[2].1 = b"another: {{ messages[0].content }}".to_vec();
+        let (second, other) = base.side(OWN, &files).unwrap();
+        assert_ne!(first.version(), second.version());
+        assert!(!Arc::ptr_eq(&side.prompt, &other.prompt));
+        assert!(Arc::ptr_eq(side.tokenizer(), other.tokenizer()) && Arc::ptr_eq(&side.grammars, &other.grammars));
+        drop((first, side, second, other));
+        assert_eq!((base.own.len(), base.own.tokenizers.len(), base.own.grammars.len()), (0, 0, 0));
     }
 
     #[test]

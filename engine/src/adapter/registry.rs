@@ -1957,7 +1957,7 @@ fn take_overdue<W>(parked: &mut VecDeque<Parked<W>>, now: Instant) -> Vec<Parked
 ///
 /// A comma separates names in SGLang's wire format, a colon the base from the adapter in `model`; whitespace at the ends, control
 /// characters, backslashes and `..` only serve to deceive. Slashes are fine (a path or a Hub id may be a name), empty parts aren't,
-/// except for the first.
+/// except for the first. Names in parentheses are what metrics call the base model, and several adapters together.
 ///
 /// # Errors
 /// `BadName`.
@@ -1975,6 +1975,8 @@ pub fn check_adapter_name(name: &str, base_names: &[String]) -> Result<(), Adapt
         "begins or ends with whitespace".to_owned()
     } else if name.split('/').skip(1).any(str::is_empty) || name.split('/').any(|part| part == "..") {
         "has an empty part or `..` between slashes".to_owned()
+    } else if name.starts_with('(') && name.ends_with(')') {
+        "is in parentheses, as what metrics call the base model and others together".to_owned()
     } else if base_names.iter().any(|base| base == name) {
         "is the base model's".to_owned()
     } else {
@@ -2161,7 +2163,8 @@ mod tests {
         }
         let long = "n".repeat(MAX_NAME_BYTES + 1);
         for bad in [
-            "", "a,b", "a:b", ":", "a\\b", "a\nb", "\u{0}", "a\u{7f}", " a", "a ", "a//b", "a/", "../a", "a/../b", "..", "base", &long,
+            "", "a,b", "a:b", ":", "a\\b", "a\nb", "\u{0}", "a\u{7f}", " a", "a ", "a//b", "a/", "../a", "a/../b", "..", "base", "(base)", "(other)",
+            &long,
         ] {
             let error = check_adapter_name(bad, &base).expect_err(bad);
             assert!(matches!(error, AdapterError::BadName { .. }), "{error}");
