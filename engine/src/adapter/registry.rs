@@ -1115,13 +1115,13 @@ impl State {
                 versions.insert(weights.version, weights.bytes());
             }
         }
-        let combinations = self.combinations.iter().filter(|combination| combination.hold.count() > 0);
+        let combinations = self.combinations_in_use();
         versions.extend(combinations.map(|combination| (combination.weights.version, combination.weights.bytes())));
         (num_staying, versions.values().sum())
     }
 
-    fn combinations_in_use(&self) -> usize {
-        self.combinations.iter().filter(|combination| combination.hold.count() > 0).count()
+    fn combinations_in_use(&self) -> impl Iterator<Item = &Combination> {
+        self.combinations.iter().filter(|combination| combination.hold.count() > 0)
     }
 
     /// One copy for equal content, whoever holds the other.
@@ -1558,21 +1558,22 @@ impl Shared {
             parked.grant = Some(Grant::new(&self.granted, parked.work.need()));
             return Some(parked);
         }
-        enqueue_by_deadline(W::queue(&mut state), parked);
-        drop(state);
-        self.room_may_be();
-        self.watch_deadlines();
+        self.line_up(state, parked);
         None
     }
 
     /// Parks work that found no room in the end, and looks again: a lease may have ended since.
     fn park<W: NeedsRoom>(&self, mut work: Parked<W>) {
         work.grant = None;
-        {
-            let mut state = self.state.lock();
-            self.parked.fetch_add(1, Ordering::SeqCst);
-            enqueue_by_deadline(W::queue(&mut state), work);
-        }
+        let state = self.state.lock();
+        self.parked.fetch_add(1, Ordering::SeqCst);
+        self.line_up(state, work);
+    }
+
+    /// Puts work that is counted already to those that came before and after it, and looks for room for all of them.
+    fn line_up<W: NeedsRoom>(&self, mut state: MutexGuard<'_, State>, work: Parked<W>) {
+        enqueue_by_deadline(W::queue(&mut state), work);
+        drop(state);
         self.room_may_be();
         self.watch_deadlines();
     }
@@ -1641,9 +1642,7 @@ impl Shared {
         let granted = |count: &AtomicUsize| count.load(Ordering::SeqCst);
         let names = granted(&self.granted.names) + need.names;
         let bytes = granted(&self.granted.bytes).saturating_add(need.bytes);
-        let (limit, limit_bytes) = self.config.limits_of_host();
-        let nobody_must_leave = state.loaded.len() + names <= limit && state.tier_bytes.saturating_add(bytes) <= limit_bytes;
-        (need.combinations == 0 && nobody_must_leave) || self.room(state).take(need)
+        (need.combinations == 0 && self.fits_as_it_is(state, names, bytes)) || self.room(state).take(need)
     }
 
     /// What would be left if all left that may, beside what is granted.
@@ -1653,7 +1652,11 @@ impl Shared {
         let left = |limit: usize, used: usize, granted: &AtomicUsize| limit.saturating_sub(used).saturating_sub(granted.load(Ordering::SeqCst));
         Room {
             names: left(limit, names, &self.granted.names),
-            combinations: left(self.config.max_combinations, state.combinations_in_use(), &self.granted.combinations),
+            combinations: left(
+                self.config.max_combinations,
+                state.combinations_in_use().count(),
+                &self.granted.combinations,
+            ),
             bytes: left(limit_bytes, bytes, &self.granted.bytes),
             limit_bytes,
         }
@@ -1821,12 +1824,18 @@ impl Shared {
         waiters
     }
 
+    /// Whether `names` more names with `bytes` more bytes could be on the host, if nobody left.
+    fn fits_as_it_is(&self, state: &State, names: usize, bytes: usize) -> bool {
+        let (limit, limit_bytes) = self.config.limits_of_host();
+        state.loaded.len() + names <= limit && state.tier_bytes.saturating_add(bytes) <= limit_bytes
+    }
+
     /// Whether `names` more names with `bytes` more bytes could be on the host, if all left that may.
     fn room_for(&self, state: &State, names: usize, bytes: usize) -> Result<(), AdapterError> {
-        let (limit, limit_bytes) = self.config.limits_of_host();
-        if state.loaded.len() + names <= limit && state.tier_bytes.saturating_add(bytes) <= limit_bytes {
+        if self.fits_as_it_is(state, names, bytes) {
             return Ok(());
         }
+        let (limit, limit_bytes) = self.config.limits_of_host();
         let (num_staying, used_bytes) = state.staying();
         if num_staying + names > limit {
             return Err(AdapterError::NothingToEvict {
@@ -1895,7 +1904,7 @@ impl Shared {
 
     fn room_for_combinations(&self, state: &State, number: usize) -> Result<(), AdapterError> {
         let limit = self.config.max_combinations;
-        let in_use = state.combinations_in_use();
+        let in_use = state.combinations_in_use().count();
         if in_use + number > limit {
             return Err(AdapterError::TooManyCombinations { in_use, limit });
         }
