@@ -117,15 +117,43 @@ pub enum ExpandInto<'a> {
     F32(View<'a, f32>),
 }
 
+/// The one to three projections whose outputs stand side by side, in tiles of columns.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct RawSlices {
+    d_out: [i32; 3],
+    tile_start: [i32; 3],
+    num_tiles: i32,
+}
+
+impl RawSlices {
+    /// `tiles` counts the tiles of slices.
+    pub(super) fn new(kernel: &'static str, d_out: &[usize], tiles: fn(&[usize]) -> usize) -> Result<Self, CudaError> {
+        require(
+            kernel,
+            (1..=3).contains(&d_out.len()) && d_out.iter().all(|d_out| d_out.is_multiple_of(8)),
+            || format!("d_out is {d_out:?}: one to three multiples of 8"),
+        )?;
+        let mut raw = Self {
+            d_out: [0; 3],
+            tile_start: [i32::MAX; 3],
+            num_tiles: dimension(kernel, "tiles", tiles(d_out))?,
+        };
+        for (slice, &width) in d_out.iter().enumerate() {
+            raw.d_out[slice] = dimension(kernel, "d_out", width)?;
+            raw.tile_start[slice] = tiles(&d_out[..slice]) as i32;
+        }
+        Ok(raw)
+    }
+}
+
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct RawExpandArgs {
     v: u64,
     items: u64,
     num_items: u64,
-    d_out: [i32; 3],
-    tile_start: [i32; 3],
-    num_tiles: i32,
+    slices: RawSlices,
     descriptor_offset: u32,
     num_splits: i32,
     split_rows: i64,
@@ -227,30 +255,20 @@ impl Lora {
     /// # Errors
     /// `Shape` if a line of the contract is broken.
     pub fn launch_expand(&self, stream: &Stream, work: LoraItems<'_>, from: Shrunk<'_>, y: ExpandInto<'_>, d_out: &[usize]) -> Result<(), CudaError> {
-        require(
-            EXPAND,
-            (1..=3).contains(&d_out.len()) && d_out.iter().all(|d_out| d_out.is_multiple_of(8)),
-            || format!("d_out is {d_out:?}: one to three multiples of 8"),
-        )?;
+        let slices = RawSlices::new(EXPAND, d_out, Self::column_tiles)?;
         require_len(EXPAND, "v", from.v, from.num_splits * from.split_rows * from.v_stride)?;
         require_len(EXPAND, "num_items", work.num_items, 1)?;
-        let mut raw = RawExpandArgs {
+        let raw = RawExpandArgs {
             v: from.v.address(),
             items: work.items.address(),
             num_items: work.num_items.address(),
-            d_out: [0; 3],
-            tile_start: [i32::MAX; 3],
-            num_tiles: dimension(EXPAND, "tiles", Self::column_tiles(d_out))?,
+            slices,
             descriptor_offset: work.descriptor_offset,
             num_splits: from.num_splits as i32,
             split_rows: from.split_rows as i64,
             v_stride: dimension(EXPAND, "v_stride", from.v_stride)?,
             y_stride: dimension(EXPAND, "y_stride", d_out.iter().sum())?,
         };
-        for (slice, &width) in d_out.iter().enumerate() {
-            raw.d_out[slice] = dimension(EXPAND, "d_out", width)?;
-            raw.tile_start[slice] = Self::column_tiles(&d_out[..slice]) as i32;
-        }
         let (kernels, y) = match y {
             ExpandInto::Bf16(y) => (&self.expand_bf16, y.address()),
             ExpandInto::F32(y) => (&self.expand_f32, y.address()),
@@ -289,9 +307,11 @@ impl Lora {
             v: from.v.address(),
             items: work.items.address(),
             num_items: work.num_items.address(),
-            d_out: [width, width, 0],
-            tile_start: [0; 3],
-            num_tiles: Self::gated_column_tiles(ffn) as i32,
+            slices: RawSlices {
+                d_out: [width, width, 0],
+                tile_start: [0; 3],
+                num_tiles: Self::gated_column_tiles(ffn) as i32,
+            },
             descriptor_offset: work.descriptor_offset,
             num_splits: from.num_splits as i32,
             split_rows: from.split_rows as i64,

@@ -9,7 +9,7 @@ use super::{
     CudaError, Device, LaunchConfig, Stream, View, arguments,
     device::{Kernel, Module},
     dimension, images,
-    lora::LoraItems,
+    lora::{LoraItems, RawSlices},
     require, require_len,
 };
 
@@ -49,9 +49,7 @@ pub enum OutputInto<'a> {
 struct RawOutputArgs {
     items: u64,
     num_items: u64,
-    d_out: [i32; 3],
-    tile_start: [i32; 3],
-    num_tiles: i32,
+    slices: RawSlices,
     descriptor_offset: u32,
     y_stride: i32,
 }
@@ -115,24 +113,13 @@ impl LoraOutput {
 }
 
 fn raw_args(work: LoraItems<'_>, d_out: &[usize]) -> Result<RawOutputArgs, CudaError> {
-    require(
-        NAME,
-        (1..=3).contains(&d_out.len()) && d_out.iter().all(|d_out| d_out.is_multiple_of(8)),
-        || format!("d_out is {d_out:?}: one to three multiples of 8"),
-    )?;
+    let slices = RawSlices::new(NAME, d_out, LoraOutput::column_tiles)?;
     require_len(NAME, "num_items", work.num_items, 1)?;
-    let mut raw = RawOutputArgs {
+    Ok(RawOutputArgs {
         items: work.items.address(),
         num_items: work.num_items.address(),
-        d_out: [0; 3],
-        tile_start: [i32::MAX; 3],
-        num_tiles: dimension(NAME, "tiles", LoraOutput::column_tiles(d_out))?,
+        slices,
         descriptor_offset: work.descriptor_offset,
         y_stride: dimension(NAME, "y_stride", d_out.iter().sum())?,
-    };
-    for (slice, &width) in d_out.iter().enumerate() {
-        raw.d_out[slice] = dimension(NAME, "d_out", width)?;
-        raw.tile_start[slice] = LoraOutput::column_tiles(&d_out[..slice]) as i32;
-    }
-    Ok(raw)
+    })
 }
