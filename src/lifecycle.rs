@@ -4,26 +4,19 @@
 use std::{
     collections::HashMap,
     future::Future,
-    path::Path,
     sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
-use polylora_engine::{
-    AdapterError, AdapterInfo, FileSource, LoadRequest, UnloadMode, UnloadReport,
-    adapter::{
-        registry::check_adapter_name,
-        tensors::{INDEX_FILE, WEIGHTS_FILE, is_shard_name},
-    },
-};
+use polylora_engine::{AdapterError, AdapterInfo, FileSource, LoadRequest, UnloadMode, UnloadReport, adapter::registry::check_adapter_name};
 
 use crate::{
     aliases::{Alias, AliasDefinition, AliasError},
     app::Gateway,
     auth::Identity,
     error::ApiError,
-    pushed::{TEXT_PARTS, Upload},
+    pushed::{Upload, pushed_error},
     state_dir::KeptAdapter,
 };
 
@@ -101,25 +94,6 @@ impl Drop for LoadingName {
             }
         }
     }
-}
-
-/// What is wrong with an adapter that was sent as parts of a form, by the part.
-fn pushed_error(error: AdapterError) -> ApiError {
-    let part = match &error {
-        AdapterError::BadFile { file, .. } => {
-            let name = Path::new(file).file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            let text_part = TEXT_PARTS.iter().find(|(_, file)| *file == name);
-            match name {
-                WEIGHTS_FILE => "weights",
-                INDEX_FILE => "index",
-                shard if is_shard_name(shard) => "shard",
-                _ => text_part.map_or("config", |(part, _)| part),
-            }
-        }
-        AdapterError::Unsupported { .. } | AdapterError::Incompatible { .. } => "config",
-        _ => return error.into(),
-    };
-    ApiError::from(error).for_param(part)
 }
 
 /// Runs on although the client may go away meanwhile.

@@ -34,6 +34,7 @@ use futures::{Stream, StreamExt};
 use multer::{Field, Multipart};
 use parking_lot::Mutex;
 use polylora_engine::adapter::{
+    AdapterError,
     config::{CONFIG_FILE, MAX_CONFIG_BYTES},
     tensors::{INDEX_FILE, MAX_INDEX_BYTES, WEIGHTS_FILE, is_shard_name, parse_index},
 };
@@ -204,6 +205,25 @@ impl Drop for Upload {
     }
 }
 
+/// What is wrong with an adapter that was sent as parts of a form, by the part.
+pub fn pushed_error(error: AdapterError) -> ApiError {
+    let part = match &error {
+        AdapterError::BadFile { file, .. } => {
+            let name = Path::new(file).file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let text_part = TEXT_PARTS.iter().find(|(_, file)| *file == name);
+            match name {
+                WEIGHTS_FILE => "weights",
+                INDEX_FILE => "index",
+                shard if is_shard_name(shard) => "shard",
+                _ => text_part.map_or("config", |(part, _)| part),
+            }
+        }
+        AdapterError::Unsupported { .. } | AdapterError::Incompatible { .. } => "config",
+        _ => return error.into(),
+    };
+    ApiError::from(error).for_param(part)
+}
+
 /// A part of a body, and the file that it becomes.
 struct Part {
     name: &'static str,
@@ -298,7 +318,7 @@ impl Parts {
             return Ok(());
         }
         let index = tokio::fs::read(directory.join(INDEX_FILE)).await.map_err(storage_error)?;
-        let named: BTreeSet<String> = parse_index(&index)?.into_values().collect();
+        let named: BTreeSet<String> = parse_index(&index).map_err(pushed_error)?.into_values().collect();
         let sent: BTreeSet<String> = self.files.iter().filter(|file| is_shard_name(file)).cloned().collect();
         if let Some(file) = named.difference(&sent).next() {
             return Err(ApiError::invalid(

@@ -207,6 +207,7 @@ async fn an_adapter_that_was_split_is_pushed_whole() {
     for (body, status, what) in refused {
         let error = push(&server, "x", body).await.error(status).await;
         assert!(error["message"].as_str().unwrap().contains(what), "{what}: {error}");
+        assert_ne!(error["param"], "lora_path", "nothing of that name was sent: {error}");
         assert!(tree(folder.path()).is_empty(), "{what}");
     }
     assert_eq!(server.get("/v1/adapters/x").await.error(404).await["code"], "model_not_found");
