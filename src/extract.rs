@@ -8,6 +8,7 @@ use axum::{
     http::{HeaderMap, StatusCode, header::CONTENT_TYPE, request::Parts},
 };
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::error::{ApiError, NativeError};
 
@@ -90,7 +91,101 @@ pub fn is_timeout(error: &(dyn std::error::Error + 'static)) -> bool {
     error.is::<tower_http::timeout::TimeoutError>() || error.source().is_some_and(is_timeout)
 }
 
+/// What other servers' clients can ask for and this server doesn't have. Such clients write these out with the value that asks for nothing
+/// (`"return_routed_experts": false` by SGLang's load generator): that changes no answer and passes, any other value is refused by its name.
+const NOT_OFFERED: [&str; 52] = [
+    "allowed_token_ids",
+    "audio_data",
+    "bad_words",
+    "bootstrap_host",
+    "bootstrap_pair_key",
+    "bootstrap_port",
+    "bootstrap_room",
+    "cache_salt",
+    "custom_labels",
+    "custom_logit_processor",
+    "custom_params",
+    "data_parallel_rank",
+    "documents",
+    "extra_key",
+    "guided_choice",
+    "guided_decoding_backend",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "guided_whitespace_pattern",
+    "image_data",
+    "images_config",
+    "input_embeds",
+    "kv_transfer_params",
+    "logits_processors",
+    "media_io_kwargs",
+    "mm_processor_kwargs",
+    "prompt_embeds",
+    "prompt_logprobs",
+    "require_reasoning",
+    "return_cached_tokens_details",
+    "return_flat_raw_output_top_logprobs",
+    "return_flat_raw_top_logprobs",
+    "return_indexer_topk",
+    "return_meta_info",
+    "return_routed_experts",
+    "return_sampling_mask",
+    "return_spec_tokens_details",
+    "return_token_ids",
+    "return_tokens_as_token_ids",
+    "routed_dp_rank",
+    "routed_experts_start_len",
+    "sampling_logprobs_mode",
+    "session_id",
+    "session_params",
+    "stop_regex",
+    "structured_outputs",
+    "token_ids_logprob",
+    "truncate_prompt_tokens",
+    "use_beam_search",
+    "video_data",
+    "watermark",
+];
+
+fn asks_for_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::String(text) => text.is_empty(),
+        Value::Array(values) => values.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        Value::Bool(true) => false,
+    }
+}
+
+/// The body without fields of [`NOT_OFFERED`] that ask for nothing, on its top and among `sampling_params`; `None` if it has none.
+fn without_idle_fields(body: &[u8]) -> Option<Value> {
+    let mut body: Value = serde_json::from_slice(body).ok()?;
+    let mut num_idle = 0;
+    let mut clean = |fields: &mut serde_json::Map<String, Value>| {
+        let before = fields.len();
+        fields.retain(|name, value| NOT_OFFERED.binary_search(&name.as_str()).is_err() || !asks_for_nothing(value));
+        num_idle += before - fields.len();
+    };
+    let fields = body.as_object_mut()?;
+    clean(fields);
+    match fields.get_mut("sampling_params") {
+        Some(Value::Object(params)) => clean(params),
+        Some(Value::Array(list)) => list.iter_mut().filter_map(Value::as_object_mut).for_each(clean),
+        _ => {}
+    }
+    (num_idle > 0).then_some(body)
+}
+
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    parse_strictly(body).or_else(|error| match without_idle_fields(body) {
+        Some(body) => parse_strictly(body.to_string().as_bytes()),
+        None => Err(error),
+    })
+}
+
+fn parse_strictly<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     // serde would take a list for an object's values in order.
     if body.trim_ascii_start().starts_with(b"[") {
         return Err(ApiError::bad_request("The body must be a JSON object, got a list."));
@@ -164,7 +259,37 @@ fn json_words(message: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::chat::ChatRequest;
+    use crate::protocol::{chat::ChatRequest, generate::GenerateRequest};
+
+    #[test]
+    fn what_is_not_offered_may_be_switched_off() {
+        assert!(NOT_OFFERED.is_sorted());
+        // As SGLang's load generator writes it.
+        let body = r#"{"text": "Hello", "sampling_params": {"temperature": 0.0, "max_new_tokens": 16, "stop_regex": null}, "stream": true,
+            "lora_path": null, "return_logprob": false, "return_routed_experts": false, "routed_experts_start_len": 0, "image_data": []}"#;
+        let request: GenerateRequest = parse(body.as_bytes()).unwrap();
+        assert_eq!(request.stream, Some(true));
+        for (body, param) in [
+            (
+                r#"{"text": "Hello", "image_data": [], "return_routed_experts": true}"#,
+                "return_routed_experts",
+            ),
+            (r#"{"text": "Hello", "image_data": ["x"]}"#, "image_data"),
+            (r#"{"text": "Hello", "watermark": {}, "foo": null}"#, "foo"),
+            (
+                r#"{"text": "Hello", "sampling_params": {"stop_regex": "a+"}}"#,
+                "sampling_params.stop_regex",
+            ),
+            (
+                r#"{"text": "Hello", "sampling_params": [{"stop_regex": null}, {"stop_regex": "a+"}]}"#,
+                "sampling_params[1].stop_regex",
+            ),
+        ] {
+            let error = parse::<GenerateRequest>(body.as_bytes()).unwrap_err();
+            assert_eq!(error.param(), Some(param), "{error:?}");
+            assert_eq!(error.status(), StatusCode::BAD_REQUEST);
+        }
+    }
 
     #[test]
     fn errors_name_the_field() {
