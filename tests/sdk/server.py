@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -73,7 +74,8 @@ class Server:
         port = self.port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")
-        self.process = subprocess.Popen([BINARY, "serve", "--port", str(port), *self.flags], stdout=self.log, stderr=subprocess.STDOUT,
+        flags = [*shlex.split(os.environ.get("POLYLORA_FLAGS", "")), *self.flags]
+        self.process = subprocess.Popen([BINARY, "serve", "--port", str(port), *flags], stdout=self.log, stderr=subprocess.STDOUT,
                                         cwd=self.folder)
         deadline = time.monotonic() + 60
         while True:
