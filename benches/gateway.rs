@@ -152,15 +152,15 @@ fn whole(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// `/metrics` of a server on which a hundred adapters have been asked for: with their part as old as it may be, and written anew.
+/// `/metrics` of a server on which a hundred adapters have been asked for: with the long part as old as it may be, and written anew.
 fn scrape(criterion: &mut Criterion) {
     const ADAPTERS: usize = 100;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let mut group = criterion.benchmark_group("scrape");
-    for (name, adapter_refresh) in [("adapters cached", Duration::from_secs(3600)), ("adapters anew", Duration::ZERO)] {
+    for (name, refresh) in [("long part cached", Duration::from_secs(3600)), ("all anew", Duration::ZERO)] {
         let config = MetricsConfig {
             max_adapter_labels: ADAPTERS,
-            adapter_refresh,
+            refresh,
             ..MetricsConfig::default()
         };
         let router = router(ADAPTERS, config);

@@ -1,19 +1,20 @@
 #!/usr/bin/env python3
 """What the gateway costs over its mock engine, above the floor of any server here, and how fast it is beside and behind other gateways.
 
-    cargo build --release --examples
+    cargo build --release --bin polylora --examples
     python3 -m venv .venv-gateways && .venv-gateways/bin/pip install sglang-router==0.3.2 vllm-router==0.1.17
-    .venv-gateways/bin/python benches/gateways.py [cost] [paced] [first-token] [open] [routers]
+    .venv-gateways/bin/python benches/gateways.py [cost] [paced] [first-token] [open] [scrape] [routers]
 
 The server, the client and what is between them share this machine: nothing else should run on it. Each answer is checked by the client to
-its last event. For `paced` and `first-token` the server has one core and the client another. `routers` puts the same mock server behind each
-router, in turns; what a router costs is the difference from `direct`.
+its last event. For `paced` and `first-token` the server has one core and the client another. `scrape` asks an idle server of the demo model
+for /metrics every 50 ms. `routers` puts the same mock server behind each router, in turns; what a router costs is the difference from `direct`.
 """
 import argparse
 import contextlib
 import os
 import pathlib
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ import urllib.request
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "sdk"))
 from routers import ROUTERS, Router  # noqa: E402
+import server as demo  # noqa: E402
 from server import free_port  # noqa: E402
 
 
@@ -50,6 +52,35 @@ class MockServer:
     def __exit__(self, *_):
         self.process.kill()
         self.process.wait()
+
+
+def cpu_seconds(pid):
+    """CPU of all threads, by the scheduler's own clock; /proc/PID/stat tells it in steps of 10 ms."""
+    return sum(int(task.read_text().split()[0]) for task in pathlib.Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
+
+
+def scrape(server, path, interval=0.05, seconds=20):
+    """Asks for a path every so often on one connection; the size of an answer, times to its first byte and to its last, CPU for each."""
+    host, port = server.url.removeprefix("http://").split(":")
+    firsts, lasts, size = [], [], 0
+    with socket.create_connection((host, int(port))) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        before, due = cpu_seconds(server.process.pid), time.monotonic()
+        for _ in range(int(seconds / interval)):
+            time.sleep(max(0, due - time.monotonic()))
+            due += interval
+            began = time.perf_counter()
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            answer = connection.recv(1 << 20)
+            firsts.append(time.perf_counter() - began)
+            head, _, body = answer.partition(b"\r\n\r\n")
+            size = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            left = size - len(body)
+            while left > 0:
+                left -= len(connection.recv(1 << 20))
+            lasts.append(time.perf_counter() - began)
+        cpu = (cpu_seconds(server.process.pid) - before) / len(firsts)
+    return size, sorted(firsts), sorted(lasts), cpu
 
 
 class Bench:
@@ -81,6 +112,23 @@ class Bench:
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
         self.measure(["--output-tokens", "2", "--token-interval-ms", "3600000"], ["open", "--streams", "10000"])
 
+    def scrape(self):
+        demo.BINARY = str(self.examples.parent / "polylora")
+        for adapters in (0, 100):
+            with demo.Server("--metrics-max-adapters", "100") as server:
+                for number in range(adapters):
+                    loaded = {"lora_name": f"adapter-{number}", "lora_path": demo.adapter_path("json")}
+                    demo_answer = server.post("/load_lora_adapter", loaded)
+                    assert demo_answer[0] == 200, demo_answer
+                    asked = {"model": f"demo:adapter-{number}", "prompt": "1", "max_tokens": 4}
+                    demo_answer = server.post("/v1/completions", asked)
+                    assert demo_answer[0] == 200, demo_answer
+                for path in ("/health", "/metrics"):
+                    size, firsts, lasts, cpu = scrape(server, path)
+                    at = lambda times, share: f"{times[int(share * (len(times) - 1))] * 1e3:.2f}"  # noqa: E731
+                    print(f"{adapters} more adapters, {path}: {size} bytes, first byte p50 {at(firsts, .5)} p95 {at(firsts, .95)} p99 "
+                          f"{at(firsts, .99)} ms, last p50 {at(lasts, .5)} p95 {at(lasts, .95)} ms, CPU {cpu * 1e3:.3f} ms", flush=True)
+
     def routers(self):
         with MockServer(self.examples, "--output-tokens", "64") as server, contextlib.ExitStack() as stack:
             urls = {"direct": server.url, **{name: stack.enter_context(Router(name, [server.url])).url for name in ROUTERS}}
@@ -92,7 +140,7 @@ class Bench:
 
 
 def main():
-    names = ["cost", "paced", "first-token", "open", "routers"]
+    names = ["cost", "paced", "first-token", "open", "scrape", "routers"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measures", nargs="*", choices=[*names, []], help="all, if none is named")
     parser.add_argument("--examples", type=pathlib.Path, default=ROOT / "target" / "release" / "examples", help="where mock_server and load_test are")

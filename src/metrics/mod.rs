@@ -6,13 +6,17 @@
 //! - series of adapters live as long as the adapter has a label. Adapter names are client-made, so at most
 //!   [`MetricsConfig::max_adapter_labels`] names have one; the others share `(other)`, and the base model is `(base)`. A name that has
 //!   not been asked for in [`MetricsConfig::adapter_idle`] gives its label up to a new one, and its series vanish likewise later;
-//! - what the engine counts is read at a scrape, from statistics that it publishes (no lock of its own is taken), and written at once,
-//!   with the library's own formatting: an adapter that has left the device, or yesterday's list of waiting adapters, leaves nothing
-//!   behind. So it is with two kinds of samples that the library can't take: histograms that the engine has counted already, and counters
-//!   of seconds, which the library has as whole numbers only.
+//! - what the engine counts is read at a scrape, from statistics that it publishes (no lock of its own is taken), and written at once:
+//!   an adapter that has left the device, or yesterday's list of waiting adapters, leaves nothing behind. So it is with two kinds of
+//!   samples that the library can't take: histograms that the engine has counted already, and counters of seconds, which the library has
+//!   as whole numbers only.
+//!
+//! Routers scrape many times a second, for what the engine says: that is written for each scrape. All the rest is long and for
+//! dashboards: it is written once in [`MetricsConfig::refresh`], and scrapes share its bytes.
 
 use std::{
     collections::{BTreeMap, HashMap},
+    fmt::{Display, Write},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -21,7 +25,8 @@ use std::{
 };
 
 use ::metrics::{Counter, Histogram, Level, Metadata, Recorder};
-use metrics_exporter_prometheus::{LabelSet, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder, formatting};
+use bytes::Bytes;
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder, formatting};
 use metrics_util::MetricKindMask;
 use parking_lot::Mutex;
 use polylora_engine::{AdapterInfo, AdapterMoves, AdapterStats, EngineDescription, EngineStats, InferenceEngine, adapter::AdapterState};
@@ -55,8 +60,8 @@ pub struct MetricsConfig {
     pub max_adapter_labels: usize,
     /// How long an adapter keeps its label unasked for when another wants it, and its series when it has lost the label.
     pub adapter_idle: Duration,
-    /// How old the adapters' part of an answer may be: it is the long one, and routers ask for the short one many times a second.
-    pub adapter_refresh: Duration,
+    /// How old the long part of an answer may be, which is all but what the engine says.
+    pub refresh: Duration,
 }
 
 impl Default for MetricsConfig {
@@ -64,7 +69,7 @@ impl Default for MetricsConfig {
         Self {
             max_adapter_labels: 64,
             adapter_idle: Duration::from_secs(3600),
-            adapter_refresh: Duration::from_secs(1),
+            refresh: Duration::from_secs(1),
         }
     }
 }
@@ -155,7 +160,7 @@ impl ScrapeText {
         self.line(definition, "counter", labels, total);
     }
 
-    fn line(&mut self, definition: &Definition, kind: &str, labels: &[&str], value: impl std::fmt::Display) {
+    fn line(&mut self, definition: &Definition, kind: &str, labels: &[&str], value: impl Display) {
         let name = definition.name;
         let index = match self.metrics.iter().rposition(|(other, _)| *other == name) {
             Some(index) => index,
@@ -167,7 +172,7 @@ impl ScrapeText {
             }
         };
         let text = &mut self.metrics[index].1;
-        formatting::write_metric_line::<&str, _>(text, name, None, &label_set(definition, labels), None, value, None);
+        write_line(text, definition, "", labels, None, value);
     }
 
     fn render(self) -> String {
@@ -192,7 +197,8 @@ pub struct Metrics {
     http: Mutex<HashMap<HttpSeries, Counter>>,
     base: Arc<AdapterSeries>,
     others: Arc<AdapterSeries>,
-    adapters_text: Mutex<Option<(Instant, String)>>,
+    /// The long part, and when writing it began.
+    long_part: Mutex<Option<(Instant, Bytes)>>,
     is_renewing: AtomicBool,
     observations: AtomicU64,
 }
@@ -361,7 +367,7 @@ impl Metrics {
             http: Mutex::default(),
             base,
             others,
-            adapters_text: Mutex::default(),
+            long_part: Mutex::default(),
             is_renewing: AtomicBool::new(false),
             observations: AtomicU64::new(0),
         }
@@ -485,44 +491,64 @@ impl Metrics {
         }
     }
 
-    /// The text of `/metrics`. What it says by adapter is at most `adapter_refresh` old.
-    pub fn render(&self, engine: &dyn InferenceEngine, aliases: &Aliases) -> String {
-        let mut text = self.render_from(&engine.stats(), || AdapterReport::of(engine));
+    /// The text of `/metrics`, in two pieces: what the engine says now, and all else as it was at most `refresh` ago.
+    pub fn render(&self, engine: &dyn InferenceEngine, aliases: &Aliases) -> [Bytes; 2] {
+        let (mut text, long_part) = self.render_from(&engine.stats(), || AdapterReport::of(engine));
         text.push_str(&aliases_text(aliases));
-        text
+        [text.into(), long_part]
     }
 
-    /// Whether somebody should call [`Self::renew`] now: whoever scrapes often then finds the part about adapters written, before it is
-    /// too old. True once for each time that it is.
+    /// Whether somebody should call [`Self::renew`] now: whoever scrapes often then finds the long part written, before it is too old.
+    /// True once for each time that it is.
     pub fn should_renew(&self) -> bool {
-        let is_aging = |(written, _): &(Instant, String)| 2 * written.elapsed() >= self.config.adapter_refresh;
-        self.adapters_text.lock().as_ref().is_some_and(is_aging) && !self.is_renewing.swap(true, Relaxed)
+        let is_aging = |(written, _): &(Instant, Bytes)| 2 * written.elapsed() >= self.config.refresh;
+        self.long_part.lock().as_ref().is_some_and(is_aging) && !self.is_renewing.swap(true, Relaxed)
     }
 
-    /// Writes the part about adapters anew, while scrapes go on with the old one.
+    /// Writes the long part anew, while scrapes go on with the old one.
     pub fn renew(&self, engine: &dyn InferenceEngine) {
         self.renew_from(|| AdapterReport::of(engine));
     }
 
     fn renew_from(&self, report: impl FnOnce() -> AdapterReport) {
         let asked_at = Instant::now();
-        let written = self.write_adapters(&report());
-        *self.adapters_text.lock() = Some((asked_at, written));
+        let written = self.write_long_part(&report());
+        *self.long_part.lock() = Some((asked_at, written));
         self.is_renewing.store(false, Relaxed);
     }
 
-    fn render_from(&self, stats: &EngineStats, report: impl FnOnce() -> AdapterReport) -> String {
-        let mut text = self.server.handle.render();
-        text.push_str(&self.engine_text(stats));
-        let mut adapters = self.adapters_text.lock();
-        match &*adapters {
-            Some((written, adapters)) if written.elapsed() < self.config.adapter_refresh => text.push_str(adapters),
+    fn render_from(&self, stats: &EngineStats, report: impl FnOnce() -> AdapterReport) -> (String, Bytes) {
+        let text = self.engine_text(stats);
+        let mut long_part = self.long_part.lock();
+        let bytes = match &*long_part {
+            Some((written, bytes)) if written.elapsed() < self.config.refresh => bytes.clone(),
             _ => {
                 let asked_at = Instant::now();
-                let written = self.write_adapters(&report());
-                text.push_str(&written);
-                *adapters = Some((asked_at, written));
+                let bytes = self.write_long_part(&report());
+                *long_part = Some((asked_at, bytes.clone()));
+                bytes
             }
+        };
+        (text, bytes)
+    }
+
+    fn write_long_part(&self, report: &AdapterReport) -> Bytes {
+        let mut text = self.server.handle.render();
+        text.push_str(&self.process_text());
+        text.push_str(&self.write_adapters(report));
+        text.into()
+    }
+
+    /// What the system says of the process: to ask it takes longer than to write all that the engine says.
+    fn process_text(&self) -> String {
+        let mut scrape = ScrapeText::default();
+        scrape.set(&START_TIME, &[], self.started_at);
+        if let Some(bytes) = resident_bytes() {
+            scrape.set(&RESIDENT, &[], bytes as f64);
+        }
+        let mut text = scrape.render();
+        if let Some(seconds) = cpu_seconds() {
+            write_seconds(&mut text, &CPU_SECONDS, &[(&[], seconds)]);
         }
         text
     }
@@ -546,9 +572,6 @@ impl Metrics {
         write_histogram(&mut text, &STEP_SECONDS, &[], &stats.step_seconds);
         write_histogram(&mut text, &STEP_ROWS, &[], &stats.step_rows);
         write_histogram(&mut text, &STEP_SEQUENCES, &[], &stats.step_sequences);
-        if let Some(seconds) = cpu_seconds() {
-            write_seconds(&mut text, &CPU_SECONDS, &[(&[], seconds)]);
-        }
         text
     }
 
@@ -609,10 +632,6 @@ impl Metrics {
         let free = stats.total_blocks.saturating_sub(stats.used_blocks + stats.cached_blocks);
         for (state, blocks) in [("used", stats.used_blocks), ("cached", stats.cached_blocks), ("free", free)] {
             scrape.set(&KV_BLOCKS, &[state], blocks as f64);
-        }
-        scrape.set(&START_TIME, &[], self.started_at);
-        if let Some(bytes) = resident_bytes() {
-            scrape.set(&RESIDENT, &[], bytes as f64);
         }
     }
 
@@ -775,8 +794,50 @@ fn write_head(text: &mut String, definition: &Definition, kind: &str) {
     formatting::write_type_line(text, definition.name, None, None, kind);
 }
 
-fn label_set(definition: &Definition, labels: &[&str]) -> LabelSet {
-    LabelSet::from_key_and_global(&definition.key(labels), &Default::default())
+/// `name_suffix{label="value",le="bound"} value`, without an allocation: the library makes several for each line.
+fn write_line(text: &mut String, definition: &Definition, suffix: &str, labels: &[&str], bound: Option<f64>, value: impl Display) {
+    assert_eq!(definition.labels.len(), labels.len(), "{}: label names and values", definition.name);
+    text.push_str(definition.name);
+    text.push_str(suffix);
+    let mut before = '{';
+    let mut begin_label = |text: &mut String, name: &str| {
+        text.push(std::mem::replace(&mut before, ','));
+        text.push_str(name);
+        text.push_str("=\"");
+    };
+    for (name, value) in definition.labels.iter().zip(labels) {
+        begin_label(text, name);
+        push_escaped(text, value);
+        text.push('"');
+    }
+    if let Some(bound) = bound {
+        begin_label(text, "le");
+        let written = if bound == f64::INFINITY {
+            write!(text, "+Inf\"")
+        } else {
+            write!(text, "{bound}\"")
+        };
+        written.expect("a string takes all text");
+    }
+    if before == ',' {
+        text.push('}');
+    }
+    writeln!(text, " {value}").expect("a string takes all text");
+}
+
+/// Label values are free text.
+fn push_escaped(text: &mut String, value: &str) {
+    let mut rest = value;
+    while let Some(index) = rest.find(['\\', '"', '\n']) {
+        text.push_str(&rest[..index]);
+        text.push_str(match rest.as_bytes()[index] {
+            b'\\' => "\\\\",
+            b'"' => "\\\"",
+            _ => "\\n",
+        });
+        rest = &rest[index + 1..];
+    }
+    text.push_str(rest);
 }
 
 /// One that the engine keeps, with bounds of its own; an engine that keeps none has an empty one.
@@ -793,23 +854,22 @@ fn write_histograms(text: &mut String, definition: &Definition, series: &[(&[&st
 }
 
 fn write_buckets(text: &mut String, definition: &Definition, labels: &[&str], histogram: &polylora_engine::Histogram) {
-    let (name, labels) = (definition.name, label_set(definition, labels));
     let mut count = 0;
     let mut bounds = histogram.bounds.iter();
     for bucket in &histogram.counts {
         count += bucket;
-        let bound = bounds.next().map_or_else(|| "+Inf".to_owned(), f64::to_string);
-        formatting::write_metric_line(text, name, Some("bucket"), &labels, Some(("le", bound)), count, None);
+        let bound = bounds.next().copied().unwrap_or(f64::INFINITY);
+        write_line(text, definition, "_bucket", labels, Some(bound), count);
     }
-    formatting::write_metric_line::<&str, f64>(text, name, Some("sum"), &labels, None, histogram.sum, None);
-    formatting::write_metric_line::<&str, u64>(text, name, Some("count"), &labels, None, count, None);
+    write_line(text, definition, "_sum", labels, None, histogram.sum);
+    write_line(text, definition, "_count", labels, None, count);
 }
 
 /// A counter of seconds, by the values of its labels.
 fn write_seconds(text: &mut String, definition: &Definition, series: &[(&[&str], f64)]) {
     write_head(text, definition, "counter");
     for (labels, seconds) in series {
-        formatting::write_metric_line::<&str, f64>(text, definition.name, None, &label_set(definition, labels), None, *seconds, None);
+        write_line(text, definition, "", labels, None, *seconds);
     }
 }
 
@@ -880,10 +940,17 @@ mod tests {
             &description(),
             MetricsConfig {
                 max_adapter_labels,
-                adapter_refresh: Duration::ZERO,
+                refresh: Duration::ZERO,
                 ..MetricsConfig::default()
             },
         ))
+    }
+
+    impl Metrics {
+        fn text_from(&self, stats: &EngineStats, report: impl FnOnce() -> AdapterReport) -> String {
+            let (text, long_part) = self.render_from(stats, report);
+            text + std::str::from_utf8(&long_part).unwrap()
+        }
     }
 
     fn stats() -> EngineStats {
@@ -959,7 +1026,7 @@ mod tests {
 
     #[test]
     fn every_metric_but_those_without_a_label_value_is_there_before_traffic() {
-        let text = metrics(8).render_from(&stats(), Default::default);
+        let text = metrics(8).text_from(&stats(), Default::default);
         for definition in ALL {
             let by_traffic = [
                 HTTP_REQUESTS,
@@ -992,7 +1059,7 @@ mod tests {
 
     #[test]
     fn what_routers_read_is_written_as_they_expect_it() {
-        let text = metrics(8).render_from(&stats(), Default::default);
+        let text = metrics(8).text_from(&stats(), Default::default);
         assert_eq!(value(&text, "vllm:num_requests_running{model_name=\"demo\",engine=\"0\"}"), 3.0);
         assert_eq!(value(&text, "vllm:num_requests_waiting{model_name=\"demo\",engine=\"0\"}"), 5.0);
         assert_eq!(value(&text, "vllm:kv_cache_usage_perc{model_name=\"demo\",engine=\"0\"}"), 0.25);
@@ -1018,7 +1085,7 @@ mod tests {
         request.finish(Outcome::Length);
         drop(metrics.begin_request(None, 5));
 
-        let text = metrics.render_from(&stats(), Default::default);
+        let text = metrics.text_from(&stats(), Default::default);
         assert_eq!(value(&text, "polylora_requests_total{adapter=\"json\",outcome=\"length\"}"), 1.0);
         assert_eq!(value(&text, "polylora_requests_total{adapter=\"json\",outcome=\"abort\"}"), 0.0);
         assert_eq!(value(&text, "polylora_requests_total{adapter=\"(base)\",outcome=\"abort\"}"), 1.0);
@@ -1045,12 +1112,12 @@ mod tests {
             moves: vec![loaded],
             ..AdapterReport::default()
         };
-        let text = metrics.render_from(&stats(), report);
+        let text = metrics.text_from(&stats(), report);
         assert_eq!(value(&text, "polylora_adapter_loads_total{adapter=\"loaded\",outcome=\"ok\"}"), 1.0);
         for name in ["a", "b", "c", "d", "a"] {
             metrics.begin_request(Some(name), 1).finish(Outcome::Stop);
         }
-        let text = metrics.render_from(&stats(), Default::default);
+        let text = metrics.text_from(&stats(), Default::default);
         assert_eq!(value(&text, "polylora_requests_total{adapter=\"a\",outcome=\"stop\"}"), 2.0);
         assert_eq!(value(&text, "polylora_requests_total{adapter=\"(other)\",outcome=\"stop\"}"), 2.0);
         assert!(!text.contains("adapter=\"c\""));
@@ -1088,8 +1155,8 @@ mod tests {
             moves: vec![moves("a", 6, 0)],
             ..AdapterReport::default()
         };
-        metrics.render_from(&stats(), first);
-        let text = metrics.render_from(&stats(), report);
+        metrics.text_from(&stats(), first);
+        let text = metrics.text_from(&stats(), report);
         assert_eq!(value(&text, "polylora_adapter_loads_total{adapter=\"a\",outcome=\"ok\"}"), 7.0);
         assert_eq!(value(&text, "polylora_adapter_loads_total{adapter=\"(other)\",outcome=\"ok\"}"), 0.0);
         assert_eq!(value(&text, "polylora_adapter_uploads_total{adapter=\"a\"}"), 8.0);
@@ -1116,10 +1183,10 @@ mod tests {
         let config = MetricsConfig {
             max_adapter_labels: 1,
             adapter_idle: Duration::ZERO,
-            adapter_refresh: Duration::ZERO,
+            refresh: Duration::ZERO,
         };
         let metrics = Arc::new(Metrics::new("demo", &description(), config));
-        let render = || metrics.render_from(&stats(), Default::default);
+        let render = || metrics.text_from(&stats(), Default::default);
         for name in ["a", "b"] {
             metrics.begin_request(Some(name), 1).finish(Outcome::Stop);
         }
@@ -1138,7 +1205,7 @@ mod tests {
             metrics.request_params(1, 100);
         }
         // What is left for the scrape is less than one upkeep; all were counted once.
-        let text = metrics.render_from(&stats(), Default::default);
+        let text = metrics.text_from(&stats(), Default::default);
         let model = "{model_name=\"demo\",engine=\"0\"}";
         assert_eq!(
             value(&text, &format!("vllm:request_params_n_count{model}")),
@@ -1152,15 +1219,15 @@ mod tests {
 
     #[test]
     fn the_part_about_adapters_is_written_at_most_so_often() {
-        let refresh = |adapter_refresh| {
+        let refresh = |refresh| {
             let config = MetricsConfig {
-                adapter_refresh,
+                refresh,
                 ..MetricsConfig::default()
             };
             let metrics = Arc::new(Metrics::new("demo", &description(), config));
             let mut lists = 0;
             for _ in 0..3 {
-                metrics.render_from(&stats(), || {
+                metrics.text_from(&stats(), || {
                     lists += 1;
                     Default::default()
                 });
@@ -1173,15 +1240,15 @@ mod tests {
     #[test]
     fn the_part_about_adapters_is_written_ahead_for_those_who_scrape_often() {
         let config = MetricsConfig {
-            adapter_refresh: Duration::from_secs(3600),
+            refresh: Duration::from_secs(3600),
             ..MetricsConfig::default()
         };
         let metrics = Metrics::new("demo", &description(), config);
         assert!(!metrics.should_renew(), "nobody has asked");
-        metrics.render_from(&stats(), AdapterReport::default);
+        metrics.text_from(&stats(), AdapterReport::default);
         assert!(!metrics.should_renew(), "it is new");
         let long_ago = Instant::now().checked_sub(Duration::from_secs(1800)).expect("the clock runs for longer");
-        metrics.adapters_text.lock().as_mut().expect("it was written").0 = long_ago;
+        metrics.long_part.lock().as_mut().expect("it was written").0 = long_ago;
         assert!(metrics.should_renew());
         assert!(!metrics.should_renew(), "somebody is at it");
         let list = vec![adapter("a", AdapterState::Host, false)];
@@ -1190,7 +1257,7 @@ mod tests {
             ..AdapterReport::default()
         });
         assert!(!metrics.should_renew(), "it is new again");
-        let text = metrics.render_from(&stats(), || panic!("it was written ahead"));
+        let text = metrics.text_from(&stats(), || panic!("it was written ahead"));
         assert_eq!(value(&text, "polylora_adapters{state=\"host\"}"), 1.0);
     }
 
@@ -1198,7 +1265,10 @@ mod tests {
     fn label_values_are_escaped() {
         let metrics = metrics(8);
         metrics.begin_request(Some("x\"y\\z\nw"), 1).finish(Outcome::Stop);
-        let text = metrics.render_from(&stats(), Default::default);
+        let mut stats = stats();
+        stats.running_adapters = vec!["x\"y\\z\nw".into(), "\\\\".into()];
+        let text = metrics.text_from(&stats, Default::default);
         assert_eq!(value(&text, "polylora_requests_total{adapter=\"x\\\"y\\\\z\\nw\",outcome=\"stop\"}"), 1.0);
+        assert!(text.contains("running_lora_adapters=\"x\\\"y\\\\z\\nw,\\\\\\\\\""), "{text}");
     }
 }

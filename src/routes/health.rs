@@ -1,12 +1,17 @@
 //! Probes: `/health`, `/health_generate`, `/metrics`.
 
-use std::sync::Arc;
+use std::{convert::Infallible, sync::Arc};
 
 use axum::{
+    body::Body,
     extract::State,
-    http::header::CONTENT_TYPE,
+    http::{
+        HeaderValue,
+        header::{CONTENT_LENGTH, CONTENT_TYPE},
+    },
     response::{IntoResponse, Response},
 };
+use bytes::Bytes;
 use polylora_engine::{LogprobsParams, SamplingParams};
 
 use crate::{
@@ -89,11 +94,18 @@ pub async fn health_generate(State(state): State<AppState>, caller: Caller) -> R
     security(()),
 )]
 pub async fn metrics(State(state): State<AppState>) -> Response {
-    let text = state.metrics.render(state.engine.as_ref(), &state.aliases);
+    let pieces = state.metrics.render(state.engine.as_ref(), &state.aliases);
     if state.metrics.should_renew() {
         let (metrics, engine) = (Arc::clone(&state.metrics), Arc::clone(&state.engine));
         // Nobody waits for it.
         drop(tokio::task::spawn_blocking(move || metrics.renew(engine.as_ref())));
     }
-    ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response()
+    let length = pieces.iter().map(Bytes::len).sum::<usize>();
+    let headers = [
+        (CONTENT_TYPE, HeaderValue::from_static(metrics::CONTENT_TYPE)),
+        (CONTENT_LENGTH, length.into()),
+    ];
+    // Not put together: most of it is shared with other scrapes.
+    let body = Body::from_stream(futures::stream::iter(pieces.map(Ok::<_, Infallible>)));
+    (headers, body).into_response()
 }
