@@ -1051,7 +1051,7 @@ fn bench_measures_a_small_model() {
         .collect();
     assert_eq!(adapters, [(Some(1), Some(0)), (Some(4), Some(3))]);
     for row in rows {
-        for figure in ["prefill_tokens_per_second", "decode_tokens_per_second"] {
+        for figure in ["output_tokens_per_second", "prefill_tokens_per_second", "decode_tokens_per_second"] {
             assert!(row[figure].as_f64().unwrap() > 0.0, "{row}");
         }
     }

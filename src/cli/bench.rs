@@ -1,7 +1,8 @@
 //! `polylora bench`: throughput and step times of the engine itself, without HTTP and text.
 //!
 //! Each run submits a whole batch at once and records when every token comes. Prefill is measured until the last sequence has its
-//! first token; decode, and the times between tokens, from then on, when every step has one row of each sequence.
+//! first token; decode, and the times between tokens, from then on, when every step has one row of each sequence. With `--num-requests`
+//! sequences follow one another, prefill and decode mix, and only the whole is measured.
 
 use std::{
     io::Write,
@@ -12,6 +13,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
+use futures::{StreamExt, TryStreamExt};
 use polylora_engine::{
     AdapterLease, FileSource, GenerationRequest, InferenceEngine, LoadRequest, LogprobsParams, SamplingParams, TokenEvent, adapter::Projection,
     decoder::DecoderConfig,
@@ -33,6 +35,10 @@ pub struct BenchArgs {
     /// Sequences at once; several sizes are run one after another.
     #[arg(long, num_args = 1.., default_values_t = [1, 8], value_name = "N")]
     pub batch_size: Vec<usize>,
+    /// Sequences in all, for each batch size: as one ends the next begins, as with a load generator of that concurrency. Unset: one batch, which
+    /// begins at once, so that prefill and decode can be told apart.
+    #[arg(long, value_name = "N")]
+    pub num_requests: Option<usize>,
     /// Prompt tokens of each sequence.
     #[arg(long, default_value_t = 64, value_name = "N")]
     pub prompt_tokens: usize,
@@ -184,6 +190,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         ("--batch-size", args.batch_size.iter().copied().min().unwrap_or(0)),
         ("--prompt-tokens", args.prompt_tokens),
         ("--repeat", args.repeat),
+        ("--num-requests", args.num_requests.unwrap_or(1)),
     ] {
         ensure!(value > 0, "{flag} must be at least 1");
     }
@@ -221,11 +228,12 @@ async fn measure(args: &BenchArgs) -> anyhow::Result<Results> {
     };
     let mut random = Random(args.seed);
     for &batch in &args.batch_size {
-        let adapters = args.workload.assign(batch, args.base_rows, num_adapters, &mut random);
+        let num_requests = args.num_requests.unwrap_or(batch);
+        let adapters = args.workload.assign(num_requests, args.base_rows, num_adapters, &mut random);
         let mut runs = Vec::new();
         for repeat in 0..=args.repeat {
             let leases = adapters.iter().map(|adapter| adapter.map(|index| leases[index].clone())).collect();
-            let run = run_batch(engine.engine.as_ref(), args, leases, decoder.vocab_size, &mut random).await?;
+            let run = run_requests(engine.engine.as_ref(), args, leases, batch, decoder.vocab_size, &mut random).await?;
             // The first run also uploads the adapters and warms the caches.
             if repeat > 0 {
                 runs.push(run);
@@ -324,20 +332,29 @@ fn projection_shape(decoder: &DecoderConfig, projection: Projection) -> (usize, 
 
 /// What one batch took.
 struct BatchRun {
-    prefill_tokens_per_second: f64,
-    decode_tokens_per_second: f64,
+    /// From the begin to the last token.
+    output_tokens_per_second: f64,
+    /// If all began at once.
+    split: Option<Split>,
     /// Between the tokens of a sequence, once all decode.
     gaps: Vec<Duration>,
 }
 
-async fn run_batch(
+/// Before and after the last sequence's first token.
+struct Split {
+    prefill_tokens_per_second: f64,
+    decode_tokens_per_second: f64,
+}
+
+async fn run_requests(
     engine: &dyn InferenceEngine,
     args: &BenchArgs,
     leases: Vec<Option<AdapterLease>>,
+    at_once: usize,
     vocab_size: usize,
     random: &mut Random,
 ) -> anyhow::Result<BatchRun> {
-    let rows = leases.len();
+    let num_requests = leases.len();
     let requests: Vec<GenerationRequest> = leases
         .into_iter()
         .map(|adapter| GenerationRequest {
@@ -356,12 +373,13 @@ async fn run_batch(
         })
         .collect();
     let start = Instant::now();
-    let streams = requests
-        .into_iter()
-        .map(|request| engine.submit(request))
-        .collect::<Result<Vec<_>, _>>()?;
-    let times = futures::future::try_join_all(streams.into_iter().map(token_times)).await?;
-    BatchRun::of(start, &times, args.prompt_tokens * rows)
+    let run = async |request| token_times(engine.submit(request)?).await;
+    let times: Vec<_> = futures::stream::iter(requests.into_iter().map(run))
+        .buffer_unordered(at_once)
+        .try_collect()
+        .await?;
+    let all_at_once = num_requests <= at_once;
+    BatchRun::of(start, &times, all_at_once.then_some(args.prompt_tokens * num_requests))
 }
 
 /// When each token of a stream came.
@@ -379,18 +397,22 @@ async fn token_times(mut stream: polylora_engine::TokenStream) -> anyhow::Result
 }
 
 impl BatchRun {
-    fn of(start: Instant, times: &[Vec<Instant>], prompt_tokens: usize) -> anyhow::Result<Self> {
+    /// `prompt_tokens` of all sequences, if all began at `start`.
+    fn of(start: Instant, times: &[Vec<Instant>], prompt_tokens: Option<usize>) -> anyhow::Result<Self> {
         let firsts = times.iter().filter_map(|times| times.first());
         let prefilled = *firsts.max().context("no token came")?;
         let end = *times.iter().flatten().max().expect("there is a first token, so there is a last");
         let decoded = times.iter().flatten().filter(|&&time| time > prefilled).count();
         let gaps = times.iter().flat_map(|times| {
-            let pairs = times.windows(2).filter(|pair| pair[0] >= prefilled);
+            let pairs = times.windows(2).filter(|pair| prompt_tokens.is_none() || pair[0] >= prefilled);
             pairs.map(|pair| pair[1] - pair[0])
         });
         Ok(Self {
-            prefill_tokens_per_second: prompt_tokens as f64 / (prefilled - start).as_secs_f64(),
-            decode_tokens_per_second: decoded as f64 / (end - prefilled).as_secs_f64(),
+            output_tokens_per_second: times.iter().map(Vec::len).sum::<usize>() as f64 / (end - start).as_secs_f64(),
+            split: prompt_tokens.map(|prompt_tokens| Split {
+                prefill_tokens_per_second: prompt_tokens as f64 / (prefilled - start).as_secs_f64(),
+                decode_tokens_per_second: decoded as f64 / (end - prefilled).as_secs_f64(),
+            }),
             gaps: gaps.collect(),
         })
     }
@@ -408,8 +430,10 @@ struct Results {
 struct Row {
     batch: usize,
     distinct_adapters: usize,
-    prefill_tokens_per_second: f64,
-    decode_tokens_per_second: f64,
+    output_tokens_per_second: f64,
+    /// Unless sequences followed one another.
+    prefill_tokens_per_second: Option<f64>,
+    decode_tokens_per_second: Option<f64>,
     step_ms_median: f64,
     step_ms_p10: f64,
     step_ms_p90: f64,
@@ -418,12 +442,16 @@ struct Row {
 impl Row {
     fn of(batch: usize, distinct_adapters: usize, runs: &[BatchRun]) -> Self {
         let gaps: Vec<f64> = runs.iter().flat_map(|run| &run.gaps).map(|gap| gap.as_secs_f64() * 1e3).collect();
-        let median = |of: fn(&BatchRun) -> f64| quantile(runs.iter().map(of).collect(), 0.5);
+        let median = |of: fn(&BatchRun) -> Option<f64>| {
+            let values: Vec<f64> = runs.iter().filter_map(of).collect();
+            (!values.is_empty()).then(|| quantile(values, 0.5))
+        };
         Self {
             batch,
             distinct_adapters,
-            prefill_tokens_per_second: median(|run| run.prefill_tokens_per_second),
-            decode_tokens_per_second: median(|run| run.decode_tokens_per_second),
+            output_tokens_per_second: median(|run| Some(run.output_tokens_per_second)).unwrap_or(0.0),
+            prefill_tokens_per_second: median(|run| run.split.as_ref().map(|split| split.prefill_tokens_per_second)),
+            decode_tokens_per_second: median(|run| run.split.as_ref().map(|split| split.decode_tokens_per_second)),
             step_ms_median: quantile(gaps.clone(), 0.5),
             step_ms_p10: quantile(gaps.clone(), 0.1),
             step_ms_p90: quantile(gaps, 0.9),
@@ -440,13 +468,24 @@ fn quantile(mut values: Vec<f64>, q: f64) -> f64 {
 
 impl Results {
     fn table(&self) -> String {
-        let mut table = Table::new(&["batch", "adapters", "prefill tok/s", "decode tok/s", "step ms median", "p10", "p90"]);
+        let mut table = Table::new(&[
+            "batch",
+            "adapters",
+            "output tok/s",
+            "prefill tok/s",
+            "decode tok/s",
+            "step ms median",
+            "p10",
+            "p90",
+        ]);
+        let rate = |value: Option<f64>, digits| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"));
         for row in &self.rows {
             table.row([
                 row.batch.to_string(),
                 row.distinct_adapters.to_string(),
-                format!("{:.0}", row.prefill_tokens_per_second),
-                format!("{:.1}", row.decode_tokens_per_second),
+                rate(Some(row.output_tokens_per_second), 1),
+                rate(row.prefill_tokens_per_second, 0),
+                rate(row.decode_tokens_per_second, 1),
                 format!("{:.2}", row.step_ms_median),
                 format!("{:.2}", row.step_ms_p10),
                 format!("{:.2}", row.step_ms_p90),
@@ -464,6 +503,7 @@ impl Results {
             "model": args.model_path.as_ref().map_or_else(|| name(&args.shape), |path| path.display().to_string()),
             "prompt_tokens": args.prompt_tokens,
             "output_tokens": args.output_tokens,
+            "num_requests": args.num_requests,
             "workload": name(&args.workload),
             "lora_ranks": args.lora_rank,
             "base_rows": args.base_rows,
@@ -472,6 +512,7 @@ impl Results {
             "results": self.rows.iter().map(|row| json!({
                 "batch": row.batch,
                 "distinct_adapters": row.distinct_adapters,
+                "output_tokens_per_second": row.output_tokens_per_second,
                 "prefill_tokens_per_second": row.prefill_tokens_per_second,
                 "decode_tokens_per_second": row.decode_tokens_per_second,
                 "step_ms": {"median": row.step_ms_median, "p10": row.step_ms_p10, "p90": row.step_ms_p90},
@@ -510,10 +551,16 @@ mod tests {
         let at = |millis: u64| start + Duration::from_millis(millis);
         // The second sequence has its first token at 100 ms; the first one's second token comes with it.
         let times = [vec![at(50), at(100), at(110), at(120)], vec![at(100), at(110), at(120)]];
-        let run = BatchRun::of(start, &times, 40).unwrap();
-        assert!((run.prefill_tokens_per_second - 400.0).abs() < 1e-6);
-        assert!((run.decode_tokens_per_second - 200.0).abs() < 1e-6);
+        let run = BatchRun::of(start, &times, Some(40)).unwrap();
+        let split = run.split.unwrap();
+        assert!((split.prefill_tokens_per_second - 400.0).abs() < 1e-6);
+        assert!((split.decode_tokens_per_second - 200.0).abs() < 1e-6);
+        assert!((run.output_tokens_per_second - 7.0 / 0.12).abs() < 1e-6);
         assert_eq!(run.gaps, vec![Duration::from_millis(10); 4]);
+        // Sequences that follow one another have no such border.
+        let run = BatchRun::of(start, &times, None).unwrap();
+        assert!(run.split.is_none());
+        assert_eq!(run.gaps.len(), 5);
     }
 
     #[test]
