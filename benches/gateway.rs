@@ -161,7 +161,6 @@ fn scrape(criterion: &mut Criterion) {
         let config = MetricsConfig {
             max_adapter_labels: ADAPTERS,
             refresh,
-            ..MetricsConfig::default()
         };
         let router = router(ADAPTERS, config);
         let text = runtime.block_on(async {

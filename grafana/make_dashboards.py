@@ -15,13 +15,25 @@ I = 'instance=~"$instance"'
 A = f'adapter=~"$adapter",{I}'
 
 
+# Counted by adapter: what a label that was lost had counted goes to the label "(former)" all at once, which is no rate.
+BY_ADAPTER = ("polylora_http_requests_total", "polylora_requests_total", "polylora_prompt_tokens_total", "polylora_cached_prompt_tokens_total",
+              "polylora_output_tokens_total", "polylora_adapter_", "polylora_alias_requests_total")
+
+
+def counted(metric, labels):
+    is_by_adapter = metric.startswith(BY_ADAPTER) and not metric.startswith("polylora_adapter_load_seconds")
+    return f'{labels},adapter!="(former)"' if is_by_adapter else labels
+
+
 def rate(metric, labels=I, by=""):
+    labels = counted(metric, labels)
     inner = f"sum {f'by ({by}) ' if by else ''}(rate({metric}{{{labels}}}[$__rate_interval]))"
     return inner
 
 
 def quantile(q, metric, labels=I, by=""):
     by = f"le, {by}" if by else "le"
+    labels = counted(metric, labels)
     return f"histogram_quantile({q}, sum by ({by}) (rate({metric}_bucket{{{labels}}}[$__rate_interval])))"
 
 

@@ -102,6 +102,8 @@ pub struct AliasTarget {
     adapter: Arc<str>,
     weight: f64,
     requests: Arc<AtomicU64>,
+    /// How many of them have been taken.
+    taken: Arc<AtomicU64>,
 }
 
 impl AliasTarget {
@@ -118,6 +120,12 @@ impl AliasTarget {
     /// Requests that got it by this alias.
     pub fn requests_total(&self) -> u64 {
         self.requests.load(Relaxed)
+    }
+
+    /// Those since this was asked last: for one asker.
+    pub fn take_new_requests(&self) -> u64 {
+        let requests = self.requests_total();
+        requests.saturating_sub(self.taken.fetch_max(requests, Relaxed))
     }
 }
 
@@ -243,14 +251,19 @@ impl Aliases {
         let mut state = self.state.write();
         state.check(definition, names)?;
         let old = state.by_name.get(definition.name.as_str()).cloned();
-        let count = |adapter: &str| {
+        let counts = |adapter: &str| {
             let kept = old.iter().flat_map(|old| &old.targets).find(|target| *target.adapter == *adapter);
-            kept.map(|target| Arc::clone(&target.requests)).unwrap_or_default()
+            kept.map(|target| (Arc::clone(&target.requests), Arc::clone(&target.taken)))
+                .unwrap_or_default()
         };
-        let targets = definition.targets.iter().map(|target| AliasTarget {
-            adapter: target.adapter.as_str().into(),
-            weight: target.weight,
-            requests: count(&target.adapter),
+        let targets = definition.targets.iter().map(|target| {
+            let (requests, taken) = counts(&target.adapter);
+            AliasTarget {
+                adapter: target.adapter.as_str().into(),
+                weight: target.weight,
+                requests,
+                taken,
+            }
         });
         let alias = Arc::new(Alias {
             name: definition.name.as_str().into(),

@@ -239,7 +239,7 @@ struct ServeArgs {
     /// Do not keep the KV of finished prompts for later ones that begin alike.
     #[arg(long, alias = "no-enable-prefix-caching", help_heading = "Engine")]
     disable_radix_cache: bool,
-    /// Adapters with series of their own on /metrics; later ones share the label `(other)`.
+    /// Adapters with series of their own on /metrics: those with most traffic; the others share the label `(other)`.
     #[arg(long, default_value_t = 64, value_name = "N", help_heading = "Engine")]
     metrics_max_adapters: usize,
 

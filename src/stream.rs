@@ -144,7 +144,8 @@ pub struct TextStream {
 
 impl TextStream {
     /// Text of a request's tokens.
-    pub fn new(tokens: TokenStream, tokenizer: Arc<TextTokenizer>, options: TextOptions, held: Held) -> Self {
+    pub fn new(tokens: TokenStream, tokenizer: Arc<TextTokenizer>, options: TextOptions, mut held: Held) -> Self {
+        held.metrics.submitted(tokens.stages());
         Self {
             tokens: Some(tokens),
             held: Some(held),

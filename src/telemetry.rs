@@ -1,8 +1,8 @@
 //! The log, and traces for an OpenTelemetry collector (feature `otlp`).
 //!
 //! A request is a span, `request`, and its stages are spans in it: `adapter` (a lease on it, which may wait for its load and comes first, since
-//! the adapter may have a tokenizer of its own), `render` (chat template), `tokenize`, `grammar` (compiling one), and for each output `prefill`
-//! (waiting for its turn included) and `decode`. The stages are at level `debug`: without a collector, and at the usual log level, they cost
+//! the adapter may have a tokenizer of its own), `render` (chat template), `tokenize`, `grammar` (compiling one), and for each output the
+//! engine's [`polylora_engine::stages`]: `queue`, `prefill` and `decode`, which begin and end when they do there. The stages are at level `debug`: without a collector, and at the usual log level, they cost
 //! nothing.
 
 use std::io::IsTerminal;
@@ -68,7 +68,8 @@ fn export(otlp: Option<&OtlpSettings>) -> anyhow::Result<(Telemetry, Option<Boxe
     // Spans of the gateway alone: those of others are no stages of a request, and the exporter's own would never end.
     let spans = Targets::new()
         .with_target("polylora", LevelFilter::DEBUG)
-        .with_target("polylora_engine", LevelFilter::OFF);
+        .with_target("polylora_engine", LevelFilter::OFF)
+        .with_target(polylora_engine::stages::TARGET, LevelFilter::DEBUG);
     let layer = tracing_opentelemetry::layer()
         .with_tracer(provider.tracer("polylora"))
         .with_location(false)
@@ -162,6 +163,131 @@ mod otlp_client {
             let body = body.with_config().limit(MAX_ANSWER_BYTES).read_to_vec()?;
             Ok(Response::from_parts(parts, body.into()))
         }
+    }
+}
+
+#[cfg(test)]
+mod stages_tests {
+    use std::{collections::BTreeMap, sync::Arc};
+
+    use parking_lot::Mutex;
+    use polylora_engine::{GenerationRequest, LogprobsParams, SamplingParams, Stages};
+    use tracing::{
+        field::{Field, Visit},
+        span::{Attributes, Id, Record},
+    };
+    use tracing_subscriber::{layer::Context, registry::LookupSpan};
+
+    use super::*;
+
+    type Recorded = BTreeMap<String, String>;
+
+    /// Begins (with the parent) and ends of spans in their order, and what was recorded of each.
+    #[derive(Clone, Default)]
+    struct Seen(Arc<Mutex<(Vec<String>, Recorded)>>);
+
+    struct Fields<'a>(&'a str, &'a mut Recorded);
+
+    impl Visit for Fields<'_> {
+        fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+            self.1.insert(format!("{}.{field}", self.0), format!("{value:?}"));
+        }
+    }
+
+    impl<S: tracing::Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Seen {
+        fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
+            let span = context.span(id).unwrap();
+            let parent = span.parent().map_or("nothing", |parent| parent.name());
+            let mut seen = self.0.lock();
+            seen.0.push(format!("{} in {parent}", span.name()));
+            attributes.record(&mut Fields(span.name(), &mut seen.1));
+        }
+
+        fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
+            values.record(&mut Fields(context.span(id).unwrap().name(), &mut self.0.lock().1));
+        }
+
+        fn on_close(&self, id: Id, context: Context<'_, S>) {
+            let name = context.span(&id).unwrap().name();
+            self.0.lock().0.push(format!("{name} ends"));
+        }
+    }
+
+    /// What a subscriber sees of one request, to which `happens` happens.
+    fn seen(happens: impl FnOnce(&Stages)) -> (Vec<String>, Recorded) {
+        let seen = Seen::default();
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(seen.clone()), || {
+            let span = tracing::info_span!("request");
+            let stages = span.in_scope(|| {
+                Stages::begin(&GenerationRequest {
+                    prompt_tokens: vec![1, 2, 3],
+                    sampling: SamplingParams::default(),
+                    adapter: None,
+                    logprobs: LogprobsParams::default(),
+                    constraint: None,
+                    fairness_key: "".into(),
+                })
+            });
+            happens(&stages);
+            drop(span);
+            // The engine finds out later.
+            seen.0.lock().0.push("answered".into());
+            assert!(stages.admit().is_none() || stages.queued().is_some());
+            stages.compute(0);
+        });
+        let seen = seen.0.lock();
+        seen.clone()
+    }
+
+    #[test]
+    fn the_stages_of_a_request_are_spans_in_its_own_one_after_the_other() {
+        let (spans, fields) = seen(|stages| {
+            assert_eq!((stages.queued(), stages.prefilled()), (None, None));
+            let queued = stages.admit().expect("this is the first time");
+            assert_eq!(stages.queued(), Some(queued));
+            assert_eq!(stages.admit(), None, "pushed back and admitted again: it has run before");
+            let took = stages.compute(2);
+            assert_eq!((stages.queued(), stages.prefilled()), (Some(queued), Some(took)));
+            stages.end(7, "stop");
+        });
+        let expected = [
+            "request in nothing",
+            "queue in request",
+            "queue ends",
+            "prefill in request",
+            "prefill ends",
+            "decode in request",
+            "decode ends",
+            "request ends",
+            "answered",
+        ];
+        assert_eq!(spans, expected);
+        for (field, value) in [
+            ("prefill.adapter", "\"(base)\""),
+            ("prefill.prompt_tokens", "3"),
+            ("prefill.cached_tokens", "2"),
+            ("decode.output_tokens", "7"),
+            ("decode.outcome", "\"stop\""),
+        ] {
+            assert_eq!(fields.get(field).map(String::as_str), Some(value), "{field}: {fields:?}");
+        }
+    }
+
+    #[test]
+    fn a_request_whose_client_goes_away_has_no_stages_after_that() {
+        let (spans, _) = seen(|stages| stages.end(0, "abort"));
+        assert_eq!(
+            spans,
+            ["request in nothing", "queue in request", "queue ends", "request ends", "answered"]
+        );
+        let (spans, _) = seen(|stages| {
+            stages.admit();
+            stages.end(0, "abort");
+        });
+        assert_eq!(
+            spans[2..],
+            ["queue ends", "prefill in request", "prefill ends", "request ends", "answered"]
+        );
     }
 }
 

@@ -154,6 +154,32 @@ fn dashboards_show_what_matters() {
     }
 }
 
+/// The rates and increases of a PromQL text: what stands in their parentheses.
+fn rates(text: &str) -> Vec<&str> {
+    let begins = ["rate(", "increase("]
+        .into_iter()
+        .flat_map(|call| text.match_indices(call).map(move |(begin, _)| begin + call.len()));
+    begins.map(|begin| text[begin..].split('[').next().unwrap()).collect()
+}
+
+#[test]
+fn what_lost_labels_had_counted_is_in_no_rate() {
+    let mut texts = vec![read("rules.yml")];
+    for dashboard in ["overview.json", "adapters.json"].map(dashboard) {
+        let targets = panels(&dashboard).flat_map(|panel| panel["targets"].as_array().unwrap());
+        texts.extend(targets.map(|target| target["expr"].as_str().unwrap().to_owned()));
+    }
+    let mut checked = 0;
+    for inner in texts.iter().flat_map(|text| rates(text)) {
+        let (name, _) = metrics(inner).remove(0);
+        if definition(&name).is_some_and(|definition| definition.labels.contains(&"adapter")) {
+            assert!(inner.contains("adapter!=\"(former)\""), "{inner}");
+            checked += 1;
+        }
+    }
+    assert!(checked > 15, "{checked}");
+}
+
 #[test]
 fn a_wrong_name_or_label_is_found() {
     assert_eq!(

@@ -129,7 +129,7 @@ async fn a_request_is_a_span_of_the_client_s_trace_and_its_stages_are_spans_in_i
         assert_eq!(facts.get(key).map(String::as_str), Some(value), "{key}: {facts:?}");
     }
     let mut began = request.start_time_unix_nano;
-    for stage in ["adapter", "render", "tokenize", "prefill", "decode"] {
+    for stage in ["adapter", "render", "tokenize", "queue", "prefill", "decode"] {
         let span = named(stage);
         assert_eq!(hex(&span.parent_span_id), hex(&request.span_id), "{stage}");
         assert!(

@@ -19,6 +19,7 @@ pub mod residency;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
+pub mod stages;
 pub mod stats;
 #[cfg(test)]
 mod testing;
@@ -33,6 +34,7 @@ pub use request::{
     Constraint, FinishReason, GenerationRequest, LogprobsParams, PromptLogprobsParams, RequestError, RequestId, SamplingParams, SubmitError,
     TokenEvent, TokenLogprobs,
 };
+pub use stages::Stages;
 pub use stats::{AdapterMoves, AdapterStats, Histogram};
 
 /// A boxed future, so that the trait stays object-safe.
@@ -196,14 +198,21 @@ pub struct TokenStream {
     /// Identity of the request.
     pub request_id: RequestId,
     events: tokio::sync::mpsc::UnboundedReceiver<TokenEvent>,
+    stages: Arc<Stages>,
 }
 
 impl TokenStream {
-    /// A stream and the end that the engine writes to. The channel holds at most `max_tokens + 2` events, since that is all
+    /// A stream, and the end that the engine writes to. The channel holds at most `max_tokens + 2` events, since that is all
     /// that a request makes: a slow reader can't grow it without bound. The engine sees a dropped stream by `is_closed`.
-    pub fn channel(request_id: RequestId) -> (tokio::sync::mpsc::UnboundedSender<TokenEvent>, Self) {
+    pub fn channel(request_id: RequestId, stages: Arc<Stages>) -> (tokio::sync::mpsc::UnboundedSender<TokenEvent>, Self) {
         let (sender, events) = tokio::sync::mpsc::unbounded_channel();
-        (sender, Self { request_id, events })
+        let stream = Self { request_id, events, stages };
+        (sender, stream)
+    }
+
+    /// How far the request is.
+    pub fn stages(&self) -> &Arc<Stages> {
+        &self.stages
     }
 
     /// The next event; `None` after the terminal one.

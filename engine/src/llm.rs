@@ -24,6 +24,7 @@ use crate::{
     request::{GenerationRequest, RequestId, SubmitError},
     residency::DeviceResidency,
     scheduler::{Scheduler, SchedulerConfig},
+    stages::Stages,
     worker::{Command, EventSender, NewRequest, Permit, Shared, Worker},
 };
 
@@ -288,13 +289,14 @@ impl InferenceEngine for LlmEngine {
             limit: waiting,
         })?;
         let request_id = RequestId(self.next_request_id.fetch_add(1, SeqCst));
-        let (sender, stream) = TokenStream::channel(request_id);
+        let stages = Arc::new(Stages::begin(&request));
+        let (sender, stream) = TokenStream::channel(request_id, Arc::clone(&stages));
         let new = NewRequest {
             request_id,
             request,
             events: EventSender::new(sender),
             permit,
-            submitted: Instant::now(),
+            stages,
         };
         match self.commands.send(Command::Submit(Box::new(new))) {
             Ok(()) => Ok(stream),

@@ -24,6 +24,7 @@ use crate::{
         registry::check_adapter_name,
     },
     request::Constraint,
+    stages::Stages,
 };
 
 /// One instruction of a script.
@@ -471,6 +472,7 @@ impl MockEngine {
 /// A script in progress.
 struct Run {
     sender: Option<UnboundedSender<TokenEvent>>,
+    stages: Arc<Stages>,
     started: bool,
     script: Script,
     request: Recorded,
@@ -521,6 +523,7 @@ impl Run {
                 .map(|&token| self.logprobs(token, params.top_k))
                 .collect();
         }
+        self.stages.compute(self.script.cached_tokens);
         self.send(TokenEvent::Started {
             cached_tokens: self.script.cached_tokens,
             prompt_logprobs,
@@ -607,6 +610,7 @@ impl InferenceEngine for MockEngine {
 
     fn submit(&self, request: GenerationRequest) -> Result<TokenStream, SubmitError> {
         self.check(&request)?;
+        let stages = Arc::new(Stages::begin(&request));
         let vocab_size = request.vocab_size(self.description.vocab_size);
         let recorded = Recorded {
             prompt_tokens: request.prompt_tokens,
@@ -623,9 +627,10 @@ impl InferenceEngine for MockEngine {
         }
         let context_room = (self.description.context_length - recorded.prompt_tokens.len()) as u32;
         let mut requests = self.requests.lock();
-        let (sender, stream) = TokenStream::channel(RequestId(requests.len() as u64));
+        let (sender, stream) = TokenStream::channel(RequestId(requests.len() as u64), Arc::clone(&stages));
         let run = Arc::new(Mutex::new(Run {
             sender: Some(sender),
+            stages,
             started: false,
             script,
             stop_token_ids,
@@ -641,6 +646,8 @@ impl InferenceEngine for MockEngine {
             run: Arc::clone(&run),
         });
         drop(requests);
+        // Its batch has room for all.
+        run.lock().stages.admit();
         advance(&run);
         Ok(stream)
     }

@@ -30,6 +30,7 @@ use crate::{
     residency::{BackendResidency, DeviceResidency},
     scheduler::{Schedule, ScheduledStep, Scheduler},
     sequence::Sequence,
+    stages::Stages,
     stats::{AdapterCounters, AdapterTable, LOAD_SECONDS_BOUNDS},
 };
 
@@ -67,7 +68,7 @@ pub(crate) struct NewRequest {
     pub request: GenerationRequest,
     pub events: EventSender,
     pub permit: Permit,
-    pub submitted: Instant,
+    pub stages: Arc<Stages>,
 }
 
 /// What the engine thread and the callers' threads both see. No lock here is held for longer than a pointer is copied.
@@ -146,9 +147,8 @@ enum Outgoing {
 /// A request that the scheduler has a sequence of.
 struct ActiveRequest {
     events: EventSender,
-    submitted: Instant,
+    stages: Arc<Stages>,
     prompt_len: usize,
-    admitted: Option<Instant>,
     gauge: Option<AdapterGauge>,
     _permit: Permit,
 }
@@ -353,9 +353,8 @@ impl Worker {
         let counters = new.request.adapter.as_ref().map(|lease| self.shared.adapters.counters(lease.label()));
         let active = ActiveRequest {
             events: new.events,
-            submitted: new.submitted,
+            stages: new.stages,
             prompt_len: new.request.prompt_tokens.len(),
-            admitted: None,
             gauge: counters.map(AdapterGauge::new),
             _permit: new.permit,
         };
@@ -478,16 +477,13 @@ impl Worker {
 
     fn note_runs(&mut self, request_id: RequestId, runs: bool) {
         let request = self.requests.get_mut(&request_id).expect("a scheduled request is active");
-        let is_first = runs && request.admitted.is_none();
-        let now = Instant::now();
-        let waited = now.duration_since(request.submitted);
-        if is_first {
-            request.admitted = Some(now);
+        let waited = if runs { request.stages.admit() } else { None };
+        if let Some(waited) = waited {
             self.stats.queue_seconds.observe(waited.as_secs_f64());
         }
         if let Some(gauge) = &mut request.gauge {
             gauge.set_runs(runs);
-            if is_first {
+            if let Some(waited) = waited {
                 gauge.counters.admitted.fetch_add(1, Relaxed);
                 gauge.counters.waiting_nanos.fetch_add(waited.as_nanos() as u64, Relaxed);
             }
@@ -528,10 +524,10 @@ impl Worker {
         for (request_id, event) in events {
             let token_id = match &event {
                 TokenEvent::Token { token_id, .. } => Some(*token_id),
-                TokenEvent::Started { .. } => {
-                    let admitted = self.requests.get(&request_id).and_then(|request| request.admitted);
-                    let since = admitted.map_or(Duration::ZERO, |admitted| admitted.elapsed());
-                    self.stats.prefill_seconds.observe(since.as_secs_f64());
+                TokenEvent::Started { cached_tokens, .. } => {
+                    let stages = self.requests.get(&request_id).map(|request| &request.stages);
+                    let took = stages.map_or(Duration::ZERO, |stages| stages.compute(*cached_tokens));
+                    self.stats.prefill_seconds.observe(took.as_secs_f64());
                     None
                 }
                 _ => None,

@@ -56,7 +56,7 @@ const TOKEN_BUCKETS: &[f64] = &[
     1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0, 20000.0, 50000.0, 100000.0, 200000.0,
 ];
 const N_BUCKETS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0];
-const ADAPTER_TTFT_BUCKETS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+pub(super) const ADAPTER_TTFT_BUCKETS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 const DETOKENIZE_BUCKETS: &[f64] = &[
     0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1,
 ];
@@ -97,7 +97,7 @@ definitions! {
     VLLM_PARAM_MAX_TOKENS = "vllm:request_params_max_tokens", Kind::Histogram(TOKEN_BUCKETS), VLLM, "The max_tokens of requests.";
     VLLM_CACHE_CONFIG = "vllm:cache_config_info", Kind::Gauge, &["block_size", "num_gpu_blocks", "engine"], "Always 1; the KV cache's shape is in the labels.";
     VLLM_LORA_INFO = "vllm:lora_requests_info", Kind::Gauge, &["max_lora", "running_lora_adapters", "waiting_lora_adapters"], "Unix time of the scrape; adapters that run, and that only wait, are in the labels.";
-    VLLM_LORA_LOADED = "vllm:lora_adapter_loaded", Kind::Gauge, &["engine", "adapter_name", "level", "pinned"], "1 for each adapter in memory, by where it is (gpu is the device tier, cpu host memory).";
+    VLLM_LORA_LOADED = "vllm:lora_adapter_loaded", Kind::Gauge, &["engine", "adapter_name", "level", "pinned"], "1 for each adapter in memory that has a label, by where it is (gpu is the device tier, cpu host memory).";
     VLLM_LORA_GPU = "vllm:num_gpu_loaded_lora_adapters", Kind::Gauge, &["engine"], "Adapters on the device.";
     VLLM_LORA_CPU = "vllm:num_cpu_loaded_lora_adapters", Kind::Gauge, &["engine"], "Adapters in host memory, those on the device included.";
     // SGLang's names.
@@ -111,17 +111,17 @@ definitions! {
     BUILD_INFO = "polylora_build_info", Kind::Gauge, &["version", "model", "architecture", "device", "dtype"], "Always 1; what runs is in the labels.";
     CONFIG_INFO = "polylora_config_info", Kind::Gauge, &["context_length", "max_running_requests", "max_queued_requests", "max_loras_per_batch", "max_loaded_loras", "num_blocks", "block_size"], "Always 1; the engine's bounds are in the labels.";
     HEALTHY = "polylora_engine_healthy", Kind::Gauge, &[], "1 until the device has failed.";
-    HTTP_REQUESTS = "polylora_http_requests_total", Kind::Counter, &["route", "model", "adapter", "status"], "HTTP requests answered, by route, the model and adapter that they ran on (empty if they named none that there is), and status.";
-    REQUESTS = "polylora_requests_total", Kind::Counter, &["adapter", "outcome"], "Sequences that ended, by adapter and outcome (stop, length, abort, error).";
+    HTTP_REQUESTS = "polylora_http_requests_total", Kind::Counter, &["route", "model", "adapter", "status"], "HTTP requests answered, by route, the model and adapter that they ran on (empty if they named none that there is; see polylora_requests_total), and status.";
+    REQUESTS = "polylora_requests_total", Kind::Counter, &["adapter", "outcome"], "Sequences that ended, by adapter and outcome (stop, length, abort, error). The adapters with most traffic have a label each; (other) are those without, (former) is what labels that were lost had counted: leave it out of rates.";
     PROMPT_TOKENS = "polylora_prompt_tokens_total", Kind::Counter, &["adapter"], "Prompt tokens of started sequences, by adapter.";
     CACHED_TOKENS = "polylora_cached_prompt_tokens_total", Kind::Counter, &["adapter"], "Of those, tokens whose KV was in the prefix cache.";
     OUTPUT_TOKENS = "polylora_output_tokens_total", Kind::Counter, &["adapter"], "Tokens generated, by adapter.";
     ADAPTER_TTFT = "polylora_adapter_time_to_first_token_seconds", Kind::Histogram(ADAPTER_TTFT_BUCKETS), &["adapter"], "From a sequence's arrival to its first token, by adapter.";
     CACHE_HITS = "polylora_adapter_cache_hits_total", Kind::Counter, &["adapter", "tier"], "Requests that found their adapter in this tier (device, host, disk) on arrival.";
     CACHE_MISSES = "polylora_adapter_cache_misses_total", Kind::Counter, &["adapter", "tier"], "Requests that did not find their adapter in this tier on arrival.";
-    ADAPTER_RUNNING = "polylora_adapter_running_requests", Kind::Gauge, &["adapter"], "Requests in the batch, by adapter.";
-    ADAPTER_WAITING = "polylora_adapter_waiting_requests", Kind::Gauge, &["adapter"], "Requests waiting, by adapter.";
-    ADAPTER_WAITED = "polylora_adapter_waiting_seconds_total", Kind::Counter, &["adapter"], "Time that admitted requests had waited, by adapter.";
+    ADAPTER_RUNNING = "polylora_adapter_running_requests", Kind::Gauge, &["adapter"], "Requests in the batch, by adapter with a label; the rest together.";
+    ADAPTER_WAITING = "polylora_adapter_waiting_requests", Kind::Gauge, &["adapter"], "Requests waiting, by adapter with a label; the rest together.";
+    ADAPTER_WAITED = "polylora_adapter_waiting_seconds_total", Kind::Counter, &["adapter"], "Time that admitted requests had waited for their admission, by adapter.";
     LOADS = "polylora_adapter_loads_total", Kind::Counter, &["adapter", "outcome"], "Times that an adapter was read, checked and packed into host memory, by outcome (ok, error).";
     UNLOADS = "polylora_adapter_unloads_total", Kind::Counter, &[], "Adapters unloaded by an operator.";
     LOAD_SECONDS = "polylora_adapter_load_seconds", Kind::Histogram(LOAD_SECONDS_BOUNDS), &["stage"], "Time that loads of adapters took, by stage: fetch (find or download the files), pack (read, check, pack into host memory), upload (copy to the device).";
@@ -134,9 +134,9 @@ definitions! {
     ADAPTER_BYTES = "polylora_adapter_resident_bytes", Kind::Gauge, &["tier"], "Bytes of adapters in each tier.";
     ADAPTER_CAPACITY = "polylora_adapter_capacity_bytes", Kind::Gauge, &["tier"], "Bytes that adapters may take on the device.";
     ADAPTERS = "polylora_adapters", Kind::Gauge, &["state"], "Adapters by state: registered (known by name), host, device.";
-    ADAPTER_LEASES = "polylora_adapter_leases", Kind::Gauge, &["adapter"], "Requests in flight that hold the adapter.";
-    ALIAS_REQUESTS = "polylora_alias_requests_total", Kind::Counter, &["alias", "adapter"], "Requests that named an alias, by the adapter that it chose.";
-    ALIAS_SHARE = "polylora_alias_share", Kind::Gauge, &["alias", "adapter"], "Part of an alias's callers that an adapter answers; the parts of an alias sum to 1.";
+    ADAPTER_LEASES = "polylora_adapter_leases", Kind::Gauge, &["adapter"], "Requests in flight that hold the adapter, by adapter with a label; the rest together.";
+    ALIAS_REQUESTS = "polylora_alias_requests_total", Kind::Counter, &["alias", "adapter"], "Requests that named an alias, by the adapter that it chose, if that has a label.";
+    ALIAS_SHARE = "polylora_alias_share", Kind::Gauge, &["alias", "adapter"], "Part of an alias's callers that an adapter with a label answers, or the rest together; the parts of an alias sum to 1.";
     STEPS = "polylora_steps_total", Kind::Counter, &[], "Batches run.";
     STEP_SECONDS = "polylora_step_seconds", Kind::Histogram(ITL_BUCKETS), &[], "From the scheduling of a batch to the commit of its output.";
     STEP_ROWS = "polylora_step_rows", Kind::Histogram(TOKEN_BUCKETS), &[], "Rows of a batch: a prompt's chunk has many, a decoding sequence one.";

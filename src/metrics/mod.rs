@@ -3,9 +3,7 @@
 //! Recorders are values, none is global: each app (and each test) has its own. Series differ by how long they live:
 //!
 //! - what the gateway counts as it happens lives as long as the server;
-//! - series of adapters live as long as the adapter has a label. Adapter names are client-made, so at most
-//!   [`MetricsConfig::max_adapter_labels`] names have one; the others share `(other)`, and the base model is `(base)`. A name that has
-//!   not been asked for in [`MetricsConfig::adapter_idle`] gives its label up to a new one, and its series vanish likewise later;
+//! - what is counted by adapter lives as long as the adapter has a label: names are client-made, and [`adapter_series`] says who has one;
 //! - what the engine counts is read at a scrape, from statistics that it publishes (no lock of its own is taken), and written at once:
 //!   an adapter that has left the device, or yesterday's list of waiting adapters, leaves nothing behind. So it is with two kinds of
 //!   samples that the library can't take: histograms that the engine has counted already, and counters of seconds, which the library has
@@ -15,7 +13,7 @@
 //! dashboards: it is written once in [`MetricsConfig::refresh`], and scrapes share its bytes.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     fmt::{Display, Write},
     sync::{
         Arc,
@@ -27,26 +25,25 @@ use std::{
 use ::metrics::{Counter, Histogram, Level, Metadata, Recorder};
 use bytes::Bytes;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder, formatting};
-use metrics_util::MetricKindMask;
 use parking_lot::Mutex;
-use polylora_engine::{AdapterInfo, AdapterMoves, AdapterStats, EngineDescription, EngineStats, InferenceEngine, adapter::AdapterState};
+use polylora_engine::{
+    AdapterInfo, AdapterMoves, AdapterStats, EngineDescription, EngineStats, InferenceEngine, Stages,
+    adapter::{AdapterState, registry::COMBINATION_LABEL},
+};
 
-use crate::aliases::Aliases;
+use crate::aliases::{Alias, Aliases};
 
+pub mod adapter_series;
 pub mod definitions;
+mod heavy_hitters;
 
+use adapter_series::{AdapterCounters, AdapterSeries, alias_counts, write_counts};
+pub use adapter_series::{BASE_LABEL, FORMER_LABEL, OTHER_LABEL, Outcome, SEVERAL_LABEL};
 use definitions::*;
 pub use definitions::{ALL, Definition, Kind};
 
 /// Media type of [`Metrics::render`]'s text.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
-
-/// Label value of the base model where adapters have their name.
-pub const BASE_LABEL: &str = "(base)";
-/// Label value shared by adapters beyond the bound.
-pub const OTHER_LABEL: &str = "(other)";
-/// Label value of a request that runs on several adapters.
-pub const SEVERAL_LABEL: &str = "(several)";
 
 /// The library keeps observations one by one until a scrape puts them into buckets; without scrapes, this many do.
 const OBSERVATIONS_PER_UPKEEP: u64 = 8192;
@@ -58,8 +55,6 @@ static METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, 
 pub struct MetricsConfig {
     /// Adapters with series of their own.
     pub max_adapter_labels: usize,
-    /// How long an adapter keeps its label unasked for when another wants it, and its series when it has lost the label.
-    pub adapter_idle: Duration,
     /// How old the long part of an answer may be, which is all but what the engine says.
     pub refresh: Duration,
 }
@@ -68,41 +63,10 @@ impl Default for MetricsConfig {
     fn default() -> Self {
         Self {
             max_adapter_labels: 64,
-            adapter_idle: Duration::from_secs(3600),
             refresh: Duration::from_secs(1),
         }
     }
 }
-
-/// How a sequence ended, as far as metrics tell.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Outcome {
-    /// End of sequence, stop token, stop string, complete constraint.
-    Stop,
-    /// `max_tokens` or the context's end.
-    Length,
-    /// Aborted, or the client went away.
-    Abort,
-    /// Failed.
-    Error,
-}
-
-impl Outcome {
-    const ALL: [Self; 4] = [Self::Stop, Self::Length, Self::Abort, Self::Error];
-
-    /// The label's value.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Stop => "stop",
-            Self::Length => "length",
-            Self::Abort => "abort",
-            Self::Error => "error",
-        }
-    }
-}
-
-/// A tier that adapters are looked for in, fastest first.
-const TIERS: [&str; 3] = ["device", "host", "disk"];
 
 /// A recorder, and what its text is got by.
 struct Registry {
@@ -111,9 +75,9 @@ struct Registry {
 }
 
 impl Registry {
-    /// For metrics that are counted as things happen; unchanged for `idle`, their series vanish.
-    fn lasting(definitions: &[Definition], idle: Option<Duration>) -> Self {
-        let mut builder = PrometheusBuilder::new().idle_timeout(MetricKindMask::COUNTER | MetricKindMask::HISTOGRAM, idle);
+    /// For metrics that are counted as things happen.
+    fn lasting(definitions: &[Definition]) -> Self {
+        let mut builder = PrometheusBuilder::new();
         for definition in definitions {
             if let Kind::Histogram(bounds) = definition.kind {
                 let name = Matcher::Full(definition.name.to_owned());
@@ -192,11 +156,7 @@ pub struct Metrics {
     successes: [Counter; 4],
     unloads: Counter,
     fetch_seconds: Mutex<polylora_engine::Histogram>,
-    adapters: Registry,
-    labels: Mutex<HashMap<Arc<str>, AdapterLabel>>,
-    http: Mutex<HashMap<HttpSeries, Counter>>,
-    base: Arc<AdapterSeries>,
-    others: Arc<AdapterSeries>,
+    adapters: AdapterCounters,
     /// The long part, and when writing it began.
     long_part: Mutex<Option<(Instant, Bytes)>>,
     is_renewing: AtomicBool,
@@ -216,20 +176,6 @@ struct Latency {
     max_tokens: Histogram,
 }
 
-struct AdapterLabel {
-    series: Arc<AdapterSeries>,
-    /// None for one that has only been loaded: it gives way to any that is asked for.
-    asked_at: Option<Instant>,
-}
-
-/// One counter of HTTP requests. Routes and statuses are few, and adapters are labels.
-#[derive(PartialEq, Eq, Hash)]
-struct HttpSeries {
-    route: Arc<str>,
-    adapter: Arc<str>,
-    status: u16,
-}
-
 /// The adapters at a scrape, as the engine tells of them.
 #[derive(Default)]
 struct AdapterReport {
@@ -237,14 +183,17 @@ struct AdapterReport {
     busy: Vec<AdapterStats>,
     /// Since the last such report.
     moves: Vec<AdapterMoves>,
+    /// By name.
+    aliases: Vec<Arc<Alias>>,
 }
 
 impl AdapterReport {
-    fn of(engine: &dyn InferenceEngine) -> Self {
+    fn of(engine: &dyn InferenceEngine, aliases: &Aliases) -> Self {
         Self {
             list: engine.list_adapters(),
             busy: engine.adapter_stats(),
             moves: engine.take_adapter_moves(),
+            aliases: aliases.list(),
         }
     }
 }
@@ -270,76 +219,11 @@ impl RunsOn {
     }
 }
 
-/// The counters of one adapter (or of the base model, or of all others).
-struct AdapterSeries {
-    label: Arc<str>,
-    outcomes: [Counter; 4],
-    prompt_tokens: Counter,
-    cached_tokens: Counter,
-    output_tokens: Counter,
-    /// By [`TIERS`].
-    hits: [Counter; 3],
-    misses: [Counter; 3],
-    /// Good ones, failed ones.
-    loads: [Counter; 2],
-    uploads: Counter,
-    /// Of the device, of host memory.
-    evictions: [Counter; 2],
-}
-
-impl AdapterSeries {
-    fn new(adapters: &Registry, label: &str) -> Self {
-        let counter = |definition| adapters.counter(definition, &[label]);
-        // The base model is looked for nowhere, and neither comes nor goes.
-        let moving = |definition, labels: &[&str]| match label {
-            BASE_LABEL => Counter::noop(),
-            _ => adapters.counter(definition, labels),
-        };
-        let tiers = |definition| TIERS.map(|tier| moving(definition, &[label, tier]));
-        let series = Self {
-            label: label.into(),
-            outcomes: Outcome::ALL.map(|outcome| adapters.counter(&REQUESTS, &[label, outcome.as_str()])),
-            prompt_tokens: counter(&PROMPT_TOKENS),
-            cached_tokens: counter(&CACHED_TOKENS),
-            output_tokens: counter(&OUTPUT_TOKENS),
-            hits: tiers(&CACHE_HITS),
-            misses: tiers(&CACHE_MISSES),
-            loads: ["ok", "error"].map(|outcome| moving(&LOADS, &[label, outcome])),
-            uploads: moving(&ADAPTER_UPLOADS, &[label]),
-            evictions: [TIERS[0], TIERS[1]].map(|tier| moving(&EVICTIONS, &[label, tier])),
-        };
-        series.keep();
-        series
-    }
-
-    /// Tells the library that the series are wanted, also if nothing has been counted for long.
-    fn keep(&self) {
-        let others = [&self.prompt_tokens, &self.cached_tokens, &self.output_tokens, &self.uploads];
-        let tiers = self.hits.iter().chain(&self.misses).chain(&self.evictions);
-        for counter in self.outcomes.iter().chain(others).chain(tiers).chain(&self.loads) {
-            counter.increment(0);
-        }
-    }
-
-    fn moved(&self, moves: &AdapterMoves) {
-        self.loads[0].increment(moves.loads);
-        self.loads[1].increment(moves.load_failures);
-        self.uploads.increment(moves.device_uploads);
-        self.evictions[0].increment(moves.device_evictions);
-        self.evictions[1].increment(moves.host_evictions);
-    }
-}
-
 impl Metrics {
     /// Metrics of a server that serves `served_model_name` from an engine described by `description`.
     pub fn new(served_model_name: &str, description: &EngineDescription, config: MetricsConfig) -> Self {
-        let server = Registry::lasting(ALL, None);
-        let adapters = Registry::lasting(ALL, Some(config.adapter_idle));
+        let server = Registry::lasting(ALL);
         let histogram = |definition| server.histogram(definition, &[served_model_name, "0"]);
-        // The base model's series are there before any traffic: a missing series makes alerts and routers blind.
-        let base = Arc::new(AdapterSeries::new(&adapters, BASE_LABEL));
-        let others = Arc::new(AdapterSeries::new(&adapters, OTHER_LABEL));
-        let _ = adapters.histogram(&ADAPTER_TTFT, &[BASE_LABEL]);
         Self {
             config,
             model: served_model_name.to_owned(),
@@ -361,12 +245,8 @@ impl Metrics {
             successes: Outcome::ALL.map(|outcome| server.counter(&VLLM_SUCCESS, &[served_model_name, "0", outcome.as_str()])),
             unloads: server.counter(&UNLOADS, &[]),
             server,
-            adapters,
+            adapters: AdapterCounters::new(config.max_adapter_labels),
             fetch_seconds: Mutex::new(polylora_engine::Histogram::new(polylora_engine::stats::LOAD_SECONDS_BOUNDS)),
-            labels: Mutex::default(),
-            http: Mutex::default(),
-            base,
-            others,
             long_part: Mutex::default(),
             is_renewing: AtomicBool::new(false),
             observations: AtomicU64::new(0),
@@ -375,43 +255,29 @@ impl Metrics {
 
     /// Counts an HTTP request by its route's pattern (never the raw path, which clients choose), what it ran on, and status.
     pub fn http_request(&self, route: &str, runs_on: &RunsOn, status: u16) {
-        let (model, adapter) = match runs_on.name() {
-            None => ("", "".into()),
-            Some(name) if *name == *BASE_LABEL || *name == *SEVERAL_LABEL => (self.model.as_str(), name),
-            Some(name) => (self.model.as_str(), Arc::clone(&self.adapter(Some(&name)).label)),
-        };
-        let series = HttpSeries {
-            route: route.into(),
-            adapter,
-            status,
-        };
-        let mut http = self.http.lock();
-        let counter = http.entry(series).or_insert_with_key(|series| {
-            let labels = [route, model, &series.adapter, &status.to_string()];
-            self.adapters.counter(&HTTP_REQUESTS, &labels)
-        });
-        counter.increment(1);
+        let counted = self.adapters.asked(runs_on.name().as_deref(), Instant::now());
+        counted.series.answered(route, status);
     }
 
     /// Starts measuring one sequence, at its arrival. To be finished, or dropped (which counts as an abort).
     pub fn begin_request(self: &Arc<Self>, adapter: Option<&str>, prompt_tokens: usize) -> RequestMetrics {
+        let arrived = Instant::now();
+        let name = adapter.unwrap_or(BASE_LABEL);
+        let counted = self.adapters.asked(Some(name), arrived);
         RequestMetrics {
             metrics: self.clone(),
-            adapter: self.adapter(adapter),
-            arrived: Instant::now(),
+            contender: counted.is_other.then(|| name.into()),
+            series: counted.series,
+            arrived,
+            stages: None,
+            is_started: false,
+            has_waited: false,
             first_token: None,
             last_token: None,
             prompt_tokens: prompt_tokens as u64,
             output_tokens: 0,
             detokenizing: Duration::ZERO,
             finished: false,
-            request: tracing::Span::current(),
-            stage: tracing::debug_span!(
-                "prefill",
-                adapter = adapter.unwrap_or(BASE_LABEL),
-                prompt_tokens,
-                cached_tokens = tracing::field::Empty
-            ),
         }
     }
 
@@ -424,14 +290,12 @@ impl Metrics {
 
     /// Records in which tier a request's adapter was when the request came: it was not in the faster ones.
     pub fn adapter_acquired(&self, adapter: &str, state_on_arrival: AdapterState) {
-        let series = self.adapter(Some(adapter));
         let found_in = match state_on_arrival {
             AdapterState::Device => 0,
             AdapterState::Host => 1,
             AdapterState::Registered => 2,
         };
-        series.misses[..found_in].iter().for_each(|tier| tier.increment(1));
-        series.hits[found_in].increment(1);
+        self.adapters.asked(Some(adapter), Instant::now()).series.found_in(found_in);
     }
 
     /// Records how long it took to find an adapter's files, downloading them if need be. The engine measures the stages after that.
@@ -444,57 +308,17 @@ impl Metrics {
         self.unloads.increment(1);
     }
 
-    fn adapter(&self, name: Option<&str>) -> Arc<AdapterSeries> {
-        let Some(name) = name else { return Arc::clone(&self.base) };
-        let now = Instant::now();
-        let mut labels = self.labels.lock();
-        if let Some(label) = labels.get_mut(name) {
-            label.asked_at = Some(now);
-            return Arc::clone(&label.series);
-        }
-        if labels.len() >= self.config.max_adapter_labels {
-            let idle = self.config.adapter_idle;
-            labels.retain(|_, label| label.asked_at.is_some_and(|asked_at| now - asked_at < idle));
-        }
-        self.label(&mut labels, name, Some(now))
-    }
-
-    /// Where what an adapter does unasked is counted: it takes no label that others may want.
-    fn moving_adapter(&self, name: &str) -> Arc<AdapterSeries> {
-        let mut labels = self.labels.lock();
-        match labels.get(name) {
-            Some(label) => Arc::clone(&label.series),
-            None => self.label(&mut labels, name, None),
-        }
-    }
-
-    /// A label for a name that has none, if there is one left.
-    fn label(&self, labels: &mut HashMap<Arc<str>, AdapterLabel>, name: &str, asked_at: Option<Instant>) -> Arc<AdapterSeries> {
-        if labels.len() >= self.config.max_adapter_labels {
-            return Arc::clone(&self.others);
-        }
-        let series = Arc::new(AdapterSeries::new(&self.adapters, name));
-        let label = AdapterLabel {
-            series: Arc::clone(&series),
-            asked_at,
-        };
-        labels.insert(name.into(), label);
-        series
-    }
-
     /// So many observations were made; now and then somebody has to put them into buckets.
     fn observed(&self, count: u64) {
         let before = self.observations.fetch_add(count, Relaxed);
         if before / OBSERVATIONS_PER_UPKEEP != (before + count) / OBSERVATIONS_PER_UPKEEP {
             self.server.handle.run_upkeep();
-            self.adapters.handle.run_upkeep();
         }
     }
 
     /// The text of `/metrics`, in two pieces: what the engine says now, and all else as it was at most `refresh` ago.
     pub fn render(&self, engine: &dyn InferenceEngine, aliases: &Aliases) -> [Bytes; 2] {
-        let (mut text, long_part) = self.render_from(&engine.stats(), || AdapterReport::of(engine));
-        text.push_str(&aliases_text(aliases));
+        let (text, long_part) = self.render_from(&engine.stats(), || AdapterReport::of(engine, aliases));
         [text.into(), long_part]
     }
 
@@ -506,13 +330,13 @@ impl Metrics {
     }
 
     /// Writes the long part anew, while scrapes go on with the old one.
-    pub fn renew(&self, engine: &dyn InferenceEngine) {
-        self.renew_from(|| AdapterReport::of(engine));
+    pub fn renew(&self, engine: &dyn InferenceEngine, aliases: &Aliases) {
+        self.renew_from(|| AdapterReport::of(engine, aliases));
     }
 
     fn renew_from(&self, report: impl FnOnce() -> AdapterReport) {
         let asked_at = Instant::now();
-        let written = self.write_long_part(&report());
+        let written = self.write_long_part(&report(), asked_at);
         *self.long_part.lock() = Some((asked_at, written));
         self.is_renewing.store(false, Relaxed);
     }
@@ -524,7 +348,7 @@ impl Metrics {
             Some((written, bytes)) if written.elapsed() < self.config.refresh => bytes.clone(),
             _ => {
                 let asked_at = Instant::now();
-                let bytes = self.write_long_part(&report());
+                let bytes = self.write_long_part(&report(), asked_at);
                 *long_part = Some((asked_at, bytes.clone()));
                 bytes
             }
@@ -532,10 +356,10 @@ impl Metrics {
         (text, bytes)
     }
 
-    fn write_long_part(&self, report: &AdapterReport) -> Bytes {
+    fn write_long_part(&self, report: &AdapterReport, now: Instant) -> Bytes {
         let mut text = self.server.handle.render();
         text.push_str(&self.process_text());
-        text.push_str(&self.write_adapters(report));
+        text.push_str(&self.write_adapters(report, now));
         text.into()
     }
 
@@ -636,44 +460,55 @@ impl Metrics {
     }
 
     /// Everything by adapter. With ten thousand registered their list is too long for every scrape, too.
-    fn write_adapters(&self, AdapterReport { list, busy, moves }: &AdapterReport) -> String {
+    fn write_adapters(&self, report: &AdapterReport, now: Instant) -> String {
+        let AdapterReport { list, busy, moves, aliases } = report;
+        self.adapters.settle(now);
         for moves in moves {
-            self.moving_adapter(&moves.name).moved(moves);
+            self.adapters.unasked(&moves.name, now).moved(moves);
         }
-        let labels = self.labels.lock();
-        self.base.keep();
-        self.others.keep();
-        self.http.lock().retain(|series, counter| {
-            let is_wanted = ["", BASE_LABEL, OTHER_LABEL, SEVERAL_LABEL].contains(&&*series.adapter) || labels.contains_key(&series.adapter);
-            if is_wanted {
-                counter.increment(0);
-            }
-            is_wanted
-        });
-        labels.values().for_each(|label| label.series.keep());
-        let mut text = self.adapters.handle.render();
+        let targets = || aliases.iter().flat_map(|alias| alias.targets().iter().map(move |target| (alias, target)));
+        for (alias, target) in targets() {
+            self.adapters
+                .unasked(target.adapter(), now)
+                .chosen_by(alias.name(), target.take_new_requests());
+        }
+        self.adapters
+            .retain_aliases(|name| aliases.binary_search_by(|alias| (**alias.name()).cmp(name)).is_ok());
+        let all = self.adapters.read();
+        let mut text = String::new();
+        write_counts(&mut text, &all, &self.model);
 
+        let names = list.iter().map(|info| &*info.name).chain(busy.iter().map(|stats| &*stats.name));
+        let labelled = self.adapters.labelled(names.chain(targets().map(|(_, target)| &**target.adapter())));
+        let label = |name| if labelled.contains(name) { name } else { OTHER_LABEL };
         let mut scrape = ScrapeText::default();
-        self.set_residency(&mut scrape, list);
-        // What runs and waits; adapters without a label of their own together.
-        let mut by_label: BTreeMap<&str, (u64, u64, f64)> = BTreeMap::new();
+        self.set_residency(&mut scrape, list, &label);
+        // What runs and waits.
+        let mut by_label: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
         for stats in busy {
-            let label = if labels.contains_key(&stats.name) { &*stats.name } else { OTHER_LABEL };
-            let sums = by_label.entry(label).or_default();
-            *sums = (sums.0 + stats.running, sums.1 + stats.waiting, sums.2 + stats.waiting_seconds_total);
+            let sums = by_label.entry(label(&stats.name)).or_default();
+            *sums = (sums.0 + stats.running, sums.1 + stats.waiting);
         }
-        for (label, (running, waiting, _)) in &by_label {
+        for (label, (running, waiting)) in &by_label {
             scrape.set(&ADAPTER_RUNNING, &[label], *running as f64);
             scrape.set(&ADAPTER_WAITING, &[label], *waiting as f64);
         }
+        let mut shares: BTreeMap<(Arc<str>, Arc<str>), f64> = BTreeMap::new();
+        for (alias, target) in targets() {
+            let labels = (Arc::clone(alias.name()), label(target.adapter()).into());
+            *shares.entry(labels).or_default() += alias.share(target);
+        }
+        for ((alias, adapter), requests) in alias_counts(&all, shares.keys().cloned()) {
+            scrape.count(&ALIAS_REQUESTS, &[&alias, &adapter], requests);
+        }
+        for ((alias, adapter), share) in &shares {
+            scrape.set(&ALIAS_SHARE, &[alias, adapter], *share);
+        }
         text.push_str(&scrape.render());
-        let waited: Vec<([&str; 1], f64)> = by_label.iter().map(|(label, (.., seconds))| ([*label], *seconds)).collect();
-        let waited: Vec<(&[&str], f64)> = waited.iter().map(|(labels, seconds)| (&labels[..], *seconds)).collect();
-        write_seconds(&mut text, &ADAPTER_WAITED, &waited);
         text
     }
 
-    fn set_residency(&self, scrape: &mut ScrapeText, list: &[AdapterInfo]) {
+    fn set_residency<'n>(&self, scrape: &mut ScrapeText, list: &'n [AdapterInfo], label: &dyn Fn(&'n str) -> &'n str) {
         let mut by_state = [0; 3];
         for adapter in list {
             by_state[adapter.state as usize] += 1;
@@ -684,13 +519,22 @@ impl Metrics {
         for (state, count) in [("registered", registered), ("host", host), ("device", device)] {
             scrape.set(&ADAPTERS, &[state], count);
         }
-        // The list is least recently used first: the last ones are the ones that matter.
-        let resident = list.iter().rev().filter(|adapter| adapter.state != AdapterState::Registered);
-        for adapter in resident.take(self.config.max_adapter_labels) {
-            let level = if adapter.state == AdapterState::Device { "gpu" } else { "cpu" };
-            let pinned = if adapter.pinned { "true" } else { "false" };
-            scrape.set(&VLLM_LORA_LOADED, &["0", &adapter.name, level, pinned], 1.0);
-            scrape.set(&ADAPTER_LEASES, &[&adapter.name], adapter.leases as f64);
+        let mut leases: BTreeMap<&str, usize> = BTreeMap::new();
+        for adapter in list.iter().filter(|adapter| adapter.state != AdapterState::Registered) {
+            let label = if adapter.parts.is_empty() {
+                label(&adapter.name)
+            } else {
+                COMBINATION_LABEL
+            };
+            *leases.entry(label).or_default() += adapter.leases;
+            if *label == *adapter.name {
+                let level = if adapter.state == AdapterState::Device { "gpu" } else { "cpu" };
+                let pinned = if adapter.pinned { "true" } else { "false" };
+                scrape.set(&VLLM_LORA_LOADED, &["0", &adapter.name, level, pinned], 1.0);
+            }
+        }
+        for (label, leases) in leases {
+            scrape.set(&ADAPTER_LEASES, &[label], leases as f64);
         }
     }
 }
@@ -698,49 +542,55 @@ impl Metrics {
 /// The measures of one sequence. Finish it with how it ended; dropped without that it counts as aborted (the client went away).
 pub struct RequestMetrics {
     metrics: Arc<Metrics>,
-    adapter: Arc<AdapterSeries>,
+    series: Arc<AdapterSeries>,
+    /// The adapter's name, if it had no label.
+    contender: Option<Arc<str>>,
     arrived: Instant,
+    /// As the engine has them, once it has the sequence.
+    stages: Option<Arc<Stages>>,
+    is_started: bool,
+    has_waited: bool,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
     prompt_tokens: u64,
     output_tokens: u64,
     detokenizing: Duration,
     finished: bool,
-    /// The span of the request that it is a part of.
-    request: tracing::Span,
-    /// The span of what is being done.
-    stage: tracing::Span,
 }
 
 impl RequestMetrics {
+    /// The engine has it.
+    pub fn submitted(&mut self, stages: &Arc<Stages>) {
+        self.stages = Some(Arc::clone(stages));
+    }
+
     /// The prompt is computed, with so many tokens from the prefix cache.
     pub fn started(&mut self, cached_tokens: u32) {
-        self.adapter.prompt_tokens.increment(self.prompt_tokens);
-        self.adapter.cached_tokens.increment(u64::from(cached_tokens));
-        self.stage.record("cached_tokens", cached_tokens);
-        // The one ends before the other begins.
-        self.stage = tracing::Span::none();
-        self.stage = tracing::debug_span!(
-            parent: &self.request,
-            "decode",
-            output_tokens = tracing::field::Empty,
-            outcome = tracing::field::Empty
-        );
+        self.is_started = true;
+        self.series.started(self.prompt_tokens, u64::from(cached_tokens));
+        self.count_waiting();
+    }
+
+    /// Once, as soon as it is known: one that fails in its prefill has waited, too.
+    fn count_waiting(&mut self) {
+        let queued = self.stages.as_ref().and_then(|stages| stages.queued());
+        if let (false, Some(queued)) = (self.has_waited, queued) {
+            self.has_waited = true;
+            self.series.waited(queued);
+        }
     }
 
     /// A token came.
     pub fn token(&mut self) {
         let now = Instant::now();
         self.output_tokens += 1;
-        self.adapter.output_tokens.increment(1);
+        self.series.token();
         match self.last_token.replace(now) {
             Some(last) => self.metrics.latency.itl.record((now - last).as_secs_f64()),
             None => {
                 self.first_token = Some(now);
-                let seconds = (now - self.arrived).as_secs_f64();
-                self.metrics.latency.ttft.record(seconds);
-                // By name, not held: a histogram that nobody used for long is gone.
-                self.metrics.adapters.histogram(&ADAPTER_TTFT, &[&self.adapter.label]).record(seconds);
+                self.metrics.latency.ttft.record((now - self.arrived).as_secs_f64());
+                self.series.first_token(now - self.arrived);
             }
         }
         self.metrics.observed(1);
@@ -762,12 +612,18 @@ impl RequestMetrics {
         if std::mem::replace(&mut self.finished, true) {
             return;
         }
-        self.stage.record("output_tokens", self.output_tokens).record("outcome", outcome.as_str());
-        self.stage = tracing::Span::none();
+        self.count_waiting();
+        if let Some(stages) = self.stages.take() {
+            stages.end(self.output_tokens, outcome.as_str());
+        }
         let now = Instant::now();
         let latency = &self.metrics.latency;
         self.metrics.successes[outcome as usize].increment(1);
-        self.adapter.outcomes[outcome as usize].increment(1);
+        self.series.ended(outcome);
+        if let Some(name) = &self.contender {
+            let prompt_tokens = if self.is_started { self.prompt_tokens } else { 0 };
+            self.metrics.adapters.weigh(name, 1 + prompt_tokens + self.output_tokens);
+        }
         latency.e2e.record((now - self.arrived).as_secs_f64());
         latency.prompt_tokens.record(self.prompt_tokens as f64);
         latency.generation_tokens.record(self.output_tokens as f64);
@@ -873,19 +729,6 @@ fn write_seconds(text: &mut String, definition: &Definition, series: &[(&[&str],
     }
 }
 
-/// Their number is bounded, and they are made by admins: each has series of its own, which vanish with it.
-fn aliases_text(aliases: &Aliases) -> String {
-    let mut scrape = ScrapeText::default();
-    for alias in aliases.list() {
-        for target in alias.targets() {
-            let labels = [&**alias.name(), &**target.adapter()];
-            scrape.count(&ALIAS_REQUESTS, &labels, target.requests_total());
-            scrape.set(&ALIAS_SHARE, &labels, alias.share(target));
-        }
-    }
-    scrape.render()
-}
-
 fn ratio(part: usize, whole: usize) -> f64 {
     if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
 }
@@ -913,6 +756,20 @@ fn cpu_seconds() -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::aliases::{AliasDefinition, Names, TargetDefinition};
+
+    /// Whatever is named is an adapter, but for the alias.
+    struct AnyName;
+
+    impl Names for AnyName {
+        fn base_names(&self) -> &[String] {
+            &[]
+        }
+
+        fn is_adapter(&self, name: &str) -> bool {
+            name != "alias"
+        }
+    }
 
     fn description() -> EngineDescription {
         EngineDescription {
@@ -941,7 +798,6 @@ mod tests {
             MetricsConfig {
                 max_adapter_labels,
                 refresh: Duration::ZERO,
-                ..MetricsConfig::default()
             },
         ))
     }
@@ -1034,7 +890,6 @@ mod tests {
                 ADAPTER_LEASES,
                 ADAPTER_RUNNING,
                 ADAPTER_WAITING,
-                ADAPTER_WAITED,
                 ALIAS_REQUESTS,
                 ALIAS_SHARE,
             ]
@@ -1135,7 +990,6 @@ mod tests {
             name: name.into(),
             running,
             waiting,
-            waiting_seconds_total: 0.5,
             ..AdapterStats::default()
         });
         let moves = |name: &str, loads, load_failures| AdapterMoves {
@@ -1150,6 +1004,7 @@ mod tests {
             list: adapters,
             busy: busy.into(),
             moves: vec![moves("a", 1, 2)],
+            ..AdapterReport::default()
         };
         let first = || AdapterReport {
             moves: vec![moves("a", 6, 0)],
@@ -1164,7 +1019,6 @@ mod tests {
         assert_eq!(value(&text, "polylora_adapter_evictions_total{adapter=\"a\",tier=\"device\"}"), 10.0);
         assert_eq!(value(&text, "polylora_adapter_waiting_requests{adapter=\"a\"}"), 2.0);
         assert_eq!(value(&text, "polylora_adapter_running_requests{adapter=\"(other)\"}"), 8.0);
-        assert_eq!(value(&text, "polylora_adapter_waiting_seconds_total{adapter=\"(other)\"}"), 1.0);
         assert_eq!(value(&text, "polylora_adapter_cache_hits_total{adapter=\"a\",tier=\"device\"}"), 1.0);
         assert_eq!(value(&text, "polylora_adapter_cache_misses_total{adapter=\"a\",tier=\"device\"}"), 2.0);
         assert_eq!(value(&text, "polylora_adapter_cache_hits_total{adapter=\"a\",tier=\"host\"}"), 1.0);
@@ -1179,23 +1033,65 @@ mod tests {
     }
 
     #[test]
-    fn an_adapter_that_nobody_asks_for_gives_its_label_up_and_its_series_vanish() {
-        let config = MetricsConfig {
-            max_adapter_labels: 1,
-            adapter_idle: Duration::ZERO,
-            refresh: Duration::ZERO,
+    fn a_busy_adapter_takes_the_label_of_an_idle_one_and_what_that_had_counted_is_still_in_the_sum() {
+        let metrics = metrics(1);
+        let begin = Instant::now();
+        let aliases = Aliases::default();
+        let alias = AliasDefinition {
+            name: "alias".into(),
+            targets: ["idle", "busy"]
+                .map(|adapter| TargetDefinition {
+                    adapter: adapter.into(),
+                    weight: 1.0,
+                })
+                .into(),
         };
-        let metrics = Arc::new(Metrics::new("demo", &description(), config));
-        let render = || metrics.text_from(&stats(), Default::default);
-        for name in ["a", "b"] {
+        let alias = aliases.set(&alias, &AnyName).unwrap();
+        let report = || AdapterReport {
+            list: vec![adapter("idle", AdapterState::Host, false), adapter("busy", AdapterState::Device, true)],
+            aliases: aliases.list(),
+            ..AdapterReport::default()
+        };
+        let write = |seconds| metrics.write_adapters(&report(), begin + Duration::from_secs(seconds));
+        let requests = |text: &str, adapter: &str| value(text, &format!("polylora_requests_total{{adapter=\"{adapter}\",outcome=\"stop\"}}"));
+        let ask = |name: &str| {
+            let runs_on = RunsOn::default();
+            runs_on.add(name);
+            metrics.http_request("/generate", &runs_on, 200);
             metrics.begin_request(Some(name), 1).finish(Outcome::Stop);
+            // The first key that it is chosen for: a request by the alias.
+            let key = (0..)
+                .map(|key| key.to_string())
+                .find(|key| **alias.choose(key).adapter() == *name)
+                .unwrap();
+            assert_eq!(aliases.resolve("alias", &key, &AnyName).unwrap(), name);
+        };
+        ask("idle");
+        (0..9).for_each(|_| ask("busy"));
+        let text = write(1);
+        assert_eq!((requests(&text, "idle"), requests(&text, "(other)")), (1.0, 9.0));
+        assert!(!text.contains("adapter=\"busy\""), "labels are not taken at once: {text}");
+        assert_eq!(value(&text, "polylora_alias_share{alias=\"alias\",adapter=\"(other)\"}"), 0.5);
+        assert_eq!(value(&text, "polylora_adapter_leases{adapter=\"(other)\"}"), 2.0);
+
+        write(61);
+        ask("busy");
+        let text = write(62);
+        assert!(!text.contains("\"idle\""), "{text}");
+        let counted = ["busy", "(other)", "(former)"].map(|label| requests(&text, label));
+        assert_eq!(counted, [1.0, 9.0, 1.0]);
+        for (adapter, count) in [("busy", 1.0), ("(other)", 9.0), ("(former)", 1.0)] {
+            let http = format!("polylora_http_requests_total{{route=\"/generate\",model=\"demo\",adapter=\"{adapter}\",status=\"200\"}}");
+            assert_eq!(value(&text, &http), count);
+            let alias = format!("polylora_alias_requests_total{{alias=\"alias\",adapter=\"{adapter}\"}}");
+            assert_eq!(value(&text, &alias), count);
         }
-        // Once to see what there is, once to see that it has not changed.
-        render();
-        let text = render();
-        assert!(!text.contains("adapter=\"a\""), "{text}");
-        assert_eq!(value(&text, "polylora_requests_total{adapter=\"b\",outcome=\"stop\"}"), 1.0);
-        assert_eq!(value(&text, "polylora_requests_total{adapter=\"(base)\",outcome=\"stop\"}"), 0.0);
+        assert_eq!(value(&text, "polylora_adapter_leases{adapter=\"busy\"}"), 2.0);
+        let loaded = "vllm:lora_adapter_loaded{engine=\"0\",adapter_name=\"busy\",level=\"gpu\",pinned=\"true\"}";
+        assert_eq!(value(&text, loaded), 1.0);
+
+        aliases.remove("alias").unwrap();
+        assert!(!write(63).contains("alias=\"alias\""), "the series of an alias end with it");
     }
 
     #[test]

@@ -96,9 +96,10 @@ pub async fn health_generate(State(state): State<AppState>, caller: Caller) -> R
 pub async fn metrics(State(state): State<AppState>) -> Response {
     let pieces = state.metrics.render(state.engine.as_ref(), &state.aliases);
     if state.metrics.should_renew() {
-        let (metrics, engine) = (Arc::clone(&state.metrics), Arc::clone(&state.engine));
         // Nobody waits for it.
-        drop(tokio::task::spawn_blocking(move || metrics.renew(engine.as_ref())));
+        drop(tokio::task::spawn_blocking(move || {
+            state.metrics.renew(state.engine.as_ref(), &state.aliases)
+        }));
     }
     let length = pieces.iter().map(Bytes::len).sum::<usize>();
     let headers = [
