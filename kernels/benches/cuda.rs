@@ -32,6 +32,7 @@ const SHAPE: HeadShape = HeadShape {
     num_kv_heads: 8,
     head_dim: 128,
     block_size: 16,
+    block_stride: LAYERS * 2 * 8 * 16 * 128,
 };
 
 /// A group of projections that share their input.
@@ -73,6 +74,11 @@ impl Group {
     fn width(&self) -> usize {
         self.d_out.iter().sum()
     }
+}
+
+/// K and V of a layer in a cache whose blocks have all layers, as the engine's.
+fn layer_kv(cache: &DeviceBuffer<bf16>, layer: usize) -> [View<'_, bf16>; 2] {
+    [0, 1].map(|kv| cache.view().slice((2 * layer + kv) * SHAPE.block_len()..cache.len()))
 }
 
 struct Bench {
@@ -473,10 +479,7 @@ impl Bench {
         for (rows, context) in [(1, 192), (8, 192), (64, 192), (256, 192), (1, 8192), (16, 4096)] {
             let blocks = context / 16;
             let num_blocks = rows * blocks;
-            let layers = LAYERS.min((16usize << 30) / (num_blocks * SHAPE.block_len() * 4));
-            let caches: Vec<[DeviceBuffer<bf16>; 2]> = (0..layers)
-                .map(|layer| [0, 1].map(|kv| self.random(num_blocks * SHAPE.block_len(), 2 * layer as u64 + kv, 1.0)))
-                .collect();
+            let cache = self.random(num_blocks * SHAPE.block_stride, 1, 1.0);
             let q = self.random(rows * SHAPE.qkv_width(), 7, 0.1);
             let out = self.zeros::<bf16>(rows * HIDDEN);
             // Blocks of one sequence lie apart, as in use.
@@ -493,14 +496,15 @@ impl Bench {
             let partial = self.zeros::<f32>(AttentionDecode::partial_len(&SHAPE, rows, max_splits));
             let counters = self.zeros::<u32>(rows * SHAPE.num_kv_heads);
             let times = self.time(|| {
-                caches.iter().try_for_each(|[k, v]| {
+                (0..LAYERS).try_for_each(|layer| {
+                    let [k_cache, v_cache] = layer_kv(&cache, layer);
                     let args = AttentionDecodeArgs {
                         shape: SHAPE,
                         out: out.view(),
                         q: q.view(),
                         q_stride: SHAPE.qkv_width(),
-                        k_cache: k.view(),
-                        v_cache: v.view(),
+                        k_cache,
+                        v_cache,
                         rows: None,
                         context_lens: lens.view(),
                         block_table_starts: starts.view(),
@@ -515,8 +519,8 @@ impl Bench {
                     self.kernels.attention_decode.launch(&self.stream, &args)
                 })
             });
-            let bytes = (layers * rows * context * SHAPE.num_kv_heads * 128 * 4) as f64;
-            self.report(&format!("{rows} rows, context {context}, {max_splits} splits, x {layers}"), times, bytes);
+            let bytes = (LAYERS * rows * context * SHAPE.num_kv_heads * 128 * 4) as f64;
+            self.report(&format!("{rows} rows, context {context}, {max_splits} splits, x {LAYERS}"), times, bytes);
         }
     }
 
@@ -524,7 +528,8 @@ impl Bench {
         for (sequences, chunk) in [(1, 2048), (8, 256), (1, 8192)] {
             let rows = sequences * chunk;
             let blocks = chunk / 16;
-            let cache = [0, 1].map(|kv| self.random(sequences * blocks * SHAPE.block_len(), kv, 1.0));
+            let cache = self.random(sequences * blocks * SHAPE.block_stride, 1, 1.0);
+            let [k_cache, v_cache] = layer_kv(&cache, 0);
             let q = self.random(rows * SHAPE.qkv_width(), 7, 0.1);
             let out = self.zeros::<bf16>(rows * HIDDEN);
             let tables = self.stream.upload(&(0..(sequences * blocks) as u32).collect::<Vec<_>>()).expect("memory");
@@ -547,8 +552,8 @@ impl Bench {
                         out: out.view(),
                         q: q.view(),
                         q_stride: SHAPE.qkv_width(),
-                        k_cache: cache[0].view(),
-                        v_cache: cache[1].view(),
+                        k_cache,
+                        v_cache,
                         tiles: tiles.view(),
                         block_tables: tables.view(),
                         window: None,
@@ -600,7 +605,8 @@ impl Bench {
             });
             self.report(&format!("silu_mul {rows} rows x {LAYERS}"), times, (LAYERS * rows * FFN * 6) as f64);
             let qkv = self.random(rows * SHAPE.qkv_width(), 1, 1.0);
-            let cache = [0, 1].map(|_| self.zeros::<bf16>(rows.div_ceil(16) * SHAPE.block_len()));
+            let cache = self.zeros::<bf16>(rows.div_ceil(16) * SHAPE.block_stride);
+            let [k_cache, v_cache] = layer_kv(&cache, 0);
             let positions = self.stream.upload(&(0..rows as u32).collect::<Vec<_>>()).expect("memory");
             let cos_sin = self.stream.upload(&vec![[0.6f32, 0.8]; 2048 * 64]).expect("memory");
             let args = RopeKvArgs {
@@ -610,8 +616,8 @@ impl Bench {
                 kv_slots: positions.view(),
                 cos_sin: cos_sin.view(),
                 qk_norm: None,
-                k_cache: cache[0].view(),
-                v_cache: cache[1].view(),
+                k_cache,
+                v_cache,
                 rows,
                 eps: 1e-5,
             };

@@ -1,6 +1,6 @@
 // attention_decode.cu   o[s,h,:] = softmax(scale · q[s,h]·K[0..len)ᵀ) · V[0..len)   one query row a sequence, paged K and V
 //                       Source: online softmax arXiv:1805.02867, split over K and V arXiv:2311.01282, pages arXiv:2309.06180
-// Shapes  q [rows, q_stride] bf16 (head h at h·D); sequence s has row rows[s], or row s if that is null; k, v [num_blocks, KV, block_size, D] bf16; context_lens [S] (0: the row is left alone);
+// Shapes  q [rows, q_stride] bf16 (head h at h·D); sequence s has row rows[s], or row s if that is null; k, v [num_blocks, KV, block_size, D] bf16, blocks block_stride apart; context_lens [S] (0: the row is left alone);
 //         block_table_starts [S], block_tables: block of positions p of sequence s is block_tables[starts[s] + p / block_size];
 //         out [rows, H·D] bf16; partial [S, H, max_splits, D + 2] f32 and counters [S, KV] u32 (all 0, left 0) when max_splits > 1
 // Launch  grid (KV, S, max_splits), block 128 or 256, dynamic shared 4·warps·heads·(D + 6) bytes with heads 8 or 16: a block serves the H/KV
@@ -22,6 +22,7 @@ struct DecodeArgs {
   const uint32_t* block_tables;
   float* partial;
   uint32_t* counters;
+  int64_t block_stride;  // elements from one block of k (and of v) to the next
   int q_stride;
   int num_heads;
   int num_kv_heads;
@@ -81,7 +82,7 @@ DEVICE void decode(const DecodeArgs& p) {
       blocks = block_of(position + lane * step);
     }
     const uint32_t block = __shfl_sync(0xffffffffu, blocks, turn);
-    const int64_t offset = ((((int64_t)block * p.num_kv_heads + kv_head) << p.block_shift) + (position & ((1 << p.block_shift) - 1)) + g) * D + t * 8;
+    const int64_t offset = block * p.block_stride + ((kv_head << p.block_shift) + (position & ((1 << p.block_shift) - 1)) + g) * D + t * 8;
     // The cache has held every position but the step's own since earlier steps: the first group is asked for while the kernel before this one
     // still runs. The own position is read afterwards, past a cache that may hold what was there before.
     uint4 keys[2][CHUNKS], values[2][CHUNKS];

@@ -1,6 +1,6 @@
 // attention_prefill.cu   causal attention of a chunk's query rows over the paged cache (which already holds the chunk's own K and V)
 //                        Source: arXiv:2307.08691 (FlashAttention-2), pages arXiv:2309.06180
-// Shapes  q [T, q_stride] bf16 (head h at h·D); k, v [num_blocks, KV, block_size, D] bf16; tiles [num_tiles]: neighbouring rows of one
+// Shapes  q [T, q_stride] bf16 (head h at h·D); k, v [num_blocks, KV, block_size, D] bf16, blocks block_stride apart; tiles [num_tiles]: neighbouring rows of one
 //         sequence, at most floor(M / (H/KV)) of them, M = 128 or (D = 256) 64; out [T, H·D] bf16
 // Layout  a block's M score rows are (row, head) pairs of one K/V head's group, so that K and V are read once for the whole group
 // Launch  grid (num_tiles, KV), block 128 (4 warps of M/4 score rows), dynamic shared q and 2 stages of a K and a V tile, rows padded by 16 bytes
@@ -24,6 +24,7 @@ struct PrefillArgs {
   const bf16* v;
   const PrefillTile* tiles;
   const uint32_t* block_tables;
+  int64_t block_stride;  // elements from one block of k (and of v) to the next
   int q_stride;
   int num_heads;
   int num_kv_heads;
@@ -44,8 +45,7 @@ DEVICE void load_tiles(bf16* keys, const uint32_t* block_table, const PrefillArg
     const bool valid = from + row < end;
     const int position = valid ? from + row : from;
     const uint32_t block = block_table[position >> p.block_shift];
-    const int64_t offset =
-        ((((int64_t)block * p.num_kv_heads + kv_head) << p.block_shift) + (position & ((1 << p.block_shift) - 1))) * D + chunk * 8;
+    const int64_t offset = block * p.block_stride + ((kv_head << p.block_shift) + (position & ((1 << p.block_shift) - 1))) * D + chunk * 8;
     copy_async_16(keys + row * STRIDE + chunk * 8, p.k + offset, valid);
     copy_async_16(keys + (N + row) * STRIDE + chunk * 8, p.v + offset, valid);
   }

@@ -1,7 +1,8 @@
 // rope_kv.cu   One pass over q, k, v: norm of each q and k head (optional), rotary embedding, K and V to the paged cache.
 //              Source: arXiv:2104.09864 (halves layout), arXiv:2309.06180 (paged cache)
 // Shapes  qkv [rows, (H + 2·KV)·D] bf16, q rotated in place; positions [rows]; kv_slots [rows], 0xffffffff writes nothing;
-//         cos_sin [max_position, D/2] pairs f32; q_norm, k_norm [D] bf16 or null; k_cache, v_cache [num_blocks, KV, block_size, D] bf16
+//         cos_sin [max_position, D/2] pairs f32; q_norm, k_norm [D] bf16 or null; k_cache, v_cache [num_blocks, KV, block_size, D] bf16, blocks
+//         block_stride apart
 // Launch  one warp a head: grid (rows, ceil((H + 2·KV) / 4)), block 128
 // Cost    bytes 2 · rows · D · (2·H + 4·KV); bandwidth is the roof
 // Limits  D % 4 == 0; D <= 256; positions below max_position (clamped)
@@ -9,7 +10,7 @@
 
 KERNEL __launch_bounds__(128) rope_kv(
     bf16* qkv, const uint32_t* positions, const uint32_t* kv_slots, const float2* cos_sin, const bf16* q_norm, const bf16* k_norm, bf16* k_cache,
-    bf16* v_cache, int num_heads, int num_kv_heads, int head_dim, int block_size, uint32_t max_position, float eps) {
+    bf16* v_cache, int64_t block_stride, int num_heads, int num_kv_heads, int head_dim, int block_size, uint32_t max_position, float eps) {
   allow_next_kernel();
   wait_for_previous_kernel();
   const int64_t row = blockIdx.x;
@@ -25,7 +26,7 @@ KERNEL __launch_bounds__(128) rope_kv(
   bf16* to = from;
   if (!is_query) {
     const int kv_head = head - num_heads - (is_value ? num_kv_heads : 0);
-    to = (is_value ? v_cache : k_cache) + (((int64_t)(slot / block_size) * num_kv_heads + kv_head) * block_size + slot % block_size) * head_dim;
+    to = (is_value ? v_cache : k_cache) + slot / block_size * block_stride + (kv_head * block_size + slot % block_size) * head_dim;
   }
   // Pairs (i, i + D/2); a lane holds neighbouring pairs i, i+1, at most two such couples (D = 256).
   uint32_t low[2], high[2];

@@ -29,7 +29,7 @@ pub struct AttentionDecodeArgs<'a> {
     pub q: View<'a, bf16>,
     /// Elements from one row of `q` to the next.
     pub q_stride: usize,
-    /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
+    /// `[num_blocks, num_kv_heads, block_size, head_dim]`, blocks `block_stride` apart.
     pub k_cache: View<'a, bf16>,
     /// The same.
     pub v_cache: View<'a, bf16>,
@@ -67,6 +67,7 @@ struct RawArgs {
     block_tables: u64,
     partial: u64,
     counters: u64,
+    block_stride: i64,
     q_stride: i32,
     num_heads: i32,
     num_kv_heads: i32,
@@ -168,7 +169,7 @@ impl AttentionDecode {
             args.sequences.saturating_sub(1) * args.q_stride + shape.num_heads * shape.head_dim,
         )?;
         require_len(NAME, "k_cache", args.k_cache, shape.block_len())?;
-        require_len(NAME, "v_cache", args.v_cache, args.k_cache.len())?;
+        require_len(NAME, "v_cache", args.v_cache, shape.block_len())?;
         require_len(NAME, "context_lens", args.context_lens, args.sequences)?;
         require_len(NAME, "block_table_starts", args.block_table_starts, args.sequences)?;
         require(NAME, (1..=64).contains(&args.max_splits), || {
@@ -189,6 +190,7 @@ impl AttentionDecode {
             block_tables: args.block_tables.address(),
             partial: args.partial.address(),
             counters: args.counters.address(),
+            block_stride: shape.block_stride as i64,
             q_stride: dimension(NAME, "q_stride", args.q_stride)?,
             num_heads: shape.num_heads as i32,
             num_kv_heads: shape.num_kv_heads as i32,

@@ -39,7 +39,7 @@ pub struct AttentionPrefillArgs<'a> {
     pub q: View<'a, bf16>,
     /// Elements from one row of `q` to the next.
     pub q_stride: usize,
-    /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
+    /// `[num_blocks, num_kv_heads, block_size, head_dim]`, blocks `block_stride` apart.
     pub k_cache: View<'a, bf16>,
     /// The same.
     pub v_cache: View<'a, bf16>,
@@ -61,6 +61,7 @@ struct RawArgs {
     v: u64,
     tiles: u64,
     block_tables: u64,
+    block_stride: i64,
     q_stride: i32,
     num_heads: i32,
     num_kv_heads: i32,
@@ -137,7 +138,7 @@ impl AttentionPrefill {
             || format!("q_stride is {}", args.q_stride),
         )?;
         require_len(NAME, "k_cache", args.k_cache, shape.block_len())?;
-        require_len(NAME, "v_cache", args.v_cache, args.k_cache.len())?;
+        require_len(NAME, "v_cache", args.v_cache, shape.block_len())?;
         let raw = RawArgs {
             out: args.out.address(),
             q: args.q.address(),
@@ -145,6 +146,7 @@ impl AttentionPrefill {
             v: args.v_cache.address(),
             tiles: args.tiles.address(),
             block_tables: args.block_tables.address(),
+            block_stride: shape.block_stride as i64,
             q_stride: dimension(NAME, "q_stride", args.q_stride)?,
             num_heads: shape.num_heads as i32,
             num_kv_heads: shape.num_kv_heads as i32,

@@ -760,6 +760,8 @@ pub struct Event {
 
 // SAFETY: as for streams.
 unsafe impl Send for Event {}
+// SAFETY: the driver's calls on events may come from several threads at once.
+unsafe impl Sync for Event {}
 
 impl Event {
     /// `timed` events can be subtracted; the others are cheaper.

@@ -26,6 +26,8 @@ pub struct HeadShape {
     pub head_dim: usize,
     /// Positions of a block.
     pub block_size: usize,
+    /// Elements from one block of a layer's K (or V) to the next, at least [`Self::block_len`].
+    pub block_stride: usize,
 }
 
 impl HeadShape {
@@ -54,7 +56,7 @@ pub struct RopeKvArgs<'a> {
     pub cos_sin: View<'a, [f32; 2]>,
     /// `[head_dim]` each.
     pub qk_norm: Option<(View<'a, bf16>, View<'a, bf16>)>,
-    /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
+    /// `[num_blocks, num_kv_heads, block_size, head_dim]`, blocks `block_stride` apart.
     pub k_cache: View<'a, bf16>,
     /// The same.
     pub v_cache: View<'a, bf16>,
@@ -90,7 +92,7 @@ impl RopeKv {
         require_len(NAME, "kv_slots", args.kv_slots, args.rows)?;
         require_len(NAME, "cos_sin", args.cos_sin, half)?;
         require_len(NAME, "k_cache", args.k_cache, shape.block_len())?;
-        require_len(NAME, "v_cache", args.v_cache, args.k_cache.len())?;
+        require_len(NAME, "v_cache", args.v_cache, shape.block_len())?;
         let (q_norm, k_norm) = args.qk_norm.map_or(Ok((0, 0)), |(q, k)| {
             require_len(NAME, "q_norm", q, shape.head_dim)?;
             require_len(NAME, "k_norm", k, shape.head_dim)?;
@@ -110,6 +112,7 @@ impl RopeKv {
             args.cos_sin.address(),
         );
         let (k_cache, v_cache, eps) = (args.k_cache.address(), args.v_cache.address(), args.eps);
+        let block_stride = shape.block_stride as i64;
         let config = LaunchConfig::new([args.rows as u32, heads.div_ceil(4) as u32, 1], 128);
         stream.launch(
             &self.kernel,
@@ -123,6 +126,7 @@ impl RopeKv {
                 k_norm,
                 k_cache,
                 v_cache,
+                block_stride,
                 num_heads,
                 num_kv_heads,
                 head_dim,

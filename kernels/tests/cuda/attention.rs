@@ -19,8 +19,9 @@ struct Cache {
     /// Per sequence, `[len, num_kv_heads, head_dim]`.
     k: Vec<Vec<bf16>>,
     v: Vec<Vec<bf16>>,
-    k_cache: DeviceBuffer<bf16>,
-    v_cache: DeviceBuffer<bf16>,
+    /// Blocks of K, each with V's behind it if the stride leaves it room.
+    cache: DeviceBuffer<bf16>,
+    v_start: usize,
     starts: Vec<u32>,
     block_tables: DeviceBuffer<u32>,
 }
@@ -30,7 +31,13 @@ fn cache(gpu: &Gpu, rng: &mut Rng, shape: HeadShape, lens: &[usize]) -> Cache {
     let num_blocks = lens.iter().map(|&len| blocks_of(len)).sum::<usize>() + 3;
     let mut free: Vec<u32> = (0..num_blocks as u32).collect();
     rng.shuffle(&mut free);
-    let (mut k_cache, mut v_cache) = (poison_bf16(num_blocks * shape.block_len()), poison_bf16(num_blocks * shape.block_len()));
+    let is_interleaved = shape.block_stride >= 2 * shape.block_len();
+    let v_start = if is_interleaved {
+        shape.block_len()
+    } else {
+        num_blocks * shape.block_stride
+    };
+    let mut cache = poison_bf16(v_start + num_blocks * shape.block_stride);
     let (mut ks, mut vs, mut starts, mut tables) = (vec![], vec![], vec![], vec![]);
     for &len in lens {
         let width = shape.num_kv_heads * shape.head_dim;
@@ -42,10 +49,10 @@ fn cache(gpu: &Gpu, rng: &mut Rng, shape: HeadShape, lens: &[usize]) -> Cache {
         for position in 0..len {
             let block = tables[*starts.last().unwrap() as usize + position / shape.block_size] as usize;
             for head in 0..shape.num_kv_heads {
-                let to = ((block * shape.num_kv_heads + head) * shape.block_size + position % shape.block_size) * shape.head_dim;
+                let to = block * shape.block_stride + (head * shape.block_size + position % shape.block_size) * shape.head_dim;
                 let from = (position * shape.num_kv_heads + head) * shape.head_dim;
-                k_cache[to..][..shape.head_dim].copy_from_slice(&k[from..][..shape.head_dim]);
-                v_cache[to..][..shape.head_dim].copy_from_slice(&v[from..][..shape.head_dim]);
+                cache[to..][..shape.head_dim].copy_from_slice(&k[from..][..shape.head_dim]);
+                cache[v_start + to..][..shape.head_dim].copy_from_slice(&v[from..][..shape.head_dim]);
             }
         }
         ks.push(k);
@@ -55,8 +62,8 @@ fn cache(gpu: &Gpu, rng: &mut Rng, shape: HeadShape, lens: &[usize]) -> Cache {
         shape,
         k: ks,
         v: vs,
-        k_cache: gpu.stream.upload(&k_cache).unwrap(),
-        v_cache: gpu.stream.upload(&v_cache).unwrap(),
+        cache: gpu.stream.upload(&cache).unwrap(),
+        v_start,
         starts,
         block_tables: gpu.stream.upload(&tables).unwrap(),
     }
@@ -100,8 +107,8 @@ fn check_decode(gpu: &Gpu, rng: &mut Rng, shape: HeadShape, lens: &[usize], max_
             out: out.view(),
             q: device_q.view(),
             q_stride,
-            k_cache: cache.k_cache.view(),
-            v_cache: cache.v_cache.view(),
+            k_cache: cache.cache.view(),
+            v_cache: cache.cache.view().slice(cache.v_start..cache.cache.len()),
             rows: None,
             context_lens: context_lens.view(),
             block_table_starts: starts.view(),
@@ -142,6 +149,8 @@ fn shape(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> HeadShape {
         num_kv_heads,
         head_dim,
         block_size: 16,
+        // K, V and a gap.
+        block_stride: num_kv_heads * 16 * head_dim * 2 + 64,
     }
 }
 
@@ -175,6 +184,7 @@ fn decode_splits_long_contexts_and_merges() {
     }
     let blocks_of_64 = HeadShape {
         block_size: 64,
+        block_stride: 2 * 64 * 64,
         ..shape(8, 2, 64)
     };
     check_decode(&gpu, &mut rng, blocks_of_64, &[600, 100], 2, None);
@@ -219,8 +229,8 @@ fn check_prefill(gpu: &Gpu, rng: &mut Rng, shape: HeadShape, chunks: &[(usize, u
         out: out.view(),
         q: device_q.view(),
         q_stride,
-        k_cache: cache.k_cache.view(),
-        v_cache: cache.v_cache.view(),
+        k_cache: cache.cache.view(),
+        v_cache: cache.cache.view().slice(cache.v_start..cache.cache.len()),
         tiles: device_tiles.view(),
         block_tables: cache.block_tables.view(),
         window,

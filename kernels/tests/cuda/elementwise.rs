@@ -194,6 +194,7 @@ fn rope_rotates_q_and_writes_kv() {
             num_kv_heads,
             head_dim,
             block_size: 16,
+            block_stride: num_kv_heads * 16 * head_dim + 64,
         };
         let (rows, num_blocks, max_position) = (7, 5, 40);
         let qkv = rng.bf16s(rows * shape.qkv_width(), 2.0);
@@ -205,7 +206,7 @@ fn rope_rotates_q_and_writes_kv() {
         let angles = rng.f32s(max_position * head_dim / 2, 3.0);
         let cos_sin: Vec<[f32; 2]> = angles.iter().map(|angle| [angle.cos(), angle.sin()]).collect();
         let norms = [rng.bf16s(head_dim, 1.5), rng.bf16s(head_dim, 1.5)];
-        let cache_len = num_blocks as usize * shape.block_len();
+        let cache_len = num_blocks as usize * shape.block_stride;
         let device_qkv = gpu.stream.upload(&qkv).unwrap();
         let device_norms = norms.each_ref().map(|norm| gpu.stream.upload(norm).unwrap());
         let (k_cache, v_cache) = (
@@ -250,7 +251,7 @@ fn rope_rotates_q_and_writes_kv() {
         let mut written = 0;
         for (row, &slot) in slots.iter().enumerate().filter(|&(_, &slot)| slot != NO_SLOT) {
             for head in 0..num_kv_heads {
-                let at = ((slot as usize / 16 * num_kv_heads + head) * 16 + slot as usize % 16) * head_dim;
+                let at = slot as usize / 16 * shape.block_stride + (head * 16 + slot as usize % 16) * head_dim;
                 assert_close(
                     "k",
                     &widen(&got_k[at..][..head_dim]),

@@ -112,19 +112,14 @@ fn splits_for(shape: &HeadShape, rows: usize, device: &Device) -> usize {
     AttentionDecode::splits_for(shape, rows, device.num_multiprocessors())
 }
 
-/// K and V of one layer, `[num_blocks, num_kv_heads, block_size, head_dim]` each.
-pub(super) struct LayerKv {
-    pub k: DeviceBuffer<bf16>,
-    pub v: DeviceBuffer<bf16>,
-}
-
 /// What does not change from step to step.
 pub(super) struct Forward<'a> {
     pub config: &'a DecoderConfig,
     pub shape: HeadShape,
     pub kernels: &'a Kernels,
     pub model: &'a Model,
-    pub kv_cache: &'a [LayerKv],
+    /// `[num_blocks, num_layers, 2 (K, V), num_kv_heads, block_size, head_dim]`.
+    pub kv_cache: View<'a, bf16>,
     pub cos_sin: &'a DeviceBuffer<[f32; 2]>,
     pub workspace: &'a Workspace,
     pub stream: &'a Stream,
@@ -171,7 +166,7 @@ impl Forward<'_> {
         let y = ExpandInto::Bf16(w.qkv.view());
         self.expand(step, views, Group::Qkv, layer_idx, config.hidden_size, y, &widths)?;
         self.output_terms(step, views, Group::Qkv, layer_idx, OutputInto::Bf16(w.qkv.view()), &widths)?;
-        let kv = &self.kv_cache[layer_idx];
+        let kv = self.layer_kv(layer_idx);
         self.kernels.rope_kv.launch(
             self.stream,
             &RopeKvArgs {
@@ -181,8 +176,8 @@ impl Forward<'_> {
                 kv_slots: views.forward.view(views.places.kv_slots),
                 cos_sin: self.cos_sin.view(),
                 qk_norm: layer.qk_norm.as_ref().map(|(q, k)| (q.view(), k.view())),
-                k_cache: kv.k.view(),
-                v_cache: kv.v.view(),
+                k_cache: kv[0],
+                v_cache: kv[1],
                 rows,
                 eps: config.rms_norm_eps,
             },
@@ -196,7 +191,12 @@ impl Forward<'_> {
         self.output_terms(step, views, Group::O, layer_idx, self.back_to_residual(), &[config.hidden_size])
     }
 
-    fn attention(&self, step: &StepShape, views: &StepViews<'_>, kv: &LayerKv) -> Result<(), CudaError> {
+    /// K and V of a layer, from that of block 0 on.
+    fn layer_kv(&self, layer: usize) -> [View<'_, bf16>; 2] {
+        [0, 1].map(|kv| self.kv_cache.slice((2 * layer + kv) * self.shape.block_len()..self.kv_cache.len()))
+    }
+
+    fn attention(&self, step: &StepShape, views: &StepViews<'_>, kv: [View<'_, bf16>; 2]) -> Result<(), CudaError> {
         let w = self.workspace;
         let scale = 1.0 / (self.shape.head_dim as f32).sqrt();
         if step.decode_rows > 0 {
@@ -205,8 +205,8 @@ impl Forward<'_> {
                 out: w.attention_out.view(),
                 q: w.qkv.view(),
                 q_stride: self.shape.qkv_width(),
-                k_cache: kv.k.view(),
-                v_cache: kv.v.view(),
+                k_cache: kv[0],
+                v_cache: kv[1],
                 rows: Some(views.forward.view(views.places.decode_rows)),
                 context_lens: views.forward.view(views.places.context_lens),
                 block_table_starts: views.forward.view(views.places.block_table_starts),
@@ -226,8 +226,8 @@ impl Forward<'_> {
                 out: w.attention_out.view(),
                 q: w.qkv.view(),
                 q_stride: self.shape.qkv_width(),
-                k_cache: kv.k.view(),
-                v_cache: kv.v.view(),
+                k_cache: kv[0],
+                v_cache: kv[1],
                 tiles: views.prefill_tiles,
                 block_tables: views.block_tables,
                 window: self.config.sliding_window,

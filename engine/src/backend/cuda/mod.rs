@@ -33,7 +33,7 @@ mod sampling;
 mod staging;
 
 use adapters::Adapters;
-use forward::{Forward, HeadItems, HeadWork, LayerKv, OwnHead, StepViews, Workspace, WorkspaceSize};
+use forward::{Forward, HeadItems, HeadWork, OwnHead, StepViews, Workspace, WorkspaceSize};
 use model::Model;
 use plan::{ForwardPlaces, LoraWork, StepPlan, StepShape};
 use sampling::{RowResult, SampleWork, needs_logits};
@@ -153,7 +153,7 @@ pub struct CudaBackend {
     kernels: Kernels,
     gemm: Gemm,
     model: Model,
-    kv_cache: Vec<LayerKv>,
+    kv_cache: DeviceBuffer<bf16>,
     cos_sin: DeviceBuffer<[f32; 2]>,
     workspace: Workspace,
     adapters: Adapters,
@@ -257,6 +257,7 @@ impl CudaBackend {
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
             block_size: options.block_size,
+            block_stride: kv_block_bytes(config, options.block_size) / size_of::<bf16>(),
         };
         AttentionDecode::supports(&shape)?;
         let device = Device::open(options.device)?;
@@ -302,14 +303,7 @@ impl CudaBackend {
                 mem_fraction: options.mem_fraction,
             });
         }
-        let cache_len = num_blocks * shape.block_len();
-        let layer_kv = |_| {
-            Ok(LayerKv {
-                k: DeviceBuffer::zeroed(&stream, cache_len)?,
-                v: DeviceBuffer::zeroed(&stream, cache_len)?,
-            })
-        };
-        let kv_cache = (0..config.num_layers).map(layer_kv).collect::<Result<_, CudaError>>()?;
+        let kv_cache = DeviceBuffer::zeroed(&stream, num_blocks * shape.block_stride)?;
         stream.synchronize()?;
         let mut backend = Self {
             graphs: HashMap::new(),
@@ -386,7 +380,7 @@ impl CudaBackend {
             shape: *shape,
             kernels,
             model,
-            kv_cache,
+            kv_cache: kv_cache.view(),
             cos_sin,
             workspace,
             stream,
@@ -486,7 +480,7 @@ impl CudaBackend {
             shape: *shape,
             kernels,
             model,
-            kv_cache,
+            kv_cache: kv_cache.view(),
             cos_sin,
             workspace,
             stream,
@@ -584,7 +578,7 @@ impl CudaBackend {
                 shape: self.shape,
                 kernels: &self.kernels,
                 model: &self.model,
-                kv_cache: &self.kv_cache,
+                kv_cache: self.kv_cache.view(),
                 cos_sin: &self.cos_sin,
                 workspace: &self.workspace,
                 stream: &self.stream,
