@@ -6,8 +6,11 @@
 //!
 //! A full block may be published under its [`BlockKey`]: what its KV depends on, which is the adapter version (or the base model) and
 //! every token up to the block's end. Partly filled blocks are never shared, so a shared block is never written again.
+//!
+//! How many blocks there are may change ([`BlockPool::shrink`], [`BlockPool::grow`]), always at the upper end: the lowest free block is
+//! given out first, so that few have to move when the upper ones go.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use sha2::{Digest, Sha256};
 
@@ -54,6 +57,15 @@ impl BlockKey {
     }
 }
 
+/// What a block has is moved to another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockMove {
+    /// Its place so far, which is no block any more.
+    pub from: BlockId,
+    /// A free block.
+    pub to: BlockId,
+}
+
 #[derive(Clone, Debug, Default)]
 struct Block {
     /// Sequences that hold it.
@@ -70,7 +82,7 @@ struct Block {
 #[derive(Debug)]
 pub struct BlockPool {
     blocks: Vec<Block>,
-    free: Vec<BlockId>,
+    free: BTreeSet<BlockId>,
     /// Unreferenced blocks with a key, by the time of their release.
     cached: BTreeMap<u64, BlockId>,
     by_key: HashMap<BlockKey, BlockId>,
@@ -81,20 +93,26 @@ pub struct BlockPool {
 impl BlockPool {
     /// `num_blocks` free blocks.
     pub fn new(num_blocks: usize) -> Self {
-        let num_blocks = u32::try_from(num_blocks).expect("block ids are 32 bits; kv_slots would overflow far earlier");
-        Self {
-            blocks: vec![Block::default(); num_blocks as usize],
-            free: (0..num_blocks).rev().map(BlockId).collect(),
+        let mut pool = Self {
+            blocks: Vec::new(),
+            free: BTreeSet::new(),
             cached: BTreeMap::new(),
             by_key: HashMap::new(),
             promised: HashMap::new(),
             releases: 0,
-        }
+        };
+        pool.grow(num_blocks);
+        pool
     }
 
-    /// All blocks.
+    /// All blocks that there are now: ids from 0 on.
     pub fn num_blocks(&self) -> usize {
         self.blocks.len()
+    }
+
+    /// Blocks that are nobody's and hold nothing.
+    pub fn num_free(&self) -> usize {
+        self.free.len()
     }
 
     /// Blocks that `try_allocate` can give: free and cached ones.
@@ -114,7 +132,7 @@ impl BlockPool {
 
     /// A block for one sequence to write: a free one, or the cached one released longest ago. `None` when all are used.
     pub fn try_allocate(&mut self) -> Option<BlockId> {
-        let block_id = match self.free.pop() {
+        let block_id = match self.free.pop_first() {
             Some(block_id) => block_id,
             None => {
                 let (_, block_id) = self.cached.pop_first()?;
@@ -193,7 +211,7 @@ impl BlockPool {
             self.cached.insert(self.releases, block_id);
             self.releases += 1;
         } else {
-            self.free.push(block_id);
+            self.free.insert(block_id);
         }
     }
 
@@ -207,8 +225,53 @@ impl BlockPool {
     pub fn flush_cache(&mut self) {
         while let Some((_, block_id)) = self.cached.pop_first() {
             self.forget_key(block_id);
-            self.free.push(block_id);
+            self.free.insert(block_id);
         }
+    }
+
+    /// Gives up the blocks from `num_blocks` on, which are at least those in use. Cached prefixes that have no room left are forgotten, the
+    /// one released longest ago first; every other block up there moves down to a free one, and whoever holds it is to be told.
+    pub fn shrink(&mut self, num_blocks: usize) -> Vec<BlockMove> {
+        assert!(
+            num_blocks >= self.num_used(),
+            "{} blocks are in use, {num_blocks} are to stay",
+            self.num_used()
+        );
+        while self.num_used() + self.cached.len() > num_blocks {
+            let (_, block_id) = self.cached.pop_first().expect("what is not used is cached");
+            self.forget_key(block_id);
+            self.free.insert(block_id);
+        }
+        if num_blocks >= self.blocks.len() {
+            return Vec::new();
+        }
+        let end = BlockId(num_blocks as u32);
+        let gone = self.free.split_off(&end);
+        let mut moves = Vec::new();
+        for from in (end.0..self.blocks.len() as u32).map(BlockId).filter(|block_id| !gone.contains(block_id)) {
+            let to = self.free.pop_first().expect("as many are free below as are held above");
+            let block = std::mem::take(self.block_mut(from));
+            if let Some(key) = block.key {
+                self.by_key.insert(key, to);
+            }
+            if let Some(promise) = block.promise {
+                self.promised.insert(promise, to);
+            }
+            if block.ref_count == 0 {
+                self.cached.insert(block.released_at, to);
+            }
+            *self.block_mut(to) = block;
+            moves.push(BlockMove { from, to });
+        }
+        self.blocks.truncate(num_blocks);
+        moves
+    }
+
+    /// Has `num_blocks` blocks from now on, the new ones free.
+    pub fn grow(&mut self, num_blocks: usize) {
+        let end = u32::try_from(num_blocks).expect("block ids are 32 bits; kv_slots would overflow far earlier");
+        self.free.extend((self.blocks.len() as u32..end).map(BlockId));
+        self.blocks.resize(self.blocks.len().max(num_blocks), Block::default());
     }
 
     /// Panics unless every block is in exactly one state and every index agrees with it. Walks all blocks: for tests.
@@ -337,6 +400,47 @@ mod tests {
     }
 
     #[test]
+    fn a_pool_that_shrinks_forgets_the_oldest_prefixes_and_moves_the_rest_down() {
+        let mut pool = BlockPool::new(6);
+        let blocks: Vec<BlockId> = (0..6).map(|_| pool.try_allocate().expect("6 blocks")).collect();
+        for (number, block_id) in blocks.iter().enumerate().skip(1) {
+            pool.publish(*block_id, key(number as u32));
+        }
+        pool.promise(blocks[0], key(9));
+        for place in [4, 1, 2, 3] {
+            pool.release(blocks[place]);
+        }
+        // 0 and 5 are used; 4 was released first, then 1, 2 and 3.
+        let moved = |from, to| BlockMove {
+            from: BlockId(from),
+            to: BlockId(to),
+        };
+        assert_eq!(pool.shrink(3), [moved(3, 1), moved(5, 2)]);
+        pool.assert_consistent();
+        assert_eq!((pool.num_blocks(), pool.num_used(), pool.num_cached(), pool.num_free()), (3, 2, 1, 0));
+        assert_eq!([1, 2, 4].map(|number| pool.try_share(&key(number))), [None; 3], "forgotten");
+        assert_eq!(pool.try_share(&key(3)), Some(BlockId(1)));
+        assert_eq!(pool.try_share(&key(5)), Some(BlockId(2)), "used, and shared at its new place");
+        assert!(pool.is_promised(&key(9)));
+        pool.grow(4);
+        assert_eq!(pool.try_allocate(), Some(BlockId(3)));
+        assert_eq!(pool.try_allocate(), None);
+        pool.assert_consistent();
+    }
+
+    #[test]
+    fn the_lowest_free_block_is_given_out_first() {
+        let mut pool = BlockPool::new(3);
+        let blocks: Vec<BlockId> = (0..3).map(|_| pool.try_allocate().expect("free")).collect();
+        assert_eq!(blocks, [0, 1, 2].map(BlockId));
+        for place in [1, 2, 0] {
+            pool.release(blocks[place]);
+        }
+        assert_eq!(pool.try_allocate(), Some(BlockId(0)));
+        assert_eq!(pool.shrink(1), []);
+    }
+
+    #[test]
     #[should_panic(expected = "released by nobody")]
     fn releasing_twice_is_a_bug_that_stops() {
         let mut pool = BlockPool::new(1);
@@ -368,6 +472,7 @@ mod tests {
         Publish(usize, u32),
         Release(usize),
         Flush,
+        Resize(usize),
     }
 
     fn action() -> impl Strategy<Value = Action> {
@@ -377,6 +482,7 @@ mod tests {
             4 => (any::<usize>(), 0..12u32).prop_map(|(held, key)| Action::Publish(held, key)),
             4 => any::<usize>().prop_map(Action::Release),
             1 => Just(Action::Flush),
+            2 => (0..12usize).prop_map(Action::Resize),
         ]
     }
 
@@ -417,6 +523,22 @@ mod tests {
                         }
                     }
                     Action::Flush => pool.flush_cache(),
+                    Action::Resize(num_blocks) => {
+                        pool.grow(num_blocks);
+                        let num_blocks = num_blocks.max(pool.num_used());
+                        let num_kept = pool.num_cached().min(num_blocks - pool.num_used());
+                        for BlockMove { from, to } in pool.shrink(num_blocks) {
+                            prop_assert!(from.0 as usize >= num_blocks && (to.0 as usize) < num_blocks);
+                            prop_assert!(!held.contains(&to), "it moved onto a block in use");
+                            held.iter_mut().filter(|block_id| **block_id == from).for_each(|block_id| *block_id = to);
+                            match content.remove(&from) {
+                                Some(number) => content.insert(to, number),
+                                None => content.remove(&to),
+                            };
+                        }
+                        prop_assert_eq!((pool.num_blocks(), pool.num_cached()), (num_blocks, num_kept));
+                        prop_assert!(held.iter().all(|block_id| (block_id.0 as usize) < num_blocks));
+                    }
                 }
                 pool.assert_consistent();
                 let distinct: std::collections::BTreeSet<_> = held.iter().collect();
@@ -425,7 +547,7 @@ mod tests {
             held.into_iter().for_each(|block_id| pool.release(block_id));
             pool.flush_cache();
             pool.assert_consistent();
-            prop_assert_eq!(pool.num_available(), 6);
+            prop_assert_eq!(pool.num_available(), pool.num_blocks());
             prop_assert_eq!(pool.num_cached(), 0);
         }
     }
