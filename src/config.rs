@@ -211,8 +211,9 @@ struct ServeArgs {
     #[arg(long, value_name = "N", help_heading = "Engine")]
     num_threads: Option<usize>,
     /// Memory for the KV cache and for adapters on the device: a fraction of the device's memory, weights included (0.85), or a
-    /// size (8GiB) without them. Unset: 0.85 on CUDA; on the CPU what --max-running-requests can use, at most a quarter of the
-    /// free memory and 4GiB.
+    /// size (8GiB) without them. On CUDA they share it: adapters take what the cache does not need, all but one sequence of
+    /// --context-length. Unset: 0.85 on CUDA; on the CPU what --max-running-requests can use, at most a quarter of the free
+    /// memory and 4GiB.
     #[arg(long, value_name = "FRACTION|SIZE", help_heading = "Engine")]
     mem_fraction_static: Option<MemoryBudget>,
     /// Most sequences in the batch. Unset: 64 on the CPU, 256 on CUDA.

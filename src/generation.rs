@@ -233,7 +233,7 @@ impl Gateway {
             }
             .into());
         }
-        let capacity = description.context_length.min(description.num_blocks * description.block_size);
+        let capacity = description.context_length.min(description.min_blocks * description.block_size);
         let room = u32::try_from(capacity.saturating_sub(prompt_len)).unwrap_or(u32::MAX);
         let max_tokens = match job.max_tokens {
             MaxTokens::Room => room,

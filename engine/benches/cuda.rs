@@ -55,12 +55,15 @@ fn main() {
         ..CudaOptions::default()
     };
     let started = Instant::now();
-    let backend = CudaBackend::random(&config, 1, &options).expect("this bench needs a CUDA device of 80 GB");
+    let mut backend = CudaBackend::random(&config, 1, &options).expect("this bench needs a CUDA device of 80 GB");
+    // Room for all adapters at once: no scheduler moves the border here.
+    let num_blocks = backend.capacity().min_blocks;
+    backend.set_kv_blocks(num_blocks, &[]).expect("the device works");
     println!(
         "{}; {:.2} GB of weights, {} KV blocks; ready in {:.2} s",
         backend.device_name(),
         backend.weight_bytes() as f64 / 1e9,
-        backend.capacity().num_blocks,
+        num_blocks,
         started.elapsed().as_secs_f64()
     );
     let mut bench = Bench { backend, config };

@@ -13,7 +13,7 @@ use polylora_engine::{
     adapter::{AlignedBytes, HostAdapter, PackedDtype, VersionId},
     backend::BackendError,
     batch::{AdapterHandle, SampleOutput, StepOutput},
-    residency::{AdapterResidency, Residency, ResidentAdapter},
+    residency::{AdapterResidency, BlocksFor, KvBlocks, Residency, ResidentAdapter},
     scheduler::{Scheduler, SchedulerConfig},
     sequence::Sequence,
 };
@@ -22,9 +22,13 @@ use polylora_engine::{
 struct AllResident(Vec<Arc<ResidentAdapter>>);
 
 impl AdapterResidency for AllResident {
-    fn request(&mut self, adapter: &Arc<HostAdapter>) -> Result<Residency, BackendError> {
+    fn request(&mut self, adapter: &Arc<HostAdapter>, _cache: &mut dyn KvBlocks) -> Result<Residency, BackendError> {
         let number = u32::from_be_bytes(adapter.version.0[..4].try_into().expect("4 bytes"));
         Ok(Residency::Ready(self.0[number as usize].clone()))
+    }
+
+    fn make_blocks(&mut self, _missing: usize, _whose: BlocksFor, _cache: &mut dyn KvBlocks) -> Result<bool, BackendError> {
+        Ok(false)
     }
 }
 
@@ -72,6 +76,7 @@ fn measure(case: &Case) -> Vec<Duration> {
     let blocks_each = (case.prompt + OUTPUT_LEN).div_ceil(block_size) + 1;
     let mut scheduler = Scheduler::new(SchedulerConfig {
         num_blocks: (case.running + 1) * blocks_each,
+        min_blocks: (case.running + 1) * blocks_each,
         block_size,
         token_budget: 8192,
         mixed_prefill_tokens: 8192,

@@ -112,8 +112,10 @@ pub struct EngineDescription {
     pub context_length: usize,
     /// Tokens that end generation unless `ignore_eos`.
     pub eos_token_ids: Vec<u32>,
-    /// KV blocks.
+    /// KV blocks, at most; [`EngineStats::total_blocks`] says how many there are while adapters have some of their memory.
     pub num_blocks: usize,
+    /// KV blocks that adapters never take: a sequence may have as many.
+    pub min_blocks: usize,
     /// Positions per block.
     pub block_size: usize,
     /// Whether adapters may be used.
@@ -145,7 +147,7 @@ pub struct EngineStats {
     pub used_blocks: usize,
     /// KV blocks holding cached prefixes that nobody uses.
     pub cached_blocks: usize,
-    /// All KV blocks.
+    /// All KV blocks that there are now: those that adapters have the memory of are not among them.
     pub total_blocks: usize,
     /// Steps run.
     pub steps_total: u64,
@@ -175,7 +177,7 @@ pub struct EngineStats {
     pub device_misses_total: u64,
     /// Uploads begun.
     pub device_uploads_total: u64,
-    /// Adapters that left the device for others.
+    /// Adapters that left the device for others, or for KV blocks.
     pub device_evictions_total: u64,
     /// Names, host memory, loads.
     pub registry: adapter::registry::RegistryStats,

@@ -175,6 +175,7 @@ impl LlmEngine {
         let description = describe(&config, &decoder, &capacity, device, dtype);
         let scheduler = Scheduler::new(SchedulerConfig {
             num_blocks: capacity.num_blocks,
+            min_blocks: capacity.min_blocks,
             block_size: capacity.block_size,
             token_budget: config.chunked_prefill_tokens,
             mixed_prefill_tokens: config.mixed_prefill_tokens,
@@ -187,7 +188,7 @@ impl LlmEngine {
         });
         let residents = adapters.as_ref().map_or_else(Arc::default, |registry| registry.residents().clone());
         let eviction = config.lora.as_ref().map_or_else(EvictionPolicy::default, |lora| lora.eviction);
-        let residency = DeviceResidency::new(capacity.adapter_bytes, eviction, residents);
+        let residency = DeviceResidency::new(capacity.clone(), eviction, residents);
         let shared = Arc::new(Shared::new());
         let (commands, inbox) = channel();
         let commands = Arc::new(commands);
@@ -205,7 +206,7 @@ impl LlmEngine {
             .spawn(move || worker.run())
             .map_err(|error| StartError::Thread(error.to_string()))?;
         Ok(Arc::new(Self {
-            kv_capacity_tokens: capacity.num_blocks * capacity.block_size,
+            kv_capacity_tokens: capacity.min_blocks * capacity.block_size,
             description,
             adapters,
             shared,
@@ -465,6 +466,7 @@ fn describe(config: &EngineConfig, decoder: &DecoderConfig, capacity: &Capacity,
         context_length: config.context_length,
         eos_token_ids: decoder.eos_token_ids.clone(),
         num_blocks: capacity.num_blocks,
+        min_blocks: capacity.min_blocks,
         block_size: capacity.block_size,
         lora_enabled: config.lora.is_some(),
         max_loras_per_batch: config.lora.as_ref().map_or(0, |lora| lora.max_loras_per_batch),
@@ -519,8 +521,10 @@ mod tests {
     fn capacity() -> Capacity {
         Capacity {
             num_blocks: 40,
+            min_blocks: 40,
             block_size: 4,
             kv_block_bytes: 0,
+            shared_bytes: 0,
             max_batch_tokens: 16,
             adapter_bytes: 1000,
             max_adapters_per_batch: 2,
@@ -587,16 +591,32 @@ mod tests {
 
     #[test]
     fn requests_get_their_own_output_in_any_company() {
-        check_any_company(false);
+        check_any_company(false, capacity());
     }
 
     #[test]
     fn requests_get_their_own_output_when_steps_are_launched_ahead() {
-        check_any_company(true);
+        check_any_company(true, capacity());
     }
 
-    fn check_any_company(is_pipelined: bool) {
-        let mut backend = FakeBackend::new(capacity());
+    #[test]
+    fn requests_get_their_own_output_when_blocks_and_adapters_share_memory() {
+        for is_pipelined in [false, true] {
+            let shared = Capacity {
+                min_blocks: 16,
+                kv_block_bytes: 50,
+                shared_bytes: 2000,
+                adapter_bytes: 1200,
+                ..capacity()
+            };
+            let stats = check_any_company(is_pipelined, shared);
+            assert!(stats.total_blocks * 50 + stats.device_adapter_bytes <= 2000, "{stats:?}");
+            assert!(stats.total_blocks < 40, "the last adapters are still there");
+        }
+    }
+
+    fn check_any_company(is_pipelined: bool, capacity: Capacity) -> EngineStats {
+        let mut backend = FakeBackend::new(capacity);
         backend.upload_polls = 2;
         backend.is_pipelined = is_pipelined;
         // Cancelled requests keep their places until the next step.
@@ -645,6 +665,7 @@ mod tests {
             .sum();
         assert_eq!(hits_and_misses, stats.device_hits_total + stats.device_misses_total);
         assert!(adapter_stats.iter().all(|stats| (stats.running, stats.waiting) == (0, 0)));
+        stats
     }
 
     #[test]
@@ -692,7 +713,11 @@ mod tests {
                 reason: FinishReason::Length
             })
         );
-        let small = Capacity { num_blocks: 5, ..capacity() };
+        let small = Capacity {
+            num_blocks: 5,
+            min_blocks: 5,
+            ..capacity()
+        };
         let engine = try_start(Box::new(FakeBackend::new(small)), config(), decoder()).expect("limits that fit");
         let events = collect(engine.submit(ask(1000)).expect("it starts"));
         assert_eq!(tokens(&events).len(), 16, "20 tokens have KV, the last output needs none");
@@ -923,6 +948,7 @@ mod tests {
         for is_pipelined in [false, true] {
             let few = Capacity {
                 num_blocks: 12,
+                min_blocks: 12,
                 ..capacity()
             };
             let (open, gate) = sync_channel(0);

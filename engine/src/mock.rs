@@ -257,6 +257,7 @@ impl MockEngine {
                 context_length: 256,
                 eos_token_ids: vec![0],
                 num_blocks: 1024,
+                min_blocks: 1024,
                 block_size: 16,
                 lora_enabled: true,
                 max_loras_per_batch: 8,

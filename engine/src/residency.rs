@@ -2,13 +2,19 @@
 //!
 //! Bounded by bytes, each adapter at its own rank. An adapter that a running sequence or a step in flight holds, or that is pinned,
 //! never leaves. Uploads are begun here and polled; nothing waits for one.
+//!
+//! Where adapters and KV blocks share their memory, the border between them is moved from here. An adapter that needs room takes KV blocks
+//! that are free; then it has others evicted; then cached prefixes are dropped for it. It never takes a block that a running sequence has or
+//! grows into next, so it makes none of them wait. A KV cache that runs out of blocks has adapters evicted that nobody uses, the one used
+//! longest ago first. Whether that helps is worked out before anything is given up.
 
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use crate::{
     adapter::{HostAdapter, VersionId, registry::ResidentSet},
-    backend::{Backend, BackendError},
+    backend::{Backend, BackendError, Capacity},
     batch::AdapterHandle,
+    block_pool::BlockMove,
     llm::EvictionPolicy,
     stats::{Histogram, LOAD_SECONDS_BOUNDS},
 };
@@ -38,11 +44,40 @@ pub enum Residency {
 
 /// The scheduler's view of adapter residency, so that it needs no device.
 pub trait AdapterResidency {
-    /// Asks for an adapter to be usable, and begins to make it so.
+    /// Asks for an adapter to be usable, and begins to make it so; that may take blocks of the cache.
     ///
     /// # Errors
     /// `Device`: the engine is done.
-    fn request(&mut self, adapter: &Arc<HostAdapter>) -> Result<Residency, BackendError>;
+    fn request(&mut self, adapter: &Arc<HostAdapter>, cache: &mut dyn KvBlocks) -> Result<Residency, BackendError>;
+
+    /// Makes `missing` more KV blocks of what is free or nobody uses, or none. False if that is too little.
+    ///
+    /// # Errors
+    /// `Device`: the engine is done.
+    fn make_blocks(&mut self, missing: usize, whose: BlocksFor, cache: &mut dyn KvBlocks) -> Result<bool, BackendError>;
+}
+
+/// Who lacks blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlocksFor {
+    /// A sequence that runs: it goes before every adapter that nobody runs on yet.
+    Running,
+    /// A request that waits: the adapters of those before it stay.
+    Waiting,
+}
+
+/// The residency's view of the KV cache: how many blocks it has, and what for.
+pub trait KvBlocks {
+    /// Blocks that there are.
+    fn num_blocks(&self) -> usize;
+    /// Of those, free: nothing is lost with them.
+    fn num_free(&self) -> usize;
+    /// Blocks of running sequences, and one more for each to grow into. May be more than there are.
+    fn num_needed(&self) -> usize;
+    /// Goes down to `num_blocks`, no fewer than are needed. Whatever lies above moves as the result says; prefixes may be dropped for that.
+    fn shrink(&mut self, num_blocks: usize) -> Vec<BlockMove>;
+    /// Goes up to `num_blocks`.
+    fn grow(&mut self, num_blocks: usize);
 }
 
 struct Entry {
@@ -58,7 +93,7 @@ struct Entry {
 
 /// The adapters on one backend. See the module.
 pub struct DeviceResidency {
-    capacity_bytes: usize,
+    capacity: Capacity,
     policy: EvictionPolicy,
     entries: BTreeMap<VersionId, Entry>,
     pinned: Vec<Arc<HostAdapter>>,
@@ -73,9 +108,9 @@ pub struct DeviceResidency {
 
 impl DeviceResidency {
     /// Nothing resident. `residents` is told which versions are usable.
-    pub fn new(capacity_bytes: usize, policy: EvictionPolicy, residents: Arc<ResidentSet>) -> Self {
+    pub fn new(capacity: Capacity, policy: EvictionPolicy, residents: Arc<ResidentSet>) -> Self {
         Self {
-            capacity_bytes,
+            capacity,
             policy,
             residents,
             entries: BTreeMap::new(),
@@ -96,10 +131,10 @@ impl DeviceResidency {
 
     /// Bytes that they may have.
     pub fn capacity_bytes(&self) -> usize {
-        self.capacity_bytes
+        self.capacity.adapter_bytes
     }
 
-    /// Adapters that left for others.
+    /// Adapters that left for others, or for KV blocks.
     pub fn evictions(&self) -> u64 {
         self.evictions
     }
@@ -119,11 +154,11 @@ impl DeviceResidency {
         self.entries.values().any(|entry| !entry.ready)
     }
 
-    /// Begins a step: polls uploads, and uploads pinned adapters that are not there.
+    /// Begins a step: polls uploads, uploads pinned adapters that are not there, and gives a full cache the bytes that no adapter has.
     ///
     /// # Errors
     /// `Device`.
-    pub fn begin_step(&mut self, backend: &mut dyn Backend) -> Result<(), BackendError> {
+    pub fn begin_step(&mut self, backend: &mut dyn Backend, cache: &mut dyn KvBlocks) -> Result<(), BackendError> {
         self.pass += 1;
         for entry in self.entries.values_mut().filter(|entry| !entry.ready) {
             entry.ready = backend.poll_upload(entry.adapter.handle)?;
@@ -135,8 +170,11 @@ impl DeviceResidency {
         for pinned_idx in 0..self.pinned.len() {
             let adapter = self.pinned[pinned_idx].clone();
             if !self.entries.contains_key(&adapter.version) {
-                self.request(backend, &adapter)?;
+                self.request(backend, &adapter, cache)?;
             }
+        }
+        if cache.num_free() == 0 {
+            self.give_free_bytes(backend, cache)?;
         }
         Ok(())
     }
@@ -150,7 +188,7 @@ impl DeviceResidency {
     ///
     /// # Errors
     /// `Device`.
-    pub fn request(&mut self, backend: &mut dyn Backend, adapter: &Arc<HostAdapter>) -> Result<Residency, BackendError> {
+    pub fn request(&mut self, backend: &mut dyn Backend, adapter: &Arc<HostAdapter>, cache: &mut dyn KvBlocks) -> Result<Residency, BackendError> {
         self.clock += 1;
         if let Some(entry) = self.entries.get_mut(&adapter.version) {
             entry.asked_in_pass = self.pass;
@@ -161,10 +199,16 @@ impl DeviceResidency {
                 Residency::Uploading
             });
         }
-        if let Some(reason) = self.never_fits(adapter) {
+        let bytes = match backend.adapter_bytes(adapter) {
+            Ok(bytes) => bytes,
+            // This adapter can't be there, which is no fault of the device's.
+            Err(BackendError::BadBatch(reason)) => return Ok(Residency::Impossible(reason)),
+            Err(error) => return Err(error),
+        };
+        if let Some(reason) = self.never_fits(bytes) {
             return Ok(Residency::Impossible(reason));
         }
-        if !self.make_room(backend, adapter.bytes()) {
+        if !self.make_room(backend, bytes, cache)? {
             return Ok(Residency::NoRoom);
         }
         loop {
@@ -176,14 +220,15 @@ impl DeviceResidency {
                         version: adapter.version,
                         handle,
                     });
-                    self.insert(resident.clone(), adapter.bytes(), began, ready);
+                    self.insert(resident.clone(), bytes, began, ready);
                     return Ok(if ready { Residency::Ready(resident) } else { Residency::Uploading });
                 }
+                // There will be one free run when those on their way have arrived.
+                Err(BackendError::OutOfMemory { .. }) if self.is_uploading() => return Ok(Residency::NoRoom),
                 // The backend's own measure of what fits may be stricter than the sum of the bytes.
-                Err(BackendError::OutOfMemory { .. }) if self.evict_one(backend) => {}
+                Err(BackendError::OutOfMemory { .. }) if self.evict_one(backend, self.policy, Keep::Asked) => {}
                 Err(error @ BackendError::OutOfMemory { .. }) if self.entries.is_empty() => return Ok(Residency::Impossible(error.to_string())),
                 Err(BackendError::OutOfMemory { .. }) => return Ok(Residency::NoRoom),
-                // Nothing was begun: this adapter can't be there, which is no fault of the device's.
                 Err(BackendError::BadBatch(reason)) => return Ok(Residency::Impossible(reason)),
                 Err(error) => return Err(error),
             }
@@ -210,7 +255,7 @@ impl DeviceResidency {
         assert!(replaced.is_none(), "one copy of a version");
     }
 
-    fn never_fits(&self, adapter: &HostAdapter) -> Option<String> {
+    fn never_fits(&self, bytes: usize) -> Option<String> {
         let is_pinned = |version: VersionId| self.pinned.iter().any(|pinned| pinned.version == version);
         let pinned_bytes: usize = self
             .entries
@@ -218,33 +263,82 @@ impl DeviceResidency {
             .filter(|(version, _)| is_pinned(**version))
             .map(|(_, entry)| entry.bytes)
             .sum();
-        (pinned_bytes + adapter.bytes() > self.capacity_bytes).then(|| {
+        (pinned_bytes + bytes > self.capacity.adapter_bytes).then(|| {
             format!(
-                "needs {} bytes on the device; {} bytes are for adapters, pinned ones take {pinned_bytes} of them",
-                adapter.bytes(),
-                self.capacity_bytes
+                "needs {bytes} bytes on the device; {} bytes are for adapters, pinned ones take {pinned_bytes} of them",
+                self.capacity.adapter_bytes
             )
         })
     }
 
-    /// Evicts until `bytes` are free, or nothing when that is not possible.
-    fn make_room(&mut self, backend: &mut dyn Backend, bytes: usize) -> bool {
-        let evictable: usize = self.entries.values().filter(|entry| self.may_leave(entry)).map(|entry| entry.bytes).sum();
-        if self.used_bytes - evictable + bytes > self.capacity_bytes {
-            return false;
+    /// Makes `bytes` free: of free KV blocks, then by evicting, then of cached prefixes; or does nothing when all of that is too little.
+    fn make_room(&mut self, backend: &mut dyn Backend, bytes: usize, cache: &mut dyn KvBlocks) -> Result<bool, BackendError> {
+        let fewest = cache.num_needed().max(self.capacity.min_blocks);
+        let fits = |used_bytes: usize, fewest: usize, capacity: &Capacity| {
+            let blocks = capacity.blocks_beside(used_bytes + bytes);
+            used_bytes + bytes <= capacity.adapter_bytes && blocks >= fewest.min(cache.num_blocks())
+        };
+        if !fits(self.used_bytes - self.evictable_bytes(Keep::Asked), fewest, &self.capacity) {
+            return Ok(false);
         }
-        while self.used_bytes + bytes > self.capacity_bytes {
-            assert!(self.evict_one(backend), "evictable bytes were counted");
+        let without_loss = fewest.max(cache.num_blocks() - cache.num_free());
+        while !fits(self.used_bytes, without_loss, &self.capacity) && self.evict_one(backend, self.policy, Keep::Asked) {}
+        let num_blocks = self.capacity.blocks_beside(self.used_bytes + bytes);
+        if num_blocks < cache.num_blocks() {
+            let moves = cache.shrink(num_blocks);
+            backend.set_kv_blocks(num_blocks, &moves)?;
         }
-        true
+        Ok(true)
     }
 
-    fn evict_one(&mut self, backend: &mut dyn Backend) -> bool {
+    /// See [`AdapterResidency::make_blocks`].
+    ///
+    /// # Errors
+    /// `Device`.
+    pub fn make_blocks(
+        &mut self,
+        backend: &mut dyn Backend,
+        missing: usize,
+        whose: BlocksFor,
+        cache: &mut dyn KvBlocks,
+    ) -> Result<bool, BackendError> {
+        let keep = match whose {
+            BlocksFor::Running => Keep::Held,
+            BlocksFor::Waiting => Keep::Asked,
+        };
+        let wanted = cache.num_blocks() + missing;
+        if self.capacity.blocks_beside(self.used_bytes - self.evictable_bytes(keep)) < wanted {
+            return Ok(false);
+        }
+        while self.capacity.blocks_beside(self.used_bytes) < wanted {
+            assert!(self.evict_one(backend, EvictionPolicy::Lru, keep), "evictable bytes were counted");
+        }
+        self.give_free_bytes(backend, cache)?;
+        Ok(cache.num_blocks() >= wanted)
+    }
+
+    fn give_free_bytes(&mut self, backend: &mut dyn Backend, cache: &mut dyn KvBlocks) -> Result<(), BackendError> {
+        let num_blocks = self.capacity.blocks_beside(self.used_bytes);
+        if num_blocks > cache.num_blocks() {
+            cache.grow(backend.set_kv_blocks(num_blocks, &[])?);
+        }
+        Ok(())
+    }
+
+    fn evictable_bytes(&self, keep: Keep) -> usize {
+        self.entries
+            .values()
+            .filter(|entry| self.may_leave(entry, keep))
+            .map(|entry| entry.bytes)
+            .sum()
+    }
+
+    fn evict_one(&mut self, backend: &mut dyn Backend, policy: EvictionPolicy, keep: Keep) -> bool {
         let victim = self
             .entries
             .values()
-            .filter(|entry| self.may_leave(entry))
-            .min_by_key(|entry| match self.policy {
+            .filter(|entry| self.may_leave(entry, keep))
+            .min_by_key(|entry| match policy {
                 EvictionPolicy::Lru => entry.last_used,
                 EvictionPolicy::Fifo => entry.uploaded_at,
             })
@@ -258,11 +352,21 @@ impl DeviceResidency {
         true
     }
 
-    fn may_leave(&self, entry: &Entry) -> bool {
+    fn may_leave(&self, entry: &Entry, keep: Keep) -> bool {
         let is_held = Arc::strong_count(&entry.adapter) > 1;
         let is_pinned = self.pinned.iter().any(|pinned| pinned.version == entry.adapter.version);
-        entry.ready && !is_held && !is_pinned && entry.asked_in_pass != self.pass
+        let is_kept = keep == Keep::Asked && entry.asked_in_pass == self.pass;
+        entry.ready && !is_held && !is_pinned && !is_kept
     }
+}
+
+/// Which adapters never leave, besides pinned ones.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    /// Those that are in use.
+    Held,
+    /// Those, and the ones that were asked for in this pass.
+    Asked,
 }
 
 impl Drop for DeviceResidency {
@@ -280,7 +384,11 @@ pub struct BackendResidency<'a> {
 }
 
 impl AdapterResidency for BackendResidency<'_> {
-    fn request(&mut self, adapter: &Arc<HostAdapter>) -> Result<Residency, BackendError> {
-        self.residency.request(self.backend, adapter)
+    fn request(&mut self, adapter: &Arc<HostAdapter>, cache: &mut dyn KvBlocks) -> Result<Residency, BackendError> {
+        self.residency.request(self.backend, adapter, cache)
+    }
+
+    fn make_blocks(&mut self, missing: usize, whose: BlocksFor, cache: &mut dyn KvBlocks) -> Result<bool, BackendError> {
+        self.residency.make_blocks(self.backend, missing, whose, cache)
     }
 }

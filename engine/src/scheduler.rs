@@ -11,6 +11,14 @@
 //! first; one that has just been admitted stands at the end of that ring. Base rows are in every step.
 //! **Preemption**: a sequence that needs a block when none is left pushes back the one admitted last (perhaps itself), whose KV is
 //! recomputed later. The one admitted first is never pushed back, so somebody always ends.
+//!
+//! **Memory** may be shared with adapters ([`residency`](crate::residency)). Then a sequence that lacks blocks first has idle adapters
+//! evicted for them, and a request's adapter may take blocks that nobody has. That neither of the two can keep the other from ever running
+//! is seen thus: an adapter takes no block that a running sequence has or grows into next, and a sequence takes no adapter that is in use,
+//! so what runs goes on, and the one admitted first ends. A request that waits for room meanwhile, for blocks or for an adapter, sees no
+//! more than so many others start: those behind one that lacks blocks are not looked at, and those behind one whose adapter has no room
+//! only until as many have started as can run. When nothing runs, nothing is in use: the first request finds room for its adapter, which
+//! fits beside `min_blocks`, and then blocks, since its tokens fit `min_blocks`.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -21,18 +29,20 @@ use crate::{
     adapter::{AdapterLease, VersionId},
     backend::BackendError,
     batch::{LoraSegment, SampleFailure, SampleOutput, StepBatch, StepOutput},
-    block_pool::BlockPool,
+    block_pool::{BlockMove, BlockPool},
     fairness::{FairQueue, FlowKey, Turn},
     request::{FinishReason, RequestError, RequestId, TokenEvent},
-    residency::{AdapterResidency, Residency, ResidentAdapter},
+    residency::{AdapterResidency, BlocksFor, KvBlocks, Residency, ResidentAdapter},
     sequence::{AppendedRows, Sequence, Start, StartRules},
 };
 
 /// The limits of a scheduler.
 #[derive(Clone, Debug)]
 pub struct SchedulerConfig {
-    /// KV blocks.
+    /// KV blocks at first, and at most.
     pub num_blocks: usize,
+    /// KV blocks that there are at least: fewer where adapters share their memory. A sequence needs no more.
+    pub min_blocks: usize,
     /// Positions per block.
     pub block_size: usize,
     /// Most rows of one step.
@@ -121,7 +131,10 @@ pub struct Scheduler {
 impl Scheduler {
     /// Nothing waits, nothing runs.
     pub fn new(config: SchedulerConfig) -> Self {
-        assert!(config.block_size > 0 && config.num_blocks > 0, "there is a KV cache");
+        assert!(
+            config.block_size > 0 && (1..=config.num_blocks).contains(&config.min_blocks),
+            "there is a KV cache"
+        );
         assert!(
             (1..=config.token_budget).contains(&config.max_running_requests),
             "each running sequence has a row in a step"
@@ -205,6 +218,15 @@ impl Scheduler {
         &self.pool
     }
 
+    /// The blocks, for whoever shares their memory.
+    pub fn kv_blocks(&mut self) -> impl KvBlocks + '_ {
+        SchedulerBlocks {
+            pool: &mut self.pool,
+            sequences: &mut self.sequences,
+            num_running: self.running.len(),
+        }
+    }
+
     /// Counters.
     pub fn counters(&self) -> SchedulerCounters {
         self.counters
@@ -234,7 +256,7 @@ impl Scheduler {
         self.step += 1;
         let mut schedule = Schedule::default();
         self.admit(residency, &mut schedule)?;
-        let rows = self.choose_rows(&mut schedule.preempted);
+        let rows = self.choose_rows(residency, &mut schedule.preempted)?;
         if !rows.is_empty() {
             schedule.step = Some(self.build_step(rows));
         }
@@ -333,10 +355,13 @@ impl Scheduler {
         schedule: &mut Schedule,
     ) -> Result<Admission, BackendError> {
         let mut resident = None;
-        if let Some(lease) = self.sequences[&request_id].adapter().cloned() {
-            if self.is_draining().is_some_and(|denied| denied != request_id) {
-                return Ok(Admission::NotYet);
-            }
+        let adapter = self.sequences[&request_id].adapter().cloned();
+        // Where memory is shared, the KV of the others keeps the adapter out as much as their adapters do.
+        let takes_room = adapter.is_some() || self.config.min_blocks < self.config.num_blocks;
+        if takes_room && self.is_draining().is_some_and(|denied| denied != request_id) {
+            return Ok(Admission::NotYet);
+        }
+        if let Some(lease) = adapter {
             match self.ask(request_id, &lease, residency, schedule)? {
                 Residency::Ready(adapter) => resident = Some(adapter),
                 Residency::Uploading => return Ok(Admission::NotYet),
@@ -354,15 +379,19 @@ impl Scheduler {
             reserve: self.running.len(),
             min_awaited_tokens: self.config.min_awaited_tokens,
         };
-        let sequence = self.sequences.get_mut(&request_id).expect("a queued request has a sequence");
-        match sequence.try_start(&mut self.pool, resident, &rules) {
-            Start::Started => {}
-            Start::PrefixInTheMaking => return Ok(Admission::NotYet),
-            Start::TooFewBlocks => {
-                assert!(!self.running.is_empty(), "a request that fits the KV cache alone can start alone");
-                return Ok(Admission::NoBlocks);
+        loop {
+            let sequence = self.sequences.get_mut(&request_id).expect("a queued request has a sequence");
+            match sequence.try_start(&mut self.pool, resident.as_ref(), &rules) {
+                Start::Started => break,
+                Start::PrefixInTheMaking => return Ok(Admission::NotYet),
+                Start::TooFewBlocks { missing } if residency.make_blocks(missing, BlocksFor::Waiting, &mut self.kv_blocks())? => {}
+                Start::TooFewBlocks { .. } => {
+                    assert!(!self.running.is_empty(), "a request that fits the KV cache alone can start alone");
+                    return Ok(Admission::NoBlocks);
+                }
             }
         }
+        let sequence = &self.sequences[&request_id];
         let num_rows = sequence.num_uncomputed();
         if let Some(version) = sequence.version() {
             let turn = self.running_adapters.entry(version).or_insert(AdapterTurn {
@@ -386,7 +415,7 @@ impl Scheduler {
         residency: &mut dyn AdapterResidency,
         schedule: &mut Schedule,
     ) -> Result<Residency, BackendError> {
-        let answer = residency.request(lease.weights())?;
+        let answer = residency.request(lease.weights(), &mut self.kv_blocks())?;
         let sequence = self.sequences.get_mut(&request_id).expect("a queued request has a sequence");
         if !std::mem::replace(&mut sequence.counted_residency, true) {
             let is_hit = matches!(answer, Residency::Ready(_));
@@ -405,7 +434,7 @@ impl Scheduler {
     }
 
     /// Adapters that are in use leave the device only when their requests end. Once a request has waited for that while as many
-    /// others were admitted as can run, no other request with an adapter is, until it is its turn: this one's.
+    /// others were admitted as can run, no other request that takes of the same memory is, until it is its turn: this one's.
     fn is_draining(&self) -> Option<RequestId> {
         let (denied, taken) = self.denied_room?;
         (self.waiting.taken() - taken >= self.config.max_running_requests as u64).then_some(denied)
@@ -432,7 +461,7 @@ impl Scheduler {
     // Rows.
 
     /// Sequences of the step with their rows, in order of admission. Blocks for the rows are taken; that may preempt.
-    fn choose_rows(&mut self, preempted: &mut Vec<RequestId>) -> Vec<(RequestId, usize)> {
+    fn choose_rows(&mut self, residency: &mut dyn AdapterResidency, preempted: &mut Vec<RequestId>) -> Result<Vec<(RequestId, usize)>, BackendError> {
         let adapters = self.choose_adapters();
         let takes_part = |sequence: &Sequence| sequence.version().is_none_or(|version| adapters.contains(&version));
         // Decoding sequences first: they are what others see stutter. Then prefill, in order of admission.
@@ -459,11 +488,11 @@ impl Scheduler {
         // Only decoding sequences may need a block here, and a preempted sequence was admitted later than the one that needs it: it comes
         // further on in this list, if at all, and `chosen` has none that was preempted.
         for (request_id, num_rows) in decodes.into_iter().chain(prefills) {
-            if self.try_make_blocks(request_id, num_rows, preempted) {
+            if self.try_make_blocks(request_id, num_rows, residency, preempted)? {
                 chosen.push((request_id, num_rows));
             }
         }
-        chosen
+        Ok(chosen)
     }
 
     /// The adapters of this step: all that run, or the ones whose last turn is longest ago.
@@ -484,15 +513,23 @@ impl Scheduler {
         by_turn.into_iter().map(|(_, version)| version).collect()
     }
 
-    /// Blocks for a running sequence's next rows, by preemption if need be. False if it was itself preempted.
-    fn try_make_blocks(&mut self, request_id: RequestId, num_rows: usize, preempted: &mut Vec<RequestId>) -> bool {
+    /// Blocks for a running sequence's next rows, of what idle adapters have or by preemption if need be. False if it was itself preempted.
+    fn try_make_blocks(
+        &mut self,
+        request_id: RequestId,
+        num_rows: usize,
+        residency: &mut dyn AdapterResidency,
+        preempted: &mut Vec<RequestId>,
+    ) -> Result<bool, BackendError> {
         loop {
             let sequence = self.sequences.get_mut(&request_id).expect("a running request has a sequence");
             if sequence.num_blocks() == 0 {
-                return false;
+                return Ok(false);
             }
-            if sequence.try_grow(&mut self.pool, self.config.block_size, num_rows) {
-                return true;
+            match sequence.try_grow(&mut self.pool, self.config.block_size, num_rows) {
+                Ok(()) => return Ok(true),
+                Err(missing) if residency.make_blocks(missing, BlocksFor::Running, &mut self.kv_blocks())? => continue,
+                Err(_) => {}
             }
             let last = *self.running.last().expect("it is running itself");
             self.preempt(last);
@@ -627,6 +664,40 @@ impl Scheduler {
     }
 }
 
+/// See [`Scheduler::kv_blocks`].
+struct SchedulerBlocks<'a> {
+    pool: &'a mut BlockPool,
+    sequences: &'a mut HashMap<RequestId, Sequence>,
+    num_running: usize,
+}
+
+impl KvBlocks for SchedulerBlocks<'_> {
+    fn num_blocks(&self) -> usize {
+        self.pool.num_blocks()
+    }
+
+    fn num_free(&self) -> usize {
+        self.pool.num_free()
+    }
+
+    fn num_needed(&self) -> usize {
+        self.pool.num_used() + self.num_running
+    }
+
+    fn shrink(&mut self, num_blocks: usize) -> Vec<BlockMove> {
+        let moves = self.pool.shrink(num_blocks);
+        if !moves.is_empty() {
+            let moved = moves.iter().map(|block| (block.from, block.to)).collect();
+            self.sequences.values_mut().for_each(|sequence| sequence.move_blocks(&moved));
+        }
+        moves
+    }
+
+    fn grow(&mut self, num_blocks: usize) {
+        self.pool.grow(num_blocks);
+    }
+}
+
 enum Admission {
     Admitted { num_rows: usize },
     NotYet,
@@ -672,6 +743,8 @@ mod tests {
     #[derive(Clone)]
     struct Limits {
         num_blocks: usize,
+        /// `Some`: adapters share the blocks' memory, all but so many blocks of it; a block has `BLOCK_BYTES`.
+        shared_but: Option<usize>,
         block_size: usize,
         token_budget: usize,
         mixed_prefill: usize,
@@ -682,8 +755,11 @@ mod tests {
         min_awaited_tokens: usize,
     }
 
+    const BLOCK_BYTES: usize = 50;
+
     const ROOMY: Limits = Limits {
         num_blocks: 256,
+        shared_but: None,
         block_size: 4,
         token_budget: 64,
         mixed_prefill: 64,
@@ -698,6 +774,7 @@ mod tests {
         fn new(limits: Limits) -> Self {
             let config = SchedulerConfig {
                 num_blocks: limits.num_blocks,
+                min_blocks: limits.shared_but.unwrap_or(limits.num_blocks),
                 block_size: limits.block_size,
                 token_budget: limits.token_budget,
                 mixed_prefill_tokens: limits.mixed_prefill,
@@ -710,15 +787,19 @@ mod tests {
             };
             let capacity = Capacity {
                 num_blocks: limits.num_blocks,
+                min_blocks: limits.shared_but.unwrap_or(limits.num_blocks),
                 block_size: limits.block_size,
-                kv_block_bytes: 0,
+                kv_block_bytes: BLOCK_BYTES,
                 max_batch_tokens: limits.token_budget,
-                adapter_bytes: limits.adapter_bytes,
+                adapter_bytes: limits.shared_but.map_or(limits.adapter_bytes, |min_blocks| {
+                    limits.adapter_bytes.min((limits.num_blocks - min_blocks) * BLOCK_BYTES)
+                }),
+                shared_bytes: limits.num_blocks * BLOCK_BYTES,
                 max_adapters_per_batch: limits.max_loras,
             };
             Self {
                 scheduler: Scheduler::new(config),
-                residency: DeviceResidency::new(limits.adapter_bytes, EvictionPolicy::Lru, Arc::default()),
+                residency: DeviceResidency::new(capacity.clone(), EvictionPolicy::Lru, Arc::default()),
                 backend: FakeBackend::new(capacity),
                 events: BTreeMap::new(),
                 ended: BTreeSet::new(),
@@ -743,7 +824,9 @@ mod tests {
         }
 
         fn schedule(&mut self) -> Option<ScheduledStep> {
-            self.residency.begin_step(&mut self.backend).expect("no failure is scripted");
+            self.residency
+                .begin_step(&mut self.backend, &mut self.scheduler.kv_blocks())
+                .expect("no failure is scripted");
             let mut residency = BackendResidency {
                 residency: &mut self.residency,
                 backend: &mut self.backend,
@@ -783,10 +866,13 @@ mod tests {
 
         /// One step, scheduled before the last one is committed. False when nothing is in flight.
         fn pipelined_step(&mut self) -> bool {
+            self.backend.is_pipelined = true;
             let next = self.schedule();
+            if let Some(step) = &next {
+                self.backend.launch(&step.batch).expect("no failure is scripted");
+            }
             if let Some(step) = self.in_flight.take() {
-                // The device runs steps in order: this one's output is computed before the next one starts.
-                let output = self.backend.execute(&step.batch).expect("no failure is scripted");
+                let output = self.backend.collect().expect("no failure is scripted");
                 self.commit(step, output);
             }
             self.in_flight = next;
@@ -803,11 +889,189 @@ mod tests {
             panic!("requests that never end");
         }
 
+        fn assert_memory_is_shared_out(&self) {
+            let capacity = self.backend.capacity();
+            let num_blocks = self.scheduler.pool().num_blocks();
+            assert_eq!(num_blocks, self.backend.num_blocks, "the border is where the backend has it");
+            assert!((capacity.min_blocks..=capacity.num_blocks).contains(&num_blocks));
+            if capacity.is_shared() {
+                let taken = num_blocks * capacity.kv_block_bytes + self.residency.used_bytes();
+                assert!(taken <= capacity.shared_bytes, "{taken} bytes of {}", capacity.shared_bytes);
+            }
+        }
+
         fn cached_tokens(&self, request_id: RequestId) -> u32 {
             match &self.events[&request_id][0] {
                 TokenEvent::Started { cached_tokens, .. } => *cached_tokens,
                 event => panic!("{event:?}"),
             }
+        }
+    }
+
+    /// 20 blocks of 4 positions, 12 of which adapters may have the memory of.
+    const SHARED: Limits = Limits {
+        num_blocks: 20,
+        shared_but: Some(8),
+        ..ROOMY
+    };
+
+    #[test]
+    fn an_adapter_takes_free_blocks_and_gives_them_back_when_nobody_uses_it() {
+        let mut bench = Bench::new(SHARED);
+        let adapter = host_adapter(1, 6 * BLOCK_BYTES - 1);
+        let request = bench.request(prompt(4), 2, Some(&adapter));
+        bench.add(request);
+        bench.run();
+        assert_eq!(
+            (bench.scheduler.pool().num_blocks(), bench.residency.used_bytes()),
+            (14, 6 * BLOCK_BYTES - 1)
+        );
+        // Four sequences of five blocks each.
+        let mut expected = BTreeMap::new();
+        for first in 0..4 {
+            let request = bench.request((first..first + 8).collect(), 12, None);
+            let events = expected_events(&request);
+            expected.insert(bench.add(request), events);
+        }
+        bench.run();
+        assert_eq!((bench.scheduler.pool().num_blocks(), bench.residency.used_bytes()), (20, 0));
+        assert_eq!((bench.residency.evictions(), bench.preempted), (1, 0));
+        for (request_id, expected) in expected {
+            assert_eq!(bench.events[&request_id], expected);
+        }
+    }
+
+    #[test]
+    fn a_sequence_whose_blocks_move_goes_on_and_its_prefix_is_found_where_it_went() {
+        for is_pipelined in [false, true] {
+            let mut bench = Bench::new(SHARED);
+            let step = |bench: &mut Bench| match is_pipelined {
+                true => drop(bench.pipelined_step()),
+                false => drop(bench.step()),
+            };
+            // The first two have the lower blocks, and end while the third still runs.
+            for first in [20, 30] {
+                let request = bench.request((first..first + 20).collect(), 1, None);
+                bench.add(request);
+            }
+            let mut request = bench.request(prompt(20), 20, None);
+            request.sampling.seed = 5;
+            let expected = expected_events(&request);
+            let moved = bench.add(request);
+            for _ in 0..4 {
+                step(&mut bench);
+            }
+            assert_eq!((bench.ended.len(), bench.scheduler.num_running()), (2, 1));
+            let adapter = host_adapter(1, 8 * BLOCK_BYTES);
+            let request = bench.request(prompt(4), 3, Some(&adapter));
+            let expected_other = expected_events(&request);
+            let other = bench.add(request);
+            while bench.ended.len() < 4 {
+                step(&mut bench);
+                bench.scheduler.assert_consistent();
+            }
+            assert!(bench.backend.block_moves > 0, "the third sequence had blocks above the twelfth");
+            assert_eq!(bench.scheduler.pool().num_blocks(), 12);
+            assert_eq!(bench.events[&moved], expected);
+            assert_eq!(bench.events[&other], expected_other);
+            while bench.in_flight.is_some() {
+                step(&mut bench);
+            }
+            let request = bench.request(prompt(20), 2, None);
+            let again = bench.add(request);
+            while bench.ended.len() < 5 {
+                step(&mut bench);
+            }
+            assert_eq!(bench.cached_tokens(again), 16);
+            assert_eq!(tokens(&bench.events[&again]), tokens(&expected)[..2]);
+        }
+    }
+
+    #[test]
+    fn an_adapter_takes_no_block_that_a_running_sequence_grows_into() {
+        let mut bench = Bench::new(SHARED);
+        let sequences: Vec<RequestId> = (0..2)
+            .map(|first| {
+                let request = bench.request((first..first + 9).collect(), 23, None);
+                bench.add(request)
+            })
+            .collect();
+        bench.step();
+        // 8 blocks each at the end, 3 now: of the other 14, two are theirs to grow into.
+        let (small, large) = (host_adapter(1, 11 * BLOCK_BYTES), host_adapter(2, 12 * BLOCK_BYTES));
+        for adapter in [&large, &small] {
+            let request = bench.request(prompt(3), 2, Some(adapter));
+            bench.add(request);
+        }
+        while !sequences.iter().all(|request_id| bench.ended.contains(request_id)) {
+            bench.step();
+        }
+        bench.run();
+        assert_eq!(bench.preempted, 0);
+        assert_eq!(bench.ended.len(), 4, "and everybody is served");
+    }
+
+    #[test]
+    fn idle_adapters_leave_before_cached_prefixes_and_those_before_a_request_fails() {
+        let mut bench = Bench::new(SHARED);
+        let adapters: Vec<_> = (0..3).map(|number| host_adapter(number, 6 * BLOCK_BYTES)).collect();
+        let ask = |bench: &mut Bench, prompt: Vec<u32>, adapter: Option<&Arc<HostAdapter>>| {
+            let request = bench.request(prompt, 1, adapter);
+            let request_id = bench.add(request);
+            bench.run();
+            bench.cached_tokens(request_id)
+        };
+        ask(&mut bench, prompt(41), None);
+        assert_eq!(bench.scheduler.pool().num_cached(), 10);
+        ask(&mut bench, vec![1, 2], Some(&adapters[0]));
+        assert_eq!(
+            (bench.residency.evictions(), bench.scheduler.pool().num_cached()),
+            (0, 10),
+            "of free blocks"
+        );
+        ask(&mut bench, vec![1, 2], Some(&adapters[1]));
+        assert_eq!(
+            (bench.residency.evictions(), bench.scheduler.pool().num_cached()),
+            (1, 10),
+            "of the other adapter"
+        );
+        bench.residency.set_pinned(vec![adapters[1].clone()]);
+        ask(&mut bench, vec![1, 2], Some(&adapters[2]));
+        assert_eq!((bench.residency.evictions(), bench.scheduler.pool().num_blocks()), (1, 8), "of prefixes");
+        assert_eq!(ask(&mut bench, prompt(28), None), 24, "the end of the long one was dropped first");
+        // Nothing of it is pinned or used any more.
+        bench.residency.set_pinned(Vec::new());
+        assert_eq!(ask(&mut bench, prompt(28), None), 24);
+        let too_large = host_adapter(9, 12 * BLOCK_BYTES + 1);
+        let request = bench.request(prompt(2), 1, Some(&too_large));
+        let failed = bench.add(request);
+        bench.run();
+        assert!(matches!(&bench.events[&failed][..], [TokenEvent::Failed(RequestError::Adapter { .. })]));
+    }
+
+    #[test]
+    fn a_flood_without_adapters_does_not_keep_an_adapter_out() {
+        let mut bench = Bench::new(SHARED);
+        let mut tenant = 0;
+        let mut flood = |bench: &mut Bench| {
+            tenant += 1;
+            let mut request = bench.request((tenant..tenant + 7).collect(), 4 + tenant % 9, None);
+            request.fairness_key = tenant.to_string().into();
+            bench.add(request);
+        };
+        for _ in 0..20 {
+            flood(&mut bench);
+        }
+        bench.step();
+        let adapter = host_adapter(1, 12 * BLOCK_BYTES);
+        let request = bench.request(prompt(3), 2, Some(&adapter));
+        let waits = bench.add(request);
+        let mut steps = 0;
+        while !bench.ended.contains(&waits) {
+            bench.step().expect("work");
+            flood(&mut bench);
+            steps += 1;
+            assert!(steps < 100, "12 of 20 blocks are never free by themselves");
         }
     }
 
@@ -1155,7 +1419,9 @@ mod tests {
     }
 
     /// Arrivals, cancels, adapters, tiny pools, chunks, slow uploads, evictions; one step after another or one ahead.
-    fn random_run(seed: u64) {
+    ///
+    /// Gives back how often the border between blocks and adapters moved, and blocks because of it.
+    fn random_run(seed: u64) -> [usize; 2] {
         let mut rng = Rng(seed);
         let block_size = 1 + rng.below(5);
         let max_len: usize = 24;
@@ -1165,6 +1431,7 @@ mod tests {
         let adapter_bytes: Vec<usize> = (0..num_adapters).map(|_| 100 + rng.below(200)).collect();
         let mut bench = Bench::new(Limits {
             num_blocks: min_blocks + rng.below(2 * min_blocks),
+            shared_but: (seed % 2 == 1).then_some(min_blocks),
             block_size,
             token_budget,
             mixed_prefill: 1 + rng.below(32),
@@ -1205,6 +1472,7 @@ mod tests {
             }
             let ran = if is_pipelined { bench.pipelined_step() } else { bench.step().is_some() };
             bench.scheduler.assert_consistent();
+            bench.assert_memory_is_shared_out();
             idle_steps = if ran { 0 } else { idle_steps + 1 };
             assert!(
                 idle_steps < 50 || bench.scheduler.sequences.is_empty(),
@@ -1228,6 +1496,7 @@ mod tests {
         assert_eq!(bench.scheduler.num_running() + bench.scheduler.num_waiting(), 0);
         assert!(bench.scheduler.running_adapters.is_empty());
         assert!(bench.residency.used_bytes() <= bench.residency.capacity_bytes());
+        [bench.backend.border_moves, bench.backend.block_moves]
     }
 
     #[test]
@@ -1236,12 +1505,21 @@ mod tests {
             Ok(seed) => (seed.parse().expect("POLYLORA_SEED is a number"), 1),
             Err(_) => (0, 400),
         };
+        let mut moves = [0, 0];
         for seed in first..first + runs {
-            let outcome = std::panic::catch_unwind(|| random_run(seed));
-            if let Err(panic) = outcome {
-                eprintln!("failed with POLYLORA_SEED={seed}");
-                std::panic::resume_unwind(panic);
+            match std::panic::catch_unwind(|| random_run(seed)) {
+                Ok(more) => moves = [moves[0] + more[0], moves[1] + more[1]],
+                Err(panic) => {
+                    eprintln!("failed with POLYLORA_SEED={seed}");
+                    std::panic::resume_unwind(panic);
+                }
             }
         }
+        assert!(
+            runs == 1 || moves[0] > 500 && moves[1] > 100,
+            "the border moved {} times, blocks {}",
+            moves[0],
+            moves[1]
+        );
     }
 }

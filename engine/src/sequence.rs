@@ -147,7 +147,7 @@ impl Sequence {
 
     /// Becomes a running sequence: takes what the prefix cache has and blocks for all other known tokens. Nothing is taken otherwise.
     /// At least one token is left to be computed.
-    pub fn try_start(&mut self, pool: &mut BlockPool, resident: Option<Arc<ResidentAdapter>>, rules: &StartRules) -> Start {
+    pub fn try_start(&mut self, pool: &mut BlockPool, resident: Option<&Arc<ResidentAdapter>>, rules: &StartRules) -> Start {
         let block_size = rules.block_size;
         assert!(
             self.blocks.is_empty() && self.num_computed == 0,
@@ -166,9 +166,12 @@ impl Sequence {
         }
         let num_shared = self.blocks.len();
         let num_missing = self.tokens.len().div_ceil(block_size) - num_shared;
-        if pool.num_available() < num_missing + rules.reserve {
+        if let Some(missing) = (num_missing + rules.reserve)
+            .checked_sub(pool.num_available())
+            .filter(|missing| *missing > 0)
+        {
             pool.release_all(self.blocks.drain(..));
-            return Start::TooFewBlocks;
+            return Start::TooFewBlocks { missing };
         }
         self.blocks.extend((0..num_missing).map_while(|_| pool.try_allocate()));
         for (block_id, key) in self.blocks.iter().zip(&self.block_keys).skip(num_shared) {
@@ -179,23 +182,37 @@ impl Sequence {
         if !self.started {
             self.cached_tokens = self.num_computed;
         }
-        self.resident = resident;
+        self.resident = resident.cloned();
         self.refresh_block_table();
         Start::Started
     }
 
-    /// Takes the blocks that `num_rows` more rows need. False, and nothing taken, when there are too few.
-    pub fn try_grow(&mut self, pool: &mut BlockPool, block_size: usize, num_rows: usize) -> bool {
+    /// Takes the blocks that `num_rows` more rows need. `Err`, and nothing taken, when there are too few: how many more it takes.
+    pub fn try_grow(&mut self, pool: &mut BlockPool, block_size: usize, num_rows: usize) -> Result<(), usize> {
         let num_needed = (self.num_computed + self.num_in_flight + num_rows).div_ceil(block_size);
         let Some(num_missing) = num_needed.checked_sub(self.blocks.len()).filter(|missing| *missing > 0) else {
-            return true;
+            return Ok(());
         };
-        if pool.num_available() < num_missing {
-            return false;
+        if let Some(missing) = num_missing.checked_sub(pool.num_available()).filter(|missing| *missing > 0) {
+            return Err(missing);
         }
         self.blocks.extend((0..num_missing).map_while(|_| pool.try_allocate()));
         self.refresh_block_table();
-        true
+        Ok(())
+    }
+
+    /// Follows blocks to where they moved. Rows in flight have read and written their old places before.
+    pub fn move_blocks(&mut self, moved: &HashMap<BlockId, BlockId>) {
+        let mut has_moved = false;
+        for block_id in &mut self.blocks {
+            if let Some(to) = moved.get(block_id) {
+                *block_id = *to;
+                has_moved = true;
+            }
+        }
+        if has_moved {
+            self.refresh_block_table();
+        }
     }
 
     /// Becomes a waiting sequence again (or none): gives blocks and the place on the device back. Tokens stay, their KV does not.
@@ -405,7 +422,10 @@ pub enum Start {
     /// Another sequence is computing a prefix of it, which will be in the cache.
     PrefixInTheMaking,
     /// Too few blocks are available.
-    TooFewBlocks,
+    TooFewBlocks {
+        /// How many more it takes.
+        missing: usize,
+    },
 }
 
 /// Which rows of a step are whose, for `Scheduler::commit`.

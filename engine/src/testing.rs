@@ -2,7 +2,8 @@
 //!
 //! The fake's KV cache holds, for each slot, what a real one's content depends on: the weights it was written under, its position, and a
 //! hash of every token before it, read from the cache itself. A slot that is stale, of another adapter, of another sequence or not
-//! written at all is found when it is read, and would change every later token besides.
+//! written at all is found when it is read, and would change every later token besides. Blocks move when the steps before have run, and
+//! what lies above the border to the adapters' memory is gone then.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
@@ -17,6 +18,7 @@ use crate::{
     adapter::{AdapterLease, AlignedBytes, HostAdapter, PackedDtype, VersionId},
     backend::{Backend, BackendError, Capacity, Launched},
     batch::{AdapterHandle, SampleOutput, SampleRow, StepBatch, StepOutput, TokenCount},
+    block_pool::BlockMove,
     request::{FinishReason, GenerationRequest, LogprobsParams, PromptLogprobsParams, SamplingParams, TokenEvent, TokenLogprobs},
 };
 
@@ -286,16 +288,28 @@ pub struct FakeBackend {
     next_handle: u32,
     /// Polls before an upload is ready.
     pub upload_polls: usize,
+    /// How often the border to the adapters' memory moved.
+    pub border_moves: usize,
+    /// Blocks that moved because of it.
+    pub block_moves: usize,
     /// Steps executed.
     pub steps: u64,
     /// This step fails.
     pub fail_at: Option<(u64, Failure)>,
     /// Steps are launched, and run when they are collected.
     pub is_pipelined: bool,
-    launched: VecDeque<StepBatch>,
+    /// Where the cache ends.
+    pub num_blocks: usize,
+    launched: VecDeque<Work>,
     /// Each step waits here for leave to go; when the other end is dropped, all may.
     pub gate: Option<Receiver<()>>,
     previous: Vec<SampleOutput>,
+}
+
+/// What is done in its turn.
+enum Work {
+    Step(StepBatch),
+    Border { num_blocks: usize, moves: Vec<BlockMove> },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -309,10 +323,13 @@ impl FakeBackend {
     pub fn new(capacity: Capacity) -> Self {
         Self {
             slots: vec![None; capacity.num_blocks * capacity.block_size],
+            num_blocks: capacity.num_blocks,
             capacity,
             adapters: HashMap::new(),
             next_handle: 0,
             upload_polls: 0,
+            border_moves: 0,
+            block_moves: 0,
             steps: 0,
             fail_at: None,
             is_pipelined: false,
@@ -328,6 +345,23 @@ impl FakeBackend {
 
     fn used_bytes(&self) -> usize {
         self.adapters.values().map(|upload| upload.bytes).sum()
+    }
+
+    /// Everything up to the next step.
+    fn run_borders(&mut self) {
+        let block_size = self.capacity.block_size;
+        while let Some(Work::Border { num_blocks, moves }) = self.launched.front() {
+            for BlockMove { from, to } in moves {
+                let from = from.0 as usize * block_size;
+                self.slots.copy_within(from..from + block_size, to.0 as usize * block_size);
+            }
+            self.slots[num_blocks * block_size..].fill(None);
+            self.launched.pop_front();
+        }
+    }
+
+    fn num_launched(&self) -> usize {
+        self.launched.iter().filter(|work| matches!(work, Work::Step(_))).count()
     }
 
     /// The version of each row.
@@ -430,7 +464,11 @@ impl Backend for FakeBackend {
 
     fn begin_upload(&mut self, adapter: &Arc<HostAdapter>) -> Result<AdapterHandle, BackendError> {
         assert!(!self.resident_versions().contains(&adapter.version), "one copy of a version");
-        let available_bytes = self.capacity.adapter_bytes - self.used_bytes();
+        let for_adapters = match self.capacity.is_shared() {
+            false => self.capacity.adapter_bytes,
+            true => self.capacity.shared_bytes - self.num_blocks * self.capacity.kv_block_bytes,
+        };
+        let available_bytes = for_adapters - self.used_bytes();
         if adapter.bytes() > available_bytes {
             return Err(BackendError::OutOfMemory {
                 what: "an adapter".to_owned(),
@@ -449,6 +487,27 @@ impl Backend for FakeBackend {
         Ok(handle)
     }
 
+    fn set_kv_blocks(&mut self, num_blocks: usize, moves: &[BlockMove]) -> Result<usize, BackendError> {
+        assert!(
+            (self.capacity.min_blocks..=self.capacity.num_blocks).contains(&num_blocks),
+            "{num_blocks} blocks"
+        );
+        for BlockMove { from, to } in moves {
+            let is_down = (num_blocks..self.num_blocks).contains(&(from.0 as usize)) && (to.0 as usize) < num_blocks;
+            assert!(is_down, "{from:?} to {to:?} below {num_blocks}");
+        }
+        let free_bytes = self.capacity.shared_bytes - self.used_bytes();
+        self.num_blocks = num_blocks.min(free_bytes / self.capacity.kv_block_bytes);
+        self.border_moves += 1;
+        self.block_moves += moves.len();
+        self.launched.push_back(Work::Border {
+            num_blocks: self.num_blocks,
+            moves: moves.to_vec(),
+        });
+        self.run_borders();
+        Ok(self.num_blocks)
+    }
+
     fn poll_upload(&mut self, handle: AdapterHandle) -> Result<bool, BackendError> {
         let upload = self.adapters.get_mut(&handle).expect("a handle that lives");
         let ready = upload.polls_left == 0;
@@ -457,8 +516,11 @@ impl Backend for FakeBackend {
     }
 
     fn free_adapter(&mut self, handle: AdapterHandle) {
-        let mut in_flight = self.launched.iter().flat_map(|batch| &batch.lora_segments);
-        assert!(in_flight.all(|segment| segment.adapter != handle), "no step in flight names it");
+        let names = |work: &Work| match work {
+            Work::Step(batch) => batch.lora_segments.iter().any(|segment| segment.adapter == handle),
+            Work::Border { .. } => false,
+        };
+        assert!(!self.launched.iter().any(names), "no step in flight names it");
         self.adapters.remove(&handle).expect("a handle that lives");
     }
 
@@ -490,13 +552,17 @@ impl Backend for FakeBackend {
         if !self.is_pipelined {
             return self.execute(batch).map(Launched::Done);
         }
-        self.launched.push_back(batch.clone());
-        assert!(self.launched.len() <= 2, "steps in flight");
+        self.launched.push_back(Work::Step(batch.clone()));
+        assert!(self.num_launched() <= 2, "steps in flight");
         Ok(Launched::Running)
     }
 
     fn collect(&mut self) -> Result<StepOutput, BackendError> {
-        let batch = self.launched.pop_front().expect("a step was launched");
-        self.execute(&batch)
+        let Some(Work::Step(batch)) = self.launched.pop_front() else {
+            panic!("a step was launched, and is the first that is to be done");
+        };
+        let output = self.execute(&batch);
+        self.run_borders();
+        output
     }
 }

@@ -312,7 +312,7 @@ impl Worker {
             self.handle(command);
         }
         self.refresh_pins();
-        self.residency.begin_step(&mut *self.backend)?;
+        self.residency.begin_step(&mut *self.backend, &mut self.scheduler.kv_blocks())?;
         self.reap_cancelled();
         self.publish();
         self.flush_cache_if_asked();

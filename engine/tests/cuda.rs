@@ -83,6 +83,25 @@ mod cuda {
         conformance::backends_agree(&mut backend(&config, options()), &mut cpu(&config), &config, BF16);
     }
 
+    /// Memory of a few blocks and adapters more than the cases need, so that every change is in somebody's way.
+    #[test]
+    #[ignore = "needs a GPU: --include-ignored"]
+    fn memory_is_shared() {
+        let config = conformance::config();
+        for graphs in [true, false] {
+            let options = CudaOptions {
+                kv_cache: None,
+                shared_bytes: Some(4 << 20),
+                adapter_bytes: usize::MAX,
+                max_context: 256,
+                tune: false,
+                graphs,
+                ..options()
+            };
+            conformance::shared_memory_is_moved_under_running_sequences(&mut backend(&config, options), &config);
+        }
+    }
+
     /// One random model of each family: what they differ in is there.
     #[test]
     #[ignore = "needs a GPU: --include-ignored"]

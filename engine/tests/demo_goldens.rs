@@ -11,7 +11,7 @@ use demo::{
     Case, Limits, ROOMY, adapter_names, assert_nothing_is_held, check, goldens, lease, load_all, load_request, random, request, start, submit, unload,
 };
 use futures::executor::block_on;
-use polylora_engine::{AdapterError, AdapterLease, InferenceEngine, LoadRequest, TokenStream, UnloadMode, adapter::AdapterState};
+use polylora_engine::{AdapterError, AdapterLease, EngineStats, InferenceEngine, LoadRequest, TokenStream, UnloadMode, adapter::AdapterState};
 
 #[test]
 fn every_adapter_and_the_base_model_in_one_batch_give_their_golden_answers() {
@@ -39,6 +39,19 @@ fn each_alone_gives_the_same() {
 /// Few blocks, so that sequences are preempted; a small chunk; device and host room for three adapters; two a step.
 #[test]
 fn random_company_eviction_and_preemption_change_no_answer() {
+    let stats = random_company(3, false);
+    assert!(stats.preemptions_total > 0 && stats.device_evictions_total > 0, "{stats:?}");
+}
+
+/// The same where what adapters don't have is the KV cache's: both grow at the other's cost all the time.
+#[test]
+fn memory_that_goes_to_and_fro_between_blocks_and_adapters_changes_no_answer() {
+    let stats = random_company(2, true);
+    assert!(stats.device_evictions_total > 0, "{stats:?}");
+}
+
+/// With device room for so many adapters.
+fn random_company(num_adapters: usize, is_shared: bool) -> EngineStats {
     let adapter_bytes = {
         let engine = start(&ROOMY);
         load_all(&engine);
@@ -53,7 +66,8 @@ fn random_company_eviction_and_preemption_change_no_answer() {
     let engine = start(&Limits {
         num_blocks: longest.div_ceil(4) + 4,
         block_size: 4,
-        adapter_bytes: 3 * adapter_bytes,
+        adapter_bytes: num_adapters * adapter_bytes,
+        is_shared,
         max_running: 12,
         max_loras: 2,
         step_tokens: 24,
@@ -73,8 +87,7 @@ fn random_company_eviction_and_preemption_change_no_answer() {
     }
     while !block_on(engine.flush_cache()) {}
     assert_nothing_is_held(&engine);
-    let stats = engine.stats();
-    assert!(stats.preemptions_total > 0 && stats.device_evictions_total > 0, "{stats:?}");
+    engine.stats()
 }
 
 #[test]

@@ -49,7 +49,7 @@ pub(super) struct EngineInputs<'a> {
     pub text: Option<Arc<BaseText>>,
 }
 
-/// Bytes for the KV cache and for adapters that batches use.
+/// Bytes for the KV cache and for adapters that batches use, each at most: on some devices they share them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct MemoryPlan {
     pub kv_bytes: usize,
@@ -286,7 +286,7 @@ fn start(inputs: EngineInputs<'_>, backend: Box<dyn Backend>, device: DeviceFact
         ..
     } = inputs;
     let capacity = backend.capacity();
-    let kv_tokens = capacity.num_blocks * capacity.block_size;
+    let kv_tokens = capacity.min_blocks * capacity.block_size;
     let memory = MemoryPlan {
         kv_bytes: capacity.num_blocks * capacity.kv_block_bytes,
         adapter_bytes: capacity.adapter_bytes,
@@ -340,7 +340,7 @@ fn fit_context(asked: Option<usize>, decoder: &DecoderConfig, kv_tokens: usize) 
             ensure!(asked <= own, "--context-length {asked}: the model was made for {own} tokens");
             ensure!(
                 asked <= kv_tokens,
-                "--context-length {asked}: the KV cache holds {kv_tokens} tokens; raise --mem-fraction-static"
+                "--context-length {asked}: the KV cache holds {kv_tokens} tokens for sure; raise --mem-fraction-static"
             );
             Ok(asked)
         }

@@ -161,6 +161,7 @@ async fn load(config: Config, traces: bool) -> anyhow::Result<Loaded> {
         weight_bytes = built.weight_bytes,
         kv_bytes = built.memory.kv_bytes,
         kv_tokens = description.num_blocks * description.block_size,
+        min_kv_tokens = description.min_blocks * description.block_size,
         adapter_bytes = built.memory.adapter_bytes,
         context_length = description.context_length,
         "the model is loaded"

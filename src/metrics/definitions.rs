@@ -95,7 +95,7 @@ definitions! {
     VLLM_REQUEST_GENERATION = "vllm:request_generation_tokens", Kind::Histogram(TOKEN_BUCKETS), VLLM, "Tokens generated for a request.";
     VLLM_PARAM_N = "vllm:request_params_n", Kind::Histogram(N_BUCKETS), VLLM, "The n of requests.";
     VLLM_PARAM_MAX_TOKENS = "vllm:request_params_max_tokens", Kind::Histogram(TOKEN_BUCKETS), VLLM, "The max_tokens of requests.";
-    VLLM_CACHE_CONFIG = "vllm:cache_config_info", Kind::Gauge, &["block_size", "num_gpu_blocks", "engine"], "Always 1; the KV cache's shape is in the labels.";
+    VLLM_CACHE_CONFIG = "vllm:cache_config_info", Kind::Gauge, &["block_size", "num_gpu_blocks", "engine"], "Always 1; the KV cache's shape is in the labels. Adapters may have the memory of some of the blocks: polylora_kv_blocks counts those that there are.";
     VLLM_LORA_INFO = "vllm:lora_requests_info", Kind::Gauge, &["max_lora", "running_lora_adapters", "waiting_lora_adapters"], "Unix time of the scrape; adapters that run, and that only wait, are in the labels.";
     VLLM_LORA_LOADED = "vllm:lora_adapter_loaded", Kind::Gauge, &["engine", "adapter_name", "level", "pinned"], "1 for each adapter in memory that has a label, by where it is (gpu is the device tier, cpu host memory).";
     VLLM_LORA_GPU = "vllm:num_gpu_loaded_lora_adapters", Kind::Gauge, &["engine"], "Adapters on the device.";

@@ -411,7 +411,7 @@ impl Metrics {
         scrape.count(&VLLM_PROMPT_TOKENS, &model, stats.prompt_tokens_total);
         scrape.count(&VLLM_GENERATION_TOKENS, &model, stats.output_tokens_total);
         scrape.count(&VLLM_PREEMPTIONS, &model, stats.preemptions_total);
-        let (block_size, blocks) = (self.description.block_size.to_string(), stats.total_blocks.to_string());
+        let (block_size, blocks) = (self.description.block_size.to_string(), self.description.num_blocks.to_string());
         scrape.set(&VLLM_CACHE_CONFIG, &[&block_size, &blocks, "0"], 1.0);
         let slots = self.total_slots.to_string();
         let adapters = [stats.running_adapters.join(","), stats.waiting_adapters.join(",")];
@@ -780,6 +780,7 @@ mod tests {
             context_length: 1024,
             eos_token_ids: vec![2],
             num_blocks: 100,
+            min_blocks: 100,
             block_size: 16,
             lora_enabled: true,
             max_loras_per_batch: 8,

@@ -71,7 +71,7 @@ fn engine_load(state: &Gateway) -> EngineLoad {
         num_waiting_reqs: stats.waiting,
         num_total_reqs: stats.running + stats.waiting,
         num_used_tokens: stats.used_blocks * description.block_size,
-        max_total_num_tokens: description.num_blocks * description.block_size,
+        max_total_num_tokens: stats.total_blocks * description.block_size,
         token_usage: ratio(stats.used_blocks as u64, stats.total_blocks as u64),
         cache_hit_rate: ratio(stats.cached_tokens_total, stats.prompt_tokens_total),
         utilization: ratio(stats.running as u64, description.max_running_requests as u64),

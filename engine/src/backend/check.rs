@@ -10,6 +10,8 @@ pub struct ModelLimits {
     pub vocab_size: usize,
     /// Positions in the rotary tables.
     pub max_positions: usize,
+    /// KV blocks that there are now.
+    pub num_blocks: usize,
 }
 
 /// Checks a batch; the cost is a few comparisons a row. `vocab_of` gives the number of tokens that rows under an adapter may have, `None`
@@ -97,8 +99,8 @@ fn check_sequences(batch: &StepBatch, capacity: &Capacity, limits: ModelLimits) 
             format!("request {id}: {} blocks for context_len {context_len}", sequence.block_table.len())
         })?;
         let table = &sequence.block_table[..needed_blocks];
-        if let Some(block) = table.iter().find(|&&block| block as usize >= capacity.num_blocks) {
-            return bad(format!("request {id}: block {block} of {}", capacity.num_blocks));
+        if let Some(block) = table.iter().find(|&&block| block as usize >= limits.num_blocks) {
+            return bad(format!("request {id}: block {block} of {}", limits.num_blocks));
         }
         for row in start..next_row {
             let position = context_len - rows + (row - start);
@@ -217,8 +219,10 @@ mod tests {
     fn check(change: impl FnOnce(&mut StepBatch)) -> Result<(), String> {
         let capacity = Capacity {
             num_blocks: 8,
+            min_blocks: 8,
             block_size: 4,
             kv_block_bytes: 0,
+            shared_bytes: 0,
             max_batch_tokens: 4,
             adapter_bytes: 0,
             max_adapters_per_batch: 1,
@@ -228,6 +232,7 @@ mod tests {
         let limits = ModelLimits {
             vocab_size: 7,
             max_positions: 20,
+            num_blocks: 8,
         };
         // Adapter 9 has tokens of its own, 7 and 8.
         let vocab_of = |handle: AdapterHandle| (handle.0 >= 9).then_some(if handle.0 == 9 { 9 } else { 7 });

@@ -10,6 +10,7 @@ use super::{Backend, BackendError, Capacity, Launched};
 use crate::{
     adapter::{AlignedBytes, HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, ReplacedWeight, VersionId},
     batch::{AdapterHandle, CarriedToken, ChooseToken, LoraSegment, SampleFailure, SampleRow, SequenceRows, StepBatch, StepOutput, TokenCount},
+    block_pool::{BlockId, BlockMove},
     decoder::DecoderConfig,
     request::{PromptLogprobsParams, RequestId, SamplingParams, TokenLogprobs},
 };
@@ -66,8 +67,25 @@ pub struct Outcome {
 /// # Errors
 /// Those of the backend.
 pub fn generate(backend: &mut dyn Backend, runs: &[Run]) -> Result<Vec<Outcome>, BackendError> {
+    let num_blocks = backend.capacity().num_blocks;
+    generate_in(backend, runs, num_blocks, |_, _, _| Ok(()))
+}
+
+/// The blocks of runs that are under way.
+struct Blocks {
+    free: Vec<u32>,
+    /// By run.
+    tables: Vec<Vec<u32>>,
+}
+
+/// The same in the first `num_blocks` blocks. `meanwhile` is called while each step is in flight, with its number.
+fn generate_in(
+    backend: &mut dyn Backend,
+    runs: &[Run],
+    num_blocks: usize,
+    mut meanwhile: impl FnMut(&mut dyn Backend, usize, &mut Blocks) -> Result<(), BackendError>,
+) -> Result<Vec<Outcome>, BackendError> {
     let Capacity {
-        num_blocks,
         block_size,
         max_batch_tokens,
         ..
@@ -75,8 +93,11 @@ pub fn generate(backend: &mut dyn Backend, runs: &[Run]) -> Result<Vec<Outcome>,
     // Rows of one adapter are neighbours.
     let mut order: Vec<usize> = (0..runs.len()).collect();
     order.sort_by_key(|&run_idx| runs[run_idx].adapter);
-    let mut free_blocks: Vec<u32> = (0..num_blocks as u32).collect();
-    let mut tables: Vec<Vec<u32>> = vec![Vec::new(); runs.len()];
+    let mut blocks = Blocks {
+        free: (0..num_blocks as u32).collect(),
+        tables: vec![Vec::new(); runs.len()],
+    };
+    let mut step = 0;
     let mut computed = vec![0; runs.len()];
     let mut outcomes = vec![Outcome::default(); runs.len()];
     loop {
@@ -92,8 +113,9 @@ pub fn generate(backend: &mut dyn Backend, runs: &[Run]) -> Result<Vec<Outcome>,
                 continue;
             }
             let context_len = computed[run_idx] + rows;
-            while tables[run_idx].len() * block_size < context_len {
-                tables[run_idx].push(free_blocks.pop().expect("the cases fit the cache"));
+            let table = &mut blocks.tables[run_idx];
+            while table.len() * block_size < context_len {
+                table.push(blocks.free.pop().expect("the cases fit the cache"));
             }
             let row_start = batch.token_ids.len() as u32;
             for position in computed[run_idx]..context_len {
@@ -102,7 +124,7 @@ pub fn generate(backend: &mut dyn Backend, runs: &[Run]) -> Result<Vec<Outcome>,
                 batch.positions.push(position as u32);
                 batch
                     .kv_slots
-                    .push(tables[run_idx][position / block_size] * block_size as u32 + (position % block_size) as u32);
+                    .push(table[position / block_size] * block_size as u32 + (position % block_size) as u32);
                 let logprobs = PromptLogprobsParams { start: 0, top_k: run.top_k };
                 let prompt_logprob = run.prompt.get(position + 1).map(|&token| (token, logprobs));
                 let choose = (position + 1 == tokens.len()).then(|| choose_token(run, &outcome.output_ids));
@@ -121,7 +143,7 @@ pub fn generate(backend: &mut dyn Backend, runs: &[Run]) -> Result<Vec<Outcome>,
                 row_start,
                 num_rows: rows as u32,
                 context_len: context_len as u32,
-                block_table: Arc::from(&tables[run_idx][..]),
+                block_table: Arc::from(&table[..]),
             });
             push_segment(&mut batch.lora_segments, run.adapter, row_start, rows as u32);
             computed[run_idx] = context_len;
@@ -129,7 +151,13 @@ pub fn generate(backend: &mut dyn Backend, runs: &[Run]) -> Result<Vec<Outcome>,
         if batch.token_ids.is_empty() {
             return Ok(outcomes);
         }
-        let output = backend.execute(&batch)?;
+        let launched = backend.launch(&batch)?;
+        meanwhile(backend, step, &mut blocks)?;
+        step += 1;
+        let output = match launched {
+            Launched::Done(output) => output,
+            Launched::Running => backend.collect()?,
+        };
         assert_eq!(output.samples.len(), batch.samples.len(), "one output for each sample row");
         for (run_idx, sample) in sampled.into_iter().zip(output.samples) {
             let outcome = &mut outcomes[run_idx];
@@ -194,8 +222,10 @@ pub fn config() -> DecoderConfig {
 pub fn capacity() -> Capacity {
     Capacity {
         num_blocks: 128,
+        min_blocks: 128,
         block_size: 16,
         kv_block_bytes: 0,
+        shared_bytes: 0,
         max_batch_tokens: 256,
         adapter_bytes: 16 << 20,
         max_adapters_per_batch: 6,
@@ -404,16 +434,16 @@ pub fn nothing_is_computed_for_an_empty_batch(backend: &mut dyn Backend) {
 /// Adapters are refused when their bytes are spent, and fit again when others have gone.
 pub fn adapter_bytes_are_counted(backend: &mut dyn Backend, config: &DecoderConfig) {
     let host = random_adapter(config, &SHAPES[3], 4, PackedDtype::F32);
-    let most = backend.capacity().adapter_bytes / host.bytes();
+    let needed = backend.adapter_bytes(&host).expect("a good adapter");
+    let most = backend.capacity().adapter_bytes / needed;
     let mut handles = Vec::new();
     let error = loop {
         match backend.begin_upload(&host) {
             Ok(handle) => handles.push(handle),
             Err(error) => break error,
         }
-        assert!(handles.len() <= most, "{} adapters of {} bytes were taken", handles.len(), host.bytes());
+        assert!(handles.len() <= most, "{} adapters of {needed} bytes were taken", handles.len());
     };
-    let needed = host.bytes();
     assert!(
         matches!(&error, BackendError::OutOfMemory { needed_bytes, .. } if *needed_bytes == needed),
         "{error}"
@@ -430,6 +460,104 @@ pub fn adapter_bytes_are_counted(backend: &mut dyn Backend, config: &DecoderConf
         }
         backend.free_adapter(handle);
     }
+}
+
+/// Adapters grow into KV blocks and go away again while sequences run whose blocks move because of it: no answer changes by a bit, nor does
+/// that of an adapter that moved. For a backend whose adapters and blocks share their memory, none of which is in use.
+pub fn shared_memory_is_moved_under_running_sequences(backend: &mut dyn Backend, config: &DecoderConfig) {
+    let capacity = backend.capacity().clone();
+    assert!(capacity.is_shared());
+    let hosts: Vec<_> = (0..4)
+        .map(|idx| random_adapter(config, &SHAPES[[1, 2, 1, 3][idx]], 70 + idx as u64, PackedDtype::Bf16))
+        .collect();
+    let bytes: Vec<usize> = hosts.iter().map(|host| backend.adapter_bytes(host).expect("a good adapter")).collect();
+    let border = |backend: &mut dyn Backend, used: usize| {
+        let num_blocks = capacity.blocks_beside(used);
+        assert_eq!(backend.set_kv_blocks(num_blocks, &[]).expect("no failure"), num_blocks);
+        num_blocks
+    };
+    let upload = |backend: &mut dyn Backend, idx: usize| Uploaded::new(backend, &hosts[idx..=idx]).handles[0];
+    let probe = |backend: &mut dyn Backend, num_blocks: usize, handle: AdapterHandle| {
+        let run = Run::greedy(&prompt(config, 9, 20), Some(handle), 6);
+        generate_in(backend, &[run], num_blocks, |_, _, _| Ok(())).expect("a run alone").remove(0)
+    };
+    // What each adapter answers when nothing moves.
+    let alone: Vec<Outcome> = (0..hosts.len())
+        .map(|idx| {
+            let num_blocks = border(backend, bytes[idx]);
+            let handle = upload(backend, idx);
+            let outcome = probe(backend, num_blocks, handle);
+            backend.free_adapter(handle);
+            outcome
+        })
+        .collect();
+    assert!(alone.iter().all(|outcome| outcome.failure.is_none()) && alone[0] != alone[1]);
+
+    // Runs on the base and on the first adapter, in the blocks just below the border.
+    let num_blocks = border(backend, bytes[0]);
+    let first = upload(backend, 0);
+    let runs: Vec<Run> = (0..4)
+        .map(|idx| Run {
+            chunk: 24,
+            ..Run::greedy(&prompt(config, 30 + idx, 40 + 9 * idx as usize), (idx % 2 == 1).then_some(first), 24)
+        })
+        .collect();
+    let expected = generate_in(backend, &runs, num_blocks, |_, _, _| Ok(())).expect("nothing moves");
+    let mut others: Vec<(usize, AdapterHandle)> = Vec::new();
+    let mut num_moved = 0;
+    let got = generate_in(backend, &runs, num_blocks, |backend, step, blocks| {
+        let used = |others: &[(usize, AdapterHandle)]| bytes[0] + others.iter().map(|(idx, _)| bytes[*idx]).sum::<usize>();
+        match step {
+            // One more adapter, into the blocks that the runs have.
+            3 | 6 | 9 => {
+                let idx = step / 3;
+                let num_blocks = capacity.blocks_beside(used(&others) + bytes[idx]) as u32;
+                let mut moves = Vec::new();
+                blocks.free.retain(|&block| block < num_blocks);
+                for block in blocks.tables.iter_mut().flatten().filter(|block| **block >= num_blocks) {
+                    let (from, to) = (BlockId(*block), BlockId(blocks.free.remove(0)));
+                    moves.push(BlockMove { from, to });
+                    *block = to.0;
+                }
+                num_moved += moves.len();
+                assert_eq!(backend.set_kv_blocks(num_blocks as usize, &moves)?, num_blocks as usize);
+                others.push((idx, backend.begin_upload(&hosts[idx])?));
+            }
+            // One goes, the uppermost of them at first: the rest closes up, and the cache has the bytes again.
+            12 | 15 => {
+                for (_, handle) in &others {
+                    while !backend.poll_upload(*handle)? {
+                        std::thread::yield_now();
+                    }
+                }
+                let before = capacity.blocks_beside(used(&others)) as u32;
+                backend.free_adapter(others.remove(0).1);
+                let num_blocks = capacity.blocks_beside(used(&others));
+                assert_eq!(backend.set_kv_blocks(num_blocks, &[])?, num_blocks);
+                blocks.free.extend(before..num_blocks as u32);
+            }
+            _ => {}
+        }
+        Ok(())
+    })
+    .expect("everything moves");
+    assert!(num_moved > 0, "blocks were in the way");
+    assert_eq!(got, expected);
+    let (last, handle) = others.remove(0);
+    let num_blocks = capacity.blocks_beside(bytes[0] + bytes[last]);
+    assert_eq!(probe(backend, num_blocks, first), alone[0], "an adapter that stayed");
+    assert_eq!(probe(backend, num_blocks, handle), alone[last], "an adapter that moved");
+    backend.free_adapter(handle);
+    backend.free_adapter(first);
+    assert_eq!(border(backend, 0), capacity.num_blocks);
+    let mut beyond = one_row();
+    assert_eq!(backend.set_kv_blocks(capacity.min_blocks, &[]).expect("no failure"), capacity.min_blocks);
+    beyond.kv_slots[0] = (capacity.min_blocks * capacity.block_size) as u32;
+    beyond.sequences[0].block_table = Arc::from([capacity.min_blocks as u32]);
+    assert!(
+        matches!(backend.execute(&beyond), Err(BackendError::BadBatch(_))),
+        "that is adapters' memory now"
+    );
 }
 
 /// A batch that breaks a rule is an error, and the backend goes on.

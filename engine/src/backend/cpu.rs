@@ -200,6 +200,7 @@ impl CpuBackend {
             limits: ModelLimits {
                 vocab_size: config.vocab_size,
                 max_positions,
+                num_blocks: capacity.num_blocks,
             },
             dtype: options.dtype,
             model,
@@ -305,10 +306,12 @@ fn capacity(config: &DecoderConfig, options: &CpuOptions) -> Result<Capacity, Lo
     };
     Ok(Capacity {
         num_blocks: num_blocks.min(max_blocks),
+        min_blocks: num_blocks.min(max_blocks),
         block_size,
         kv_block_bytes: block_bytes,
         max_batch_tokens: in_range("max_batch_tokens", options.max_batch_tokens, 1, 1 << 20)?,
         adapter_bytes: options.adapter_bytes,
+        shared_bytes: 0,
         max_adapters_per_batch: options.max_adapters_per_batch,
     })
 }
@@ -324,6 +327,10 @@ impl Backend for CpuBackend {
     }
 
     /// Keeps the host's buffer: nothing is copied, but for a head of the adapter's own, which is packed.
+    fn adapter_bytes(&self, adapter: &HostAdapter) -> Result<usize, BackendError> {
+        Ok(adapters::resident_bytes(adapter, &self.config))
+    }
+
     fn begin_upload(&mut self, adapter: &Arc<HostAdapter>) -> Result<AdapterHandle, BackendError> {
         self.adapters.insert(&self.pool, adapter, &self.config)
     }

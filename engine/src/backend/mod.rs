@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::{
     adapter::HostAdapter,
     batch::{AdapterHandle, StepBatch, StepOutput},
+    block_pool::BlockMove,
 };
 
 pub mod check;
@@ -17,18 +18,37 @@ pub mod cuda;
 /// What a backend can hold; fixed once it is made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capacity {
-    /// KV blocks.
+    /// KV blocks, at most: where adapters share their memory, as many as there are without any adapter.
     pub num_blocks: usize,
+    /// KV blocks that adapters never take. All of them where each side has memory of its own.
+    pub min_blocks: usize,
     /// Positions per block.
     pub block_size: usize,
     /// Bytes of one block's keys and values over all layers, in the dtype that this backend keeps them in.
     pub kv_block_bytes: usize,
     /// Most rows of one step.
     pub max_batch_tokens: usize,
-    /// Most bytes of adapters resident at once.
+    /// Most bytes of adapters resident at once, by [`Backend::adapter_bytes`].
     pub adapter_bytes: usize,
+    /// Bytes that KV blocks and adapters have together, if they share them.
+    pub shared_bytes: usize,
     /// Distinct adapters of one step.
     pub max_adapters_per_batch: usize,
+}
+
+impl Capacity {
+    /// Whether KV blocks and adapters share their memory.
+    pub fn is_shared(&self) -> bool {
+        self.min_blocks < self.num_blocks
+    }
+
+    /// KV blocks that there can be beside so many bytes of adapters. Fewer than `min_blocks`: there can't be so many adapters.
+    pub fn blocks_beside(&self, adapter_bytes: usize) -> usize {
+        match self.is_shared() {
+            false => self.num_blocks,
+            true => (self.shared_bytes.saturating_sub(adapter_bytes) / self.kv_block_bytes).min(self.num_blocks),
+        }
+    }
 }
 
 /// A device that failed. The engine ends every request and turns unhealthy.
@@ -56,10 +76,34 @@ pub enum BackendError {
 pub trait Backend: Send {
     /// What it can hold.
     fn capacity(&self) -> &Capacity;
+    /// Bytes that an adapter takes on the device.
+    ///
+    /// # Errors
+    /// `BadBatch` for one that can't be there.
+    fn adapter_bytes(&self, adapter: &HostAdapter) -> Result<usize, BackendError> {
+        Ok(adapter.bytes())
+    }
+    /// Moves the border in the memory that KV blocks and adapters share: blocks `0..num_blocks` are the cache's from here on, all bytes
+    /// above are for adapters. At first all are the cache's. What the cache holds is moved as `moves` says, after the steps that were
+    /// launched before this and before those launched after it; steps in flight keep what they have until they are done. `num_blocks` is
+    /// from `min_blocks` to `num_blocks` of the [`Capacity`].
+    ///
+    /// Gives back where the border is now: lower than asked for when an adapter is in the way that can't be moved yet.
+    ///
+    /// # Errors
+    /// `Device`.
+    fn set_kv_blocks(&mut self, num_blocks: usize, moves: &[BlockMove]) -> Result<usize, BackendError> {
+        debug_assert!(
+            num_blocks == self.capacity().num_blocks && moves.is_empty(),
+            "each side has its own memory"
+        );
+        Ok(num_blocks)
+    }
     /// Starts making an adapter usable and returns; `execute` may not name the handle until `poll_upload` says `true`.
     ///
     /// # Errors
-    /// `OutOfMemory` when the adapter does not fit in what is free: nothing was taken.
+    /// `OutOfMemory` when the adapter does not fit in what is free: nothing was taken. That is the sum of the free bytes, unless adapters
+    /// that are on their way lie between them.
     fn begin_upload(&mut self, adapter: &Arc<HostAdapter>) -> Result<AdapterHandle, BackendError>;
     /// Whether the adapter is usable. Never blocks.
     ///

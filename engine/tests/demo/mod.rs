@@ -11,7 +11,7 @@ use std::{
 
 use futures::executor::block_on;
 #[cfg(feature = "cuda")]
-use polylora_engine::backend::cuda::{CudaBackend, CudaOptions};
+use polylora_engine::backend::cuda::{CudaBackend, CudaOptions, kv_block_bytes};
 use polylora_engine::{
     AdapterLease, EngineConfig, EngineParts, EvictionPolicy, FileSource, FinishReason, GenerationRequest, InferenceEngine, LlmEngine, LoadRequest,
     LogprobsParams, LoraConfig, SamplingParams, TokenEvent, TokenStream, UnloadMode,
@@ -77,6 +77,8 @@ pub struct Limits {
     pub num_blocks: usize,
     pub block_size: usize,
     pub adapter_bytes: usize,
+    /// Blocks and adapters have their bytes together, where the device can do that: on CUDA.
+    pub is_shared: bool,
     pub max_running: usize,
     pub max_loras: usize,
     pub max_loaded: Option<usize>,
@@ -91,6 +93,7 @@ pub const ROOMY: Limits = Limits {
     num_blocks: 2048,
     block_size: 16,
     adapter_bytes: 1 << 28,
+    is_shared: false,
     max_running: 128,
     max_loras: 16,
     max_loaded: None,
@@ -111,11 +114,14 @@ fn backend(files: &FileSource, decoder: &DecoderConfig, limits: &Limits) -> (Box
     #[cfg(feature = "cuda")]
     if on_cuda() {
         let block_size = limits.block_size.next_multiple_of(16);
+        let num_blocks = (limits.num_blocks * limits.block_size).div_ceil(block_size) + 1;
         let options = CudaOptions {
-            kv_cache: Some(KvBudget::Blocks((limits.num_blocks * limits.block_size).div_ceil(block_size) + 1)),
+            kv_cache: (!limits.is_shared).then_some(KvBudget::Blocks(num_blocks)),
+            shared_bytes: Some(num_blocks * kv_block_bytes(decoder, block_size) + limits.adapter_bytes),
             block_size,
             max_batch_tokens: limits.step_tokens,
-            adapter_bytes: limits.adapter_bytes,
+            max_context: if limits.is_shared { (num_blocks - 1) * block_size } else { usize::MAX },
+            adapter_bytes: if limits.is_shared { usize::MAX } else { limits.adapter_bytes },
             max_adapters_per_batch: limits.max_loras,
             ..CudaOptions::default()
         };

@@ -4,10 +4,7 @@ use std::sync::Arc;
 
 use polylora_engine::{
     adapter::{LoraLimits, PackedDtype, registry::PrepareHost},
-    backend::{
-        cpu::KvBudget,
-        cuda::{CudaBackend, CudaOptions, devices},
-    },
+    backend::cuda::{CudaBackend, CudaOptions, devices},
 };
 
 use super::{BuiltEngine, DeviceFacts, EngineInputs, StepLimits};
@@ -21,8 +18,6 @@ const CHUNKED_PREFILL: usize = 2048;
 const MIXED_PREFILL: usize = 1024;
 /// Part of the memory for weights, KV cache and adapters, unless set.
 const MEMORY_FRACTION: f64 = 0.85;
-/// Of that, for adapters.
-const ADAPTER_FRACTION: f64 = 0.25;
 /// The device's buffers are made for this rank at least.
 const MIN_BUFFER_RANK: u32 = 64;
 /// Largest rank, unless it is set or inferred from the adapters of the start. Buffers for it take some megabytes.
@@ -50,24 +45,20 @@ pub(super) fn start(mut inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine>
     }
     let (settings, lora) = (inputs.settings, &inputs.lora);
     let limits = StepLimits::of(settings, RUNNING_REQUESTS, CHUNKED_PREFILL, MIXED_PREFILL);
-    let adapter_fraction = if lora.is_some() { ADAPTER_FRACTION } else { 0.0 };
-    let total_bytes = devices()?[0].total_bytes as f64;
-    let (mem_fraction, bytes, kv_cache) = match settings.memory {
-        None => (MEMORY_FRACTION, total_bytes * MEMORY_FRACTION, None),
+    let (mem_fraction, shared_bytes) = match settings.memory {
+        None => (MEMORY_FRACTION, None),
         // The driver keeps some for itself.
-        Some(MemoryBudget::Fraction(fraction)) => (fraction.min(0.99), total_bytes * fraction, None),
-        Some(MemoryBudget::Bytes(bytes)) => {
-            let kv_bytes = (bytes as f64 * (1.0 - adapter_fraction)) as usize;
-            (MEMORY_FRACTION, bytes as f64, Some(KvBudget::Bytes(kv_bytes)))
-        }
+        Some(MemoryBudget::Fraction(fraction)) => (fraction.min(0.99), None),
+        Some(MemoryBudget::Bytes(bytes)) => (MEMORY_FRACTION, Some(usize::try_from(bytes)?)),
     };
     let options = CudaOptions {
         mem_fraction,
-        kv_cache,
+        shared_bytes,
+        kv_cache: None,
         block_size: settings.block_size,
         max_batch_tokens: limits.tokens,
         max_context: inputs.context_length.unwrap_or(usize::MAX),
-        adapter_bytes: (bytes * adapter_fraction) as usize,
+        adapter_bytes: if lora.is_some() { usize::MAX } else { 0 },
         max_adapters_per_batch: lora.as_ref().map_or(1, |lora| lora.max_loras_per_batch),
         max_lora_rank: lora
             .as_ref()

@@ -107,7 +107,7 @@ impl Adapters {
 }
 
 /// Bytes of an adapter here: the host's buffer, and what it has of a head once more, packed for the kernels.
-fn resident_bytes(host: &HostAdapter, config: &DecoderConfig) -> usize {
+pub(super) fn resident_bytes(host: &HostAdapter, config: &DecoderConfig) -> usize {
     let whole = host.replaced(ModuleId::LmHead).map_or(0, |_| host.vocab_size(config.vocab_size));
     let rows = host.token_rows(ModuleId::LmHead).map_or(0, |rows| rows.token_ids.len());
     host.bytes() + (whole + rows) * config.hidden_size * host.dtype.size_bytes()

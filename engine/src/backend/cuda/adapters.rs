@@ -1,7 +1,7 @@
 //! Adapters in device memory: where each lies, its descriptors, and the thread that brings it there.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     ops::Range,
     sync::{
         Arc, OnceLock,
@@ -12,17 +12,18 @@ use std::{
 use bytemuck::{bytes_of, cast_slice, cast_slice_mut};
 use half::bf16;
 use polylora_kernels::cuda::{
-    CudaError, Device, DeviceBuffer, Event, PinnedBuffer, RegisteredMemory, Stream, View,
+    CudaError, Device, Event, PinnedBuffer, RegisteredMemory, Stream, View,
     embedding::EmbeddingAdapter,
     lora::{LoraDescriptor, RANK_TILE},
     lora_output::OutputTerms,
 };
 
-use super::arena::{Arena, Move};
+use super::{arena::ALIGNMENT, region::Region};
 use crate::{
     adapter::{HostAdapter, ModuleId, PackedDtype, PackedModule, Projection},
     backend::{BackendError, cpu::module_shape},
     batch::AdapterHandle,
+    block_pool::BlockMove,
     decoder::DecoderConfig,
 };
 
@@ -30,6 +31,8 @@ use crate::{
 const STAGE_BYTES: usize = 8 << 20;
 /// Bytes of a line of an adapter's table, whatever it describes.
 const LINE_BYTES: usize = 64;
+/// Bytes of tables that are rewritten before the host waits: those of a hundred adapters of a large model.
+const MOVED_TABLE_BYTES: usize = 1 << 20;
 
 /// Projections that share their input, in the order of an adapter's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,7 +124,6 @@ struct EmbeddingLine {
 pub(super) struct Resident {
     placement: Arc<Placement>,
     offset: usize,
-    host_bytes: usize,
     upload: Arc<Upload>,
     /// Tiles of 16 ranks in the largest stack of each group.
     pub rank_tiles: [u16; 4],
@@ -144,28 +146,28 @@ struct Job {
     placement: Arc<Placement>,
     table: Vec<u8>,
     address: u64,
+    /// What the run's bytes were before may be in use until then.
+    after: Option<Arc<Event>>,
     upload: Arc<Upload>,
 }
 
 /// All adapters of a device.
 pub(super) struct Adapters {
-    memory: DeviceBuffer<u8>,
-    arena: Arena,
-    budget_bytes: usize,
+    region: Region,
     max_lora_rank: usize,
-    used_bytes: usize,
     next_handle: u32,
     residents: HashMap<AdapterHandle, Resident>,
     /// Freed while their upload was under way: their runs are free when it is done.
     leaving: Vec<(u32, Arc<Upload>)>,
     jobs: Sender<Job>,
+    /// Tables of adapters that moved, and when they have been copied.
+    moved_tables: PinnedBuffer<u8>,
+    tables_copied: Event,
 }
 
 impl Adapters {
-    /// Memory for `budget_bytes` of adapters as the host counts them, and for their tables. Ranks above `max_lora_rank` are refused.
-    pub fn new(device: &Arc<Device>, budget_bytes: usize, max_lora_rank: usize) -> Result<Self, CudaError> {
-        let memory_bytes = budget_bytes + budget_bytes / 32 + (1 << 20);
-        let memory = DeviceBuffer::uninit(device, memory_bytes)?;
+    /// In the upper part of `region`. Ranks above `max_lora_rank` are refused.
+    pub fn new(device: &Arc<Device>, region: Region, max_lora_rank: usize) -> Result<Self, CudaError> {
         let mut uploader = Uploader::new(device)?;
         let (jobs, inbox) = channel();
         std::thread::Builder::new()
@@ -173,16 +175,34 @@ impl Adapters {
             .spawn(move || uploader.run(&inbox))
             .map_err(|error| CudaError::NoDevice(format!("no thread for uploads: {error}")))?;
         Ok(Self {
-            memory,
-            arena: Arena::new(memory_bytes),
-            budget_bytes,
+            region,
             max_lora_rank,
-            used_bytes: 0,
             next_handle: 0,
             residents: HashMap::new(),
             leaving: Vec::new(),
             jobs,
+            moved_tables: PinnedBuffer::zeroed(device, MOVED_TABLE_BYTES)?,
+            tables_copied: Event::new(device, false)?,
         })
+    }
+
+    /// The KV blocks, which lie in the same memory.
+    pub fn kv_cache(&self) -> View<'_, bf16> {
+        self.region.kv_cache()
+    }
+
+    /// See `Backend::set_kv_blocks`. `stream` is the one that steps run on.
+    pub fn set_kv_blocks(&mut self, num_blocks: usize, moves: &[BlockMove], stream: &Stream) -> Result<usize, CudaError> {
+        self.reap_leaving();
+        if self.region.is_in_the_way(num_blocks) {
+            self.compact(stream)?;
+        }
+        self.region.set_kv_blocks(num_blocks, moves, stream)
+    }
+
+    /// Bytes that an adapter takes.
+    pub fn device_bytes(&self, host: &HostAdapter, config: &DecoderConfig) -> Result<usize, BackendError> {
+        Ok(place(host, config, self.max_lora_rank)?.bytes.next_multiple_of(ALIGNMENT))
     }
 
     pub fn get(&self, handle: AdapterHandle) -> Option<&Resident> {
@@ -197,7 +217,7 @@ impl Adapters {
 
     /// Where an adapter's table begins.
     pub fn address(&self, resident: &Resident) -> u64 {
-        self.memory.view().address() + resident.offset as u64
+        self.region.address(resident.offset)
     }
 
     /// Where an adapter's table of [`OutputTerms`] begins; of no use for one that has none.
@@ -217,7 +237,7 @@ impl Adapters {
     pub fn replaced_head(&self, resident: &Resident, config: &DecoderConfig) -> Option<View<'_, bf16>> {
         let offset = resident.placement.replaced_head? + resident.offset;
         let bytes = 2 * config.vocab_size * config.hidden_size;
-        Some(self.memory.view().slice(offset..offset + bytes).cast())
+        Some(self.region.view(offset..offset + bytes).cast())
     }
 
     /// Finds room and queues the copy. `stream` is the one that steps run on: should runs have to move, they do between two steps.
@@ -226,39 +246,38 @@ impl Adapters {
         self.reap_leaving();
         let out_of_memory = |available_bytes| BackendError::OutOfMemory {
             what: format!("adapter {}", host.version),
-            needed_bytes: host.bytes(),
+            needed_bytes: placement.bytes.next_multiple_of(ALIGNMENT),
             available_bytes,
         };
-        let available_bytes = self.budget_bytes - self.used_bytes;
-        if host.bytes() > available_bytes {
+        let available_bytes = self.region.free_bytes();
+        if placement.bytes > available_bytes {
             return Err(out_of_memory(available_bytes));
         }
         let id = self.next_handle;
-        let offset = match self.arena.allocate(id, placement.bytes) {
+        let offset = match self.region.allocate(id, placement.bytes) {
             Some(offset) => offset,
             None => {
-                self.compact(stream)?;
-                let available_bytes = self.arena.free_bytes();
-                self.arena.allocate(id, placement.bytes).ok_or_else(|| out_of_memory(available_bytes))?
+                self.compact(stream).map_err(super::device_error)?;
+                self.region.allocate(id, placement.bytes).ok_or_else(|| out_of_memory(available_bytes))?
             }
         };
         // A handle that was freed is not given again soon: a batch that still names it is found out.
         self.next_handle = self.next_handle.wrapping_add(1);
         let placement = Arc::new(placement);
         let upload = Arc::new(Upload::default());
-        let address = self.memory.view().address() + offset as u64;
+        let address = self.region.address(offset);
         let job = Job {
             host: host.clone(),
             table: placement.table_bytes(address),
             placement: placement.clone(),
             address,
+            after: self.region.wait_before(offset..offset + placement.bytes),
             upload: upload.clone(),
         };
         self.jobs
             .send(job)
             .map_err(|_| BackendError::Device("the upload thread has ended".into()))?;
-        let resident = Resident::new(placement, offset, host, upload, config);
-        self.used_bytes += host.bytes();
+        let resident = Resident::new(placement, offset, upload, config);
         self.residents.insert(AdapterHandle(id), resident);
         Ok(AdapterHandle(id))
     }
@@ -275,53 +294,66 @@ impl Adapters {
 
     pub fn free(&mut self, handle: AdapterHandle) {
         let Some(resident) = self.residents.remove(&handle) else { return };
-        self.used_bytes -= resident.host_bytes;
         self.leaving.push((handle.0, resident.upload));
         self.reap_leaving();
     }
 
     fn reap_leaving(&mut self) {
-        let arena = &mut self.arena;
+        let region = &mut self.region;
         self.leaving.retain(|(id, upload)| {
             let is_done = upload.result.get().is_some();
             if is_done {
-                arena.free(*id);
+                region.free(*id);
             }
             !is_done
         });
     }
 
-    /// Closes the gaps between runs whose uploads are done.
-    fn compact(&mut self, stream: &Stream) -> Result<(), BackendError> {
-        let residents = &self.residents;
-        let is_ready = |id| {
-            residents
-                .get(&AdapterHandle(id))
-                .is_some_and(|resident: &Resident| matches!(resident.upload.result.get(), Some(Ok(()))))
-        };
-        let moves = self.arena.compact(is_ready);
-        tracing::debug!(moves = moves.len(), "moving adapters to make one free run");
-        for Move { id, from, to, len } in moves {
-            // A copy must not overlap itself: in pieces as long as the way down.
-            for start in (0..len).step_by(from - to) {
-                let piece = start..len.min(start + from - to);
-                let at = |offset: usize| self.memory.view().slice(offset + piece.start..offset + piece.end);
-                stream.copy_on_device(at(to), at(from)).map_err(super::device_error)?;
-            }
-            let resident = self.residents.get_mut(&AdapterHandle(id)).expect("only residents move");
-            resident.offset = to;
-            let address = self.memory.view().address() + to as u64;
-            let table = resident.placement.table_bytes(address);
-            let to = self.memory.view().slice(to..to + table.len());
-            stream.copy_to_device(to, &table).map_err(super::device_error)?;
-        }
-        // The tables above are pageable memory that is gone when this returns.
-        stream.synchronize().map_err(super::device_error)
+    /// Closes the gaps between runs whose uploads are done. Steps that were launched before read the old places, later ones the new.
+    fn compact(&mut self, stream: &Stream) -> Result<(), CudaError> {
+        let Self {
+            region,
+            residents,
+            moved_tables,
+            tables_copied,
+            ..
+        } = self;
+        let ready: HashSet<u32> = residents
+            .iter()
+            .filter(|(_, resident)| matches!(resident.upload.result.get(), Some(Ok(()))))
+            .map(|(handle, _)| handle.0)
+            .collect();
+        // Those of the last time, long ago.
+        tables_copied.synchronize()?;
+        let mut written = 0;
+        region.compact(
+            stream,
+            |id| ready.contains(&id),
+            |region, id, offset| {
+                let resident = residents.get_mut(&AdapterHandle(id)).expect("only residents move");
+                resident.offset = offset;
+                let table = resident.placement.table_bytes(region.address(offset));
+                let to = region.view(offset..offset + table.len());
+                if table.len() > moved_tables.len() {
+                    stream.copy_to_device(to, &table)?;
+                    return stream.synchronize();
+                }
+                if written + table.len() > moved_tables.len() {
+                    stream.synchronize()?;
+                    written = 0;
+                }
+                let stage = &mut moved_tables[written..written + table.len()];
+                written += table.len();
+                stage.copy_from_slice(&table);
+                stream.copy_to_device(to, stage)
+            },
+        )?;
+        tables_copied.record(stream)
     }
 }
 
 impl Resident {
-    fn new(placement: Arc<Placement>, offset: usize, host: &HostAdapter, upload: Arc<Upload>, config: &DecoderConfig) -> Self {
+    fn new(placement: Arc<Placement>, offset: usize, upload: Arc<Upload>, config: &DecoderConfig) -> Self {
         let tiles = |line: &LoraLine| line.rank_total().div_ceil(RANK_TILE) as u16;
         let lines = |group: Group| (0..config.num_layers).map(move |layer| layer * Group::ALL.len() + group as usize);
         let has_terms = |line: usize| placement.terms.get(line).is_some_and(|terms| !terms.is_empty());
@@ -333,7 +365,6 @@ impl Resident {
             head_has_output_terms: has_terms(head),
             placement,
             offset,
-            host_bytes: host.bytes(),
             upload,
         }
     }
@@ -580,6 +611,9 @@ impl Uploader {
 
     fn upload(&mut self, job: &Job) -> Result<(), CudaError> {
         let is_direct = page_lock(&self.device, &job.host);
+        if let Some(event) = &job.after {
+            self.stream.wait(event)?;
+        }
         for Piece { from, to, is_f32 } in &job.placement.pieces {
             let bytes = &job.host.blob.as_bytes()[from.clone()];
             let address = job.address + *to as u64;

@@ -38,6 +38,17 @@ impl Arena {
         }
     }
 
+    /// Makes it longer, or shorter by what no run has.
+    pub fn set_capacity(&mut self, capacity: usize) {
+        assert!(capacity >= self.end(), "a run ends at {}, beyond {capacity}", self.end());
+        self.capacity = capacity / ALIGNMENT * ALIGNMENT;
+    }
+
+    /// Where the last run ends.
+    pub fn end(&self) -> usize {
+        self.runs.last().map_or(0, |run| run.offset + run.len)
+    }
+
     pub fn free_bytes(&self) -> usize {
         self.capacity - self.runs.iter().map(|run| run.len).sum::<usize>()
     }

@@ -29,13 +29,16 @@ mod arena;
 mod forward;
 mod model;
 mod plan;
+mod region;
 mod sampling;
 mod staging;
 
 use adapters::Adapters;
+use arena::ALIGNMENT;
 use forward::{Forward, HeadItems, HeadWork, OwnHead, StepViews, Workspace, WorkspaceSize};
 use model::Model;
 use plan::{ForwardPlaces, LoraWork, StepPlan, StepShape};
+use region::Region;
 use sampling::{RowResult, SampleWork, needs_logits};
 use staging::{Layout, Staging};
 
@@ -47,6 +50,7 @@ use super::{
 use crate::{
     adapter::{HostAdapter, LoraFeatures},
     batch::{AdapterHandle, ChooseToken, SampleRow, StepBatch, StepOutput},
+    block_pool::BlockMove,
     decoder::{DecoderConfig, RopeTables},
     files::FileSource,
     weights::{ModelWeights, WeightsError},
@@ -54,6 +58,8 @@ use crate::{
 
 /// Steps that may be launched and not collected.
 const MAX_IN_FLIGHT: usize = 2;
+/// Where the longest context would take all of the shared memory, adapters may have one part of so many.
+const ADAPTERS_PART: usize = 4;
 /// Sample rows whose logits are in memory at once.
 const MAX_LOGITS_ROWS: usize = 256;
 
@@ -64,7 +70,9 @@ pub struct CudaOptions {
     pub device: usize,
     /// Part of the device's memory that may be used, weights included.
     pub mem_fraction: f64,
-    /// How large the KV cache is; `None`: all that the rest leaves of `mem_fraction`.
+    /// Bytes for KV blocks and adapters together; `None`: what weights and buffers leave of `mem_fraction`.
+    pub shared_bytes: Option<usize>,
+    /// `Some`: the KV cache has memory of its own, this much, and adapters have `adapter_bytes` beside it. `None`: they share.
     pub kv_cache: Option<KvBudget>,
     /// Positions per block, a power of two from 16 to 1024.
     pub block_size: usize,
@@ -72,7 +80,8 @@ pub struct CudaOptions {
     pub max_batch_tokens: usize,
     /// Most positions of a sequence; at most the model's own.
     pub max_context: usize,
-    /// Most bytes of adapters that batches may name, as the host counts them.
+    /// Most bytes of adapters that batches may name; of shared memory they always leave the KV cache a sequence of the longest context, or three
+    /// quarters if that is less.
     pub adapter_bytes: usize,
     /// Distinct adapters of one step.
     pub max_adapters_per_batch: usize,
@@ -87,16 +96,17 @@ pub struct CudaOptions {
 }
 
 impl Default for CudaOptions {
-    /// Device 0, 90 % of its memory, 2048 rows, 8 GiB of adapters of up to rank 64, 64 of them in a step.
+    /// Device 0, 90 % of its memory, 2048 rows, adapters of up to rank 64 in any memory that the KV cache can spare, 64 of them in a step.
     fn default() -> Self {
         Self {
             device: 0,
             mem_fraction: 0.9,
+            shared_bytes: None,
             kv_cache: None,
             block_size: 16,
             max_batch_tokens: 2048,
             max_context: usize::MAX,
-            adapter_bytes: 8 << 30,
+            adapter_bytes: usize::MAX,
             max_adapters_per_batch: 64,
             max_lora_rank: 64,
             tune: true,
@@ -117,8 +127,8 @@ pub enum LoadError {
     Cuda(#[from] CudaError),
     /// Not enough memory for at least one block of KV cache.
     #[error(
-        "{used_bytes} bytes of device memory are taken by weights, buffers and adapters; that leaves no room for the KV cache within \
-         mem_fraction {mem_fraction} of {total_bytes}: raise the fraction, or lower the memory for adapters"
+        "{used_bytes} bytes of device memory are taken by weights and buffers; that leaves no room for the KV cache within \
+         mem_fraction {mem_fraction} of {total_bytes}: raise the fraction"
     )]
     NoRoom {
         /// Taken.
@@ -153,7 +163,6 @@ pub struct CudaBackend {
     kernels: Kernels,
     gemm: Gemm,
     model: Model,
-    kv_cache: DeviceBuffer<bf16>,
     cos_sin: DeviceBuffer<[f32; 2]>,
     workspace: Workspace,
     adapters: Adapters,
@@ -271,7 +280,6 @@ impl CudaBackend {
             max_lora_rank: options.max_lora_rank,
         };
         let workspace = Workspace::new(&stream, config, &shape, size)?;
-        let adapters = Adapters::new(&device, options.adapter_bytes, options.max_lora_rank)?;
         let outputs = Outputs::new(&device, size.max_rows)?;
         let max_shrink_items = size.max_rows * (3 * options.max_lora_rank).div_ceil(16);
         let forward_bytes = ForwardPlaces::new(size.max_rows, max_shrink_items).1.bytes();
@@ -287,23 +295,13 @@ impl CudaBackend {
         let total_bytes = device.info().total_bytes;
         let used_bytes = total_bytes.saturating_sub(device.free_bytes()?);
         let budget = ((total_bytes as f64 * options.mem_fraction) as usize).saturating_sub(used_bytes);
-        let block_bytes = kv_block_bytes(config, options.block_size);
-        // Slots are u32.
-        let max_blocks = u32::MAX as usize / options.block_size - 1;
-        let num_blocks = match options.kv_cache {
-            Some(KvBudget::Blocks(blocks)) => blocks,
-            Some(KvBudget::Bytes(bytes)) => bytes / block_bytes,
-            None => budget / block_bytes,
-        }
-        .min(max_blocks);
-        if num_blocks == 0 {
-            return Err(LoadError::NoRoom {
-                used_bytes,
-                total_bytes,
-                mem_fraction: options.mem_fraction,
-            });
-        }
-        let kv_cache = DeviceBuffer::zeroed(&stream, num_blocks * shape.block_stride)?;
+        let memory = MemoryPlan::new(options, kv_block_bytes(config, options.block_size), max_context, budget).ok_or(LoadError::NoRoom {
+            used_bytes,
+            total_bytes,
+            mem_fraction: options.mem_fraction,
+        })?;
+        let region = Region::new(&stream, memory.bytes, memory.block_bytes, memory.num_blocks)?;
+        let adapters = Adapters::new(&device, region, options.max_lora_rank)?;
         stream.synchronize()?;
         let mut backend = Self {
             graphs: HashMap::new(),
@@ -311,7 +309,6 @@ impl CudaBackend {
             kernels,
             gemm,
             model,
-            kv_cache,
             cos_sin,
             workspace,
             adapters,
@@ -322,16 +319,19 @@ impl CudaBackend {
             config: config.clone(),
             shape,
             capacity: Capacity {
-                num_blocks,
+                num_blocks: memory.num_blocks,
+                min_blocks: memory.min_blocks,
                 block_size: options.block_size,
-                kv_block_bytes: block_bytes,
+                kv_block_bytes: memory.block_bytes,
                 max_batch_tokens: options.max_batch_tokens,
-                adapter_bytes: options.adapter_bytes,
+                adapter_bytes: memory.adapter_bytes,
+                shared_bytes: memory.bytes,
                 max_adapters_per_batch: options.max_adapters_per_batch,
             },
             limits: ModelLimits {
                 vocab_size: config.vocab_size,
-                max_positions: max_context.min(num_blocks * options.block_size),
+                max_positions: max_context.min(memory.min_blocks * options.block_size),
+                num_blocks: memory.num_blocks,
             },
             use_graphs: options.graphs,
             stream,
@@ -369,7 +369,7 @@ impl CudaBackend {
             kernels,
             gemm,
             model,
-            kv_cache,
+            adapters,
             cos_sin,
             workspace,
             stream,
@@ -380,7 +380,7 @@ impl CudaBackend {
             shape: *shape,
             kernels,
             model,
-            kv_cache: kv_cache.view(),
+            kv_cache: adapters.kv_cache(),
             cos_sin,
             workspace,
             stream,
@@ -466,7 +466,7 @@ impl CudaBackend {
             kernels,
             gemm,
             model,
-            kv_cache,
+            adapters,
             cos_sin,
             workspace,
             stream,
@@ -480,7 +480,7 @@ impl CudaBackend {
             shape: *shape,
             kernels,
             model,
-            kv_cache: kv_cache.view(),
+            kv_cache: adapters.kv_cache(),
             cos_sin,
             workspace,
             stream,
@@ -578,7 +578,7 @@ impl CudaBackend {
                 shape: self.shape,
                 kernels: &self.kernels,
                 model: &self.model,
-                kv_cache: self.kv_cache.view(),
+                kv_cache: self.adapters.kv_cache(),
                 cos_sin: &self.cos_sin,
                 workspace: &self.workspace,
                 stream: &self.stream,
@@ -638,6 +638,64 @@ pub fn kv_block_bytes(config: &DecoderConfig, block_size: usize) -> usize {
     2 * config.num_layers * config.kv_size() * block_size * size_of::<bf16>()
 }
 
+/// How the memory beside weights and buffers is dealt out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct MemoryPlan {
+    /// Of KV blocks and adapters together.
+    bytes: usize,
+    block_bytes: usize,
+    num_blocks: usize,
+    /// As many as `num_blocks` if adapters don't share.
+    min_blocks: usize,
+    adapter_bytes: usize,
+}
+
+impl MemoryPlan {
+    /// `None`: not one block fits. `budget` is what `mem_fraction` leaves.
+    fn new(options: &CudaOptions, block_bytes: usize, max_context: usize, budget: usize) -> Option<Self> {
+        // Slots are u32.
+        let max_blocks = u32::MAX as usize / options.block_size - 1;
+        let fixed = options.kv_cache.map(|kv_cache| match kv_cache {
+            KvBudget::Blocks(blocks) => blocks,
+            KvBudget::Bytes(bytes) => bytes / block_bytes,
+        });
+        let bytes = options.shared_bytes.unwrap_or(budget) / ALIGNMENT * ALIGNMENT;
+        let num_blocks = fixed.unwrap_or(bytes / block_bytes).min(max_blocks);
+        if num_blocks == 0 {
+            return None;
+        }
+        let kv_bytes = num_blocks * block_bytes;
+        if fixed.is_some() {
+            // Runs are rounded up, and have tables.
+            let rounded = |bytes: usize| (bytes + bytes / 32 + (1 << 20)) / ALIGNMENT * ALIGNMENT;
+            let adapter_bytes = match options.adapter_bytes {
+                usize::MAX => bytes.saturating_sub(kv_bytes) / ALIGNMENT * ALIGNMENT,
+                bytes => rounded(bytes),
+            };
+            return Some(Self {
+                bytes: kv_bytes + adapter_bytes,
+                block_bytes,
+                num_blocks,
+                min_blocks: num_blocks,
+                adapter_bytes,
+            });
+        }
+        let beside_most_adapters = bytes.saturating_sub(options.adapter_bytes) / block_bytes;
+        let most_kept = num_blocks - num_blocks / ADAPTERS_PART;
+        let min_blocks = max_context
+            .div_ceil(options.block_size)
+            .min(most_kept)
+            .max(beside_most_adapters.min(num_blocks));
+        Some(Self {
+            bytes,
+            block_bytes,
+            num_blocks,
+            min_blocks,
+            adapter_bytes: options.adapter_bytes.min(bytes - min_blocks * block_bytes),
+        })
+    }
+}
+
 impl CudaOptions {
     fn check(&self) -> Result<(), LoadError> {
         let check = |option, holds: bool, expected: &str, got: String| match holds {
@@ -671,6 +729,17 @@ impl CudaOptions {
 impl Backend for CudaBackend {
     fn capacity(&self) -> &Capacity {
         &self.capacity
+    }
+
+    fn adapter_bytes(&self, adapter: &HostAdapter) -> Result<usize, BackendError> {
+        self.adapters.device_bytes(adapter, &self.config)
+    }
+
+    fn set_kv_blocks(&mut self, num_blocks: usize, moves: &[BlockMove]) -> Result<usize, BackendError> {
+        self.device.bind().map_err(device_error)?;
+        let reached = self.adapters.set_kv_blocks(num_blocks, moves, &self.stream).map_err(device_error)?;
+        self.limits.num_blocks = reached;
+        Ok(reached)
     }
 
     fn begin_upload(&mut self, adapter: &Arc<HostAdapter>) -> Result<AdapterHandle, BackendError> {
@@ -737,5 +806,61 @@ impl Drop for CudaBackend {
         // What is enqueued still reads and writes the buffers. An error has nobody left to hear it.
         let _ = self.device.bind();
         let _ = self.device.synchronize();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(options: CudaOptions, max_context: usize, budget: usize) -> Option<MemoryPlan> {
+        MemoryPlan::new(&options, 1024, max_context, budget)
+    }
+
+    fn shares(plan: MemoryPlan) -> (usize, usize, usize, usize) {
+        (plan.bytes, plan.num_blocks, plan.min_blocks, plan.adapter_bytes)
+    }
+
+    #[test]
+    fn the_cache_keeps_a_sequence_of_the_longest_context_or_three_quarters() {
+        let options = CudaOptions::default;
+        assert_eq!(shares(plan(options(), 160, 100 << 10).unwrap()), (100 << 10, 100, 10, 90 << 10));
+        assert_eq!(shares(plan(options(), 161, 100 << 10).unwrap()), (100 << 10, 100, 11, 89 << 10));
+        assert_eq!(shares(plan(options(), 1 << 20, 100 << 10).unwrap()), (100 << 10, 100, 75, 25 << 10));
+        // What is no whole block is for adapters, what is no whole run for nobody.
+        assert_eq!(
+            shares(plan(options(), 160, (100 << 10) + 700).unwrap()),
+            ((100 << 10) + 512, 100, 10, (90 << 10) + 512)
+        );
+        let sized = CudaOptions {
+            shared_bytes: Some(40 << 10),
+            ..options()
+        };
+        assert_eq!(shares(plan(sized, 160, 100 << 10).unwrap()), (40 << 10, 40, 10, 30 << 10));
+        assert_eq!(plan(options(), 160, 1000), None);
+    }
+
+    #[test]
+    fn a_bound_on_adapters_leaves_the_cache_the_rest() {
+        let bounded = |adapter_bytes| CudaOptions {
+            adapter_bytes,
+            ..CudaOptions::default()
+        };
+        assert_eq!(shares(plan(bounded(20 << 10), 160, 100 << 10).unwrap()), (100 << 10, 100, 80, 20 << 10));
+        assert_eq!(shares(plan(bounded(0), 160, 100 << 10).unwrap()), (100 << 10, 100, 100, 0));
+    }
+
+    #[test]
+    fn a_cache_of_a_given_size_shares_nothing() {
+        let fixed = |kv_cache, adapter_bytes| CudaOptions {
+            kv_cache: Some(kv_cache),
+            adapter_bytes,
+            ..CudaOptions::default()
+        };
+        let memory = plan(fixed(KvBudget::Blocks(7), 32 << 10), 160, 100 << 10).unwrap();
+        assert_eq!(shares(memory), ((7 << 10) + (33 << 10) + (1 << 20), 7, 7, (33 << 10) + (1 << 20)));
+        let memory = plan(fixed(KvBudget::Bytes(60 << 10), usize::MAX), 160, 100 << 10).unwrap();
+        assert_eq!(shares(memory), (100 << 10, 60, 60, 40 << 10));
+        assert_eq!(plan(fixed(KvBudget::Bytes(1000), 0), 160, 100 << 10), None);
     }
 }
