@@ -18,6 +18,7 @@ use polylora_kernels::cuda::{
     gemm::{Gemm, GemmArgs, GemmOutput},
     lora::{ExpandInto, ItemRows, Lora, LoraDescriptor, LoraItem, LoraItems, RANK_TILE, Shrunk},
     lora_output::{LoraOutput, OutputInto, OutputTerms},
+    own_logits::{LogitsCopy, MAX_ITEM_ROWS, TokenRowsItem},
     rms_norm::RmsNormArgs,
     rope_kv::{HeadShape, RopeKvArgs},
     sampling::{MAX_TOP, SampleEdit, SampleParams, SampleResult, SamplingArgs, flags},
@@ -102,7 +103,7 @@ fn main() {
     bench.copy_bytes_per_second = bench.copy_roof();
     println!("{}, copy {:.2} TB/s", bench.device.info().name, bench.copy_bytes_per_second / 1e12);
     type Family = (&'static str, fn(&Bench));
-    let families: [Family; 7] = [
+    let families: [Family; 8] = [
         ("gemm", Bench::gemm),
         ("lora", Bench::lora),
         ("outputs", Bench::lora_output),
@@ -110,6 +111,7 @@ fn main() {
         ("prefill", Bench::attention_prefill),
         ("elementwise", Bench::elementwise),
         ("sampling", Bench::sampling),
+        ("own tokens", Bench::own_logits),
     ];
     for (name, run) in families {
         if name.contains(&filter) {
@@ -684,7 +686,13 @@ impl Bench {
                 self.zeros::<f32>(rows * MAX_TOP),
             );
             for (name, params) in cases {
-                let params: Vec<SampleParams> = (0..rows).map(|row| SampleParams { slot: row as u32, ..params }).collect();
+                let row = |row: usize| SampleParams {
+                    slot: row as u32,
+                    vocab: VOCAB as u32,
+                    logits_start: (row * VOCAB) as u64,
+                    ..params
+                };
+                let params: Vec<SampleParams> = (0..rows).map(row).collect();
                 let params = self.stream.upload(&params).expect("memory");
                 let args = SamplingArgs {
                     logits: logits.view(),
@@ -696,10 +704,52 @@ impl Bench {
                     top_logprobs: top_logprobs.view(),
                     chosen: chosen.view(),
                     rows,
-                    vocab: VOCAB,
                 };
                 let times = self.time(|| self.kernels.sampling.launch(&self.stream, &args));
                 self.report(&format!("{name}, {rows} rows"), times, (rows * VOCAB * 4) as f64);
+            }
+        }
+    }
+    /// Rows whose adapters, each its own, add tokens: the base model's logits moved, and those of the adapter's rows.
+    fn own_logits(&self) {
+        let kernels = &self.kernels.own_logits;
+        for rows in [1, 8, 64] {
+            let width = VOCAB + 64;
+            let own_start = rows * VOCAB;
+            let logits = self.zeros::<f32>(own_start + rows * width);
+            let copies: Vec<LogitsCopy> = (0..rows)
+                .map(|row| LogitsCopy {
+                    from: (row * VOCAB) as u64,
+                    to: (own_start + row * width) as u64,
+                    len: VOCAB as u32,
+                    reserved: 0,
+                })
+                .collect();
+            let copies = self.stream.upload(&copies).expect("memory");
+            let times = self.time(|| kernels.launch_copy(&self.stream, logits.view(), copies.view(), VOCAB));
+            self.report(&format!("copy, {rows} rows"), times, (rows * VOCAB * 8) as f64);
+            let x = self.random(rows * HIDDEN, 1, 1.0);
+            for (adapters, num_tokens) in [(rows, 4), (rows, 64), (1, 16384)] {
+                let weights = self.random(adapters * num_tokens * HIDDEN, 2, 1.0);
+                let ids = self.stream.upload(&(0..num_tokens as u32).collect::<Vec<_>>()).expect("memory");
+                let rows_of_each = rows / adapters;
+                let item = |adapter: usize, first: usize| TokenRowsItem {
+                    rows: weights.view().address() + (adapter * num_tokens * HIDDEN * 2) as u64,
+                    token_ids: ids.view().address(),
+                    y_start: (own_start + (adapter * rows_of_each + first) * width) as u64,
+                    y_stride: width as u32,
+                    num_tokens: num_tokens as u32,
+                    row_start: (adapter * rows_of_each + first) as u32,
+                    num_rows: MAX_ITEM_ROWS.min(rows_of_each - first) as u32,
+                };
+                let items: Vec<TokenRowsItem> = (0..adapters)
+                    .flat_map(|adapter| (0..rows_of_each).step_by(MAX_ITEM_ROWS).map(move |first| (adapter, first)))
+                    .map(|(adapter, first)| item(adapter, first))
+                    .collect();
+                let items = self.stream.upload(&items).expect("memory");
+                let times = self.time(|| kernels.launch_token_rows(&self.stream, logits.view(), x.view(), HIDDEN, items.view(), num_tokens));
+                let bytes = (adapters * num_tokens * HIDDEN * 2) as f64;
+                self.report(&format!("{rows} rows, {adapters} adapters, {num_tokens} tokens each"), times, bytes);
             }
         }
     }

@@ -1,6 +1,6 @@
 // sampling.cu   one token (and log-probabilities) from each row of logits; the meaning is that of engine/src/sampling.rs, step by step
 //               Source: nucleus arXiv:1904.09751, min-p arXiv:2407.01082; the draw `u` comes with the row (counter-based, made by the host)
-// Shapes  logits [rows, vocab] f32 (edited in place, restored at the end); params [rows]; edits: the changed tokens of each row, ids distinct;
+// Shapes  logits: by row `vocab` f32 from `logits_start` on (edited in place, restored at the end); params [rows]; edits: the changed tokens of each row, ids distinct;
 //         masks: words of allowed bits; results [rows]; top_ids, top_logprobs [rows, MAX_TOP]; chosen: ids by `slot`, for the next step's input
 // Launch  grid (rows), block 1024, dynamic shared MAX_CANDIDATES · 8 bytes; a row is one block's, in as few passes as its parameters allow:
 //         greedy 1; plain temperature 3; top-k, top-p 3 or 4 and a sort of the candidates in shared memory
@@ -36,9 +36,11 @@ struct SampleParams {
   uint32_t num_top;     // likeliest tokens to report
   uint32_t prompt_token;
   uint32_t slot;
-  uint32_t reserved[2];
+  uint32_t vocab;  // of this row
+  uint32_t reserved;
+  uint64_t logits_start;  // in elements
 };
-static_assert(sizeof(SampleParams) == 72, "written by the host");
+static_assert(sizeof(SampleParams) == 80, "written by the host");
 
 struct SampleEdit {
   uint32_t token;
@@ -477,13 +479,14 @@ DEVICE uint32_t draw(const Row& row, const SampleParams& p, float max_logit, flo
 
 KERNEL __launch_bounds__(THREADS, 1) sample(
     float* all_logits, const SampleParams* all_params, SampleEdit* all_edits, const uint32_t* masks, SampleResult* results, uint32_t* top_ids,
-    float* top_logprobs, uint32_t* chosen, uint32_t vocab) {
+    float* top_logprobs, uint32_t* chosen) {
   __shared__ Shared s;
   DYNAMIC_SHARED(uint64_t, keys);
   const SampleParams p = all_params[blockIdx.x];
   allow_next_kernel();
   wait_for_previous_kernel();
-  float* logits = all_logits + (int64_t)blockIdx.x * vocab;
+  float* logits = all_logits + p.logits_start;
+  const uint32_t vocab = p.vocab;
   SampleEdit* edits = all_edits + p.edits_start;
   Row row = {logits, nullptr, vocab};
   SampleResult result = {0, STATUS_OK, 0.f, 0.f};

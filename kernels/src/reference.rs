@@ -78,6 +78,14 @@ pub fn lora_output(y: &mut [f32], y_stride: usize, y_offset: usize, width: usize
     }
 }
 
+/// `y[rows, y_stride]` at the columns `token_ids` becomes `x[rows, hidden] · rows[token_ids.len(), hidden]ᵀ`; the others stay.
+pub fn token_row_logits(x: &[f32], hidden: usize, rows: &[f32], token_ids: &[u32], y: &mut [f32], y_stride: usize) {
+    let logits = gemm(x, x.len() / hidden, rows, token_ids.len(), hidden, None);
+    for (y, logits) in y.chunks_exact_mut(y_stride).zip(logits.chunks_exact(token_ids.len())) {
+        token_ids.iter().zip(logits).for_each(|(&token, &logit)| y[token as usize] = logit);
+    }
+}
+
 /// `x / sqrt(mean(x²) + eps) · weight` for each row of `weight.len()`.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let mut out = Vec::with_capacity(x.len());

@@ -24,8 +24,8 @@ use crate::{
     weights::ModelWeights,
 };
 
-/// More tokens than this an adapter does not add: what bounds its files in memory.
-const MAX_ADDED_TOKENS: usize = 1 << 16;
+/// More tokens than this an adapter does not add: what bounds its files in memory, and the logits of its rows.
+pub const MAX_ADDED_TOKENS: usize = 1 << 16;
 
 /// What an adapter covers and how: shown by the load answer and by `polylora adapters inspect`.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]

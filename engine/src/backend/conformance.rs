@@ -8,7 +8,7 @@ use half::bf16;
 
 use super::{Backend, BackendError, Capacity, Launched};
 use crate::{
-    adapter::{AlignedBytes, HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, ReplacedWeight, VersionId},
+    adapter::{AlignedBytes, HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, ReplacedWeight, TokenRows, VersionId},
     batch::{AdapterHandle, CarriedToken, ChooseToken, LoraSegment, SampleFailure, SampleRow, SequenceRows, StepBatch, StepOutput, TokenCount},
     block_pool::{BlockId, BlockMove},
     decoder::DecoderConfig,
@@ -254,13 +254,14 @@ pub fn run_all(backend: &mut dyn Backend, agreement: Agreement) {
     nothing_is_computed_for_an_empty_batch(backend);
     adapter_bytes_are_counted(backend, &config);
     bad_batches_are_refused(backend, &config);
+    own_tokens_are_read_and_chosen(backend, &config);
 }
 
 /// Prompts of differing lengths on base and adapters of differing shapes, together and one by one.
 pub fn mixed_is_alone(backend: &mut dyn Backend, config: &DecoderConfig, agreement: Agreement) {
     for hosts in adapter_sets(config) {
         let adapters = Uploaded::new(backend, &hosts);
-        let runs = mixed_runs(config, &adapters.handles);
+        let runs = mixed_runs(config, &adapters);
         let together = generate(backend, &runs).expect("a mixed batch");
         for (run_idx, (run, together)) in runs.iter().zip(&together).enumerate() {
             let alone = generate(backend, std::slice::from_ref(run)).expect("a run alone");
@@ -272,10 +273,12 @@ pub fn mixed_is_alone(backend: &mut dyn Backend, config: &DecoderConfig, agreeme
 
 /// Chunks of 1, 7 and 16 rows against the whole prompt at once.
 pub fn chunked_is_unchunked(backend: &mut dyn Backend, config: &DecoderConfig, agreement: Agreement) {
-    let [plain, rich] = adapter_sets(config);
-    let adapters = Uploaded::new(backend, &[plain[1].clone(), rich[2].clone()]);
-    for adapter in [None, Some(adapters.handles[0]), Some(adapters.handles[1])] {
-        let whole = Run::greedy(&prompt(config, 3, 45), adapter, 6);
+    let [plain, rich, own_tokens] = adapter_sets(config);
+    let adapters = Uploaded::new(backend, &[plain[1].clone(), rich[2].clone(), own_tokens[1].clone()]);
+    for adapter in [None, Some(0), Some(1), Some(2)] {
+        let prompt = adapter.map_or_else(|| prompt(config, 3, 45), |adapter| adapters.prompt(config, adapter, 3, 45));
+        let adapter = adapter.map(|adapter: usize| adapters.handles[adapter]);
+        let whole = Run::greedy(&prompt, adapter, 6);
         let expected = generate(backend, std::slice::from_ref(&whole)).expect("a whole prompt");
         for chunk in [1, 7, 16] {
             let chunked = generate(backend, &[Run { chunk, ..whole.clone() }]).expect("a chunked prompt");
@@ -294,12 +297,8 @@ pub fn base_rows_are_unaffected(backend: &mut dyn Backend, config: &DecoderConfi
     for hosts in adapter_sets(config) {
         let adapters = Uploaded::new(backend, &hosts);
         let mut runs = base.clone();
-        runs.extend(
-            adapters
-                .handles
-                .iter()
-                .map(|&handle| Run::greedy(&prompt(config, 8, 11), Some(handle), 5)),
-        );
+        let run = |adapter: usize| Run::greedy(&adapters.prompt(config, adapter, 8, 11), Some(adapters.handles[adapter]), 5);
+        runs.extend((0..hosts.len()).map(run));
         let mixed = generate(backend, &runs).expect("base rows beside adapters");
         for (run_idx, (mixed, expected)) in mixed.iter().zip(&expected).enumerate() {
             check_same(&format!("base rows, run {run_idx}"), mixed, expected, agreement);
@@ -326,12 +325,13 @@ pub fn ranks_mix(backend: &mut dyn Backend, config: &DecoderConfig, agreement: A
 
 /// Each adapter changes the answer, and each in its own way; an adapter of zeros does not.
 pub fn adapters_matter(backend: &mut dyn Backend, config: &DecoderConfig) {
-    // Of zeros, and with scales of one.
-    let without_effect = [SHAPES[1], RICH_SHAPES[2]].map(|shape| AdapterShape { amplitude: 0.0, ..shape });
+    // Of zeros, with scales of one, and without rows of its own, which are its very own also as zeros.
+    let without_effect = [SHAPES[1], RICH_SHAPES[2], SHAPES[3]].map(|shape| AdapterShape { amplitude: 0.0, ..shape });
     for (mut hosts, zero) in adapter_sets(config).into_iter().zip(without_effect) {
         hosts[5] = random_adapter(config, &zero, 99, PackedDtype::F32);
         let adapters = Uploaded::new(backend, &hosts);
-        let base = Run::greedy(&prompt(config, 1, 12), None, 4);
+        let least_vocab = hosts.iter().map(|host| host.vocab_size(config.vocab_size)).min().expect("adapters");
+        let base = Run::greedy(&own_prompt(config, least_vocab, 1, 12), None, 4);
         let mut runs = vec![base.clone()];
         runs.extend(adapters.handles.iter().map(|&handle| Run {
             adapter: Some(handle),
@@ -594,22 +594,108 @@ pub fn bad_batches_are_refused(backend: &mut dyn Backend, config: &DecoderConfig
     assert_eq!(backend.execute(&one_row()).expect("a good batch").samples.len(), 1);
 }
 
+/// Rows have the tokens of their adapter: an added one is read, biased, allowed by a mask and chosen; log-probabilities are of as many tokens
+/// as the row has; and what another row has is refused.
+pub fn own_tokens_are_read_and_chosen(backend: &mut dyn Backend, config: &DecoderConfig) {
+    let hosts = adapters_of(config, &OWN_TOKENS_SHAPES);
+    let adapters = Uploaded::new(backend, &hosts);
+    // A base row before, between and after.
+    let everything = |run: Run| Run { top_k: 2000, ..run };
+    let base = everything(Run::greedy(&prompt(config, 30, 7), None, 3));
+    let mut runs = vec![base.clone()];
+    for (adapter, host) in hosts.iter().enumerate() {
+        let prompt = adapters.prompt(config, adapter, 31, 7);
+        let mut run = everything(Run::greedy(&prompt, Some(adapters.handles[adapter]), 3));
+        // All alike and far below zero, but for the last one: what is not the row's would be likelier.
+        let vocab = host.vocab_size(config.vocab_size) as u32;
+        run.params.logit_bias = (0..vocab)
+            .map(|token| (token, if token + 1 == vocab { -900.0 } else { -1000.0 }))
+            .collect();
+        runs.push(run);
+        runs.push(base.clone());
+    }
+    let outcomes = generate(backend, &runs).expect("rows of many vocabularies");
+    for (run_idx, outcome) in outcomes.iter().enumerate() {
+        let host = (run_idx % 2 == 1).then(|| &hosts[run_idx / 2]);
+        let vocab = host.map_or(config.vocab_size, |host| host.vocab_size(config.vocab_size));
+        if host.is_some() {
+            assert_eq!(outcome.output_ids, [vocab as u32 - 1; 3], "run {run_idx}");
+        } else {
+            assert_eq!(outcome.output_ids, outcomes[0].output_ids, "run {run_idx}: a base row");
+        }
+        assert_eq!(outcome.prompt_logprobs.len() + outcome.output_logprobs.len(), 9);
+        for logprobs in outcome.prompt_logprobs.iter().chain(&outcome.output_logprobs) {
+            assert_eq!(logprobs.top.len(), vocab, "run {run_idx}: one for each token that the row has");
+            let total: f64 = logprobs.top.iter().map(|(_, logprob)| f64::from(*logprob).exp()).sum();
+            assert!((total - 1.0).abs() < 1e-3, "run {run_idx}: probabilities add up to {total}");
+            assert!(logprobs.top.contains(&(logprobs.token_id, logprobs.logprob)), "run {run_idx}");
+        }
+    }
+    for (host, &handle) in hosts.iter().zip(&adapters.handles) {
+        let last = host.vocab_size(config.vocab_size) as u32 - 1;
+        let under_adapter = |token_id: u32| {
+            let mut batch = one_row();
+            batch.token_ids[0] = token_id;
+            batch.lora_segments.push(LoraSegment {
+                adapter: handle,
+                row_start: 0,
+                num_rows: 1,
+            });
+            batch
+        };
+        let mut masked = under_adapter(last);
+        let mut mask = vec![0; last as usize / 32 + 1];
+        mask[last as usize / 32] |= 1 << (last % 32);
+        let choose = masked.samples[0].choose.as_mut().expect("a row that chooses");
+        choose.mask = Some(Arc::from(&mask[..]));
+        let output = backend.execute(&masked).expect("a masked row");
+        assert_eq!(output.samples[0].token_id, Some(last), "what the mask allows");
+        let choose = masked.samples[0].choose.as_mut().expect("a row that chooses");
+        choose.forbidden = vec![last];
+        let output = backend.execute(&masked).expect("a row with nothing allowed");
+        assert_eq!(output.samples[0].failure, Some(SampleFailure::NothingAllowed));
+        let mut refused = vec![under_adapter(last + 1)];
+        if last as usize >= config.vocab_size {
+            let mut base = under_adapter(last);
+            base.lora_segments.clear();
+            refused.push(base);
+        }
+        for batch in refused {
+            let result = backend.execute(&batch);
+            assert!(
+                matches!(result, Err(BackendError::BadBatch(_))),
+                "token {:?}: {result:?}",
+                batch.token_ids
+            );
+        }
+    }
+    adapters.free(backend);
+}
+
 /// Decode steps launched one ahead, their input tokens carried on the device, give what steps that are waited for give. Passes for a
 /// backend that runs one step at a time.
 pub fn pipelined_is_stepped(backend: &mut dyn Backend, config: &DecoderConfig) {
     for hosts in adapter_sets(config) {
         let adapters = Uploaded::new(backend, &hosts);
-        // Prompts of one length, so that both ways have the same rows in every step.
-        let handles = std::iter::once(None).chain(adapters.handles.iter().map(|&handle| Some(handle)));
-        let runs: Vec<Run> = handles
-            .enumerate()
-            .map(|(seed, handle)| Run::greedy(&prompt(config, 20 + seed as u64, 9), handle, 12))
-            .collect();
+        // Prompts of one length, so that both ways have the same rows in every step. Added tokens are chosen now and then.
+        let mut runs = vec![Run::greedy(&prompt(config, 20, 9), None, 12)];
+        for (adapter, host) in hosts.iter().enumerate() {
+            let mut run = Run::greedy(
+                &adapters.prompt(config, adapter, 21 + adapter as u64, 9),
+                Some(adapters.handles[adapter]),
+                12,
+            );
+            run.params.logit_bias = added_tokens(config, host).map(|token| (token, 2.5)).collect();
+            runs.push(run);
+        }
         let expected = generate(backend, &runs).expect("stepped runs");
         let got = generate_ahead(backend, &runs).expect("pipelined runs");
         for (got, expected) in got.iter().zip(&expected) {
             assert_eq!(got, &expected.output_ids);
         }
+        let num_added = got.iter().flatten().filter(|token| **token as usize >= config.vocab_size).count();
+        let adds_tokens = hosts.iter().any(|host| added_tokens(config, host).next().is_some());
+        assert_eq!(num_added > 0, adds_tokens, "{num_added} added tokens were chosen and carried");
         adapters.free(backend);
     }
 }
@@ -689,8 +775,8 @@ pub fn backends_agree(backend: &mut dyn Backend, reference: &mut dyn Backend, co
     for (set, hosts) in adapter_sets(config).into_iter().enumerate() {
         let on_backend = Uploaded::new(backend, &hosts);
         let on_reference = Uploaded::new(reference, &hosts);
-        let got = generate(backend, &mixed_runs(config, &on_backend.handles)).expect("the backend runs");
-        let expected = generate(reference, &mixed_runs(config, &on_reference.handles)).expect("the reference runs");
+        let got = generate(backend, &mixed_runs(config, &on_backend)).expect("the backend runs");
+        let expected = generate(reference, &mixed_runs(config, &on_reference)).expect("the reference runs");
         for (run_idx, (got, expected)) in got.iter().zip(&expected).enumerate() {
             let case = format!("backends agree, adapters of set {set}, run {run_idx}");
             check_same(&case, got, expected, Agreement::Within(tolerance));
@@ -727,6 +813,7 @@ fn one_row() -> StepBatch {
 /// Adapters on a backend; to be freed by hand, since a backend is borrowed only for a moment.
 struct Uploaded {
     handles: Vec<AdapterHandle>,
+    hosts: Vec<Arc<HostAdapter>>,
 }
 
 impl Uploaded {
@@ -737,7 +824,15 @@ impl Uploaded {
                 std::thread::yield_now();
             }
         }
-        Self { handles }
+        Self {
+            handles,
+            hosts: hosts.to_vec(),
+        }
+    }
+
+    /// A prompt of the tokens that an adapter has.
+    fn prompt(&self, config: &DecoderConfig, adapter: usize, seed: u64, len: usize) -> Vec<u32> {
+        own_prompt(config, self.hosts[adapter].vocab_size(config.vocab_size), seed, len)
     }
 
     fn free(self, backend: &mut dyn Backend) {
@@ -746,28 +841,45 @@ impl Uploaded {
 }
 
 /// Base and every adapter, two runs each, of differing lengths and chunks.
-fn mixed_runs(config: &DecoderConfig, handles: &[AdapterHandle]) -> Vec<Run> {
-    let adapters = std::iter::once(None).chain(handles.iter().map(|&handle| Some(handle)));
-    let run = |(idx, adapter)| {
+fn mixed_runs(config: &DecoderConfig, adapters: &Uploaded) -> Vec<Run> {
+    let run = |idx: usize| {
         let seed = idx as u64;
+        let adapter = idx.checked_sub(1);
+        let prompt = |seed, len| adapter.map_or_else(|| prompt(config, seed, len), |adapter| adapters.prompt(config, adapter, seed, len));
+        let handle = adapter.map(|adapter| adapters.handles[adapter]);
         [
-            Run::greedy(&prompt(config, seed, 1 + 3 * idx), adapter, 7),
+            Run::greedy(&prompt(seed, 1 + 3 * idx), handle, 7),
             Run {
                 chunk: 5,
-                ..Run::greedy(&prompt(config, 50 + seed, 17 - idx), adapter, 3 + idx as u32)
+                ..Run::greedy(&prompt(50 + seed, 17 - idx), handle, 3 + idx as u32)
             },
         ]
     };
-    adapters.enumerate().flat_map(run).collect()
+    (0..=adapters.handles.len()).flat_map(run).collect()
 }
 
 /// A prompt of random tokens.
 pub fn prompt(config: &DecoderConfig, seed: u64, len: usize) -> Vec<u32> {
-    let vocab = config.vocab_size as u64;
-    (0..len as u64).map(|position| (random_bits(seed, position) % vocab) as u32).collect()
+    own_prompt(config, config.vocab_size, seed, len)
 }
 
-fn check_same(case: &str, got: &Outcome, expected: &Outcome, agreement: Agreement) {
+/// The same of another vocabulary: every third token is one that the base model has not, if there are such.
+fn own_prompt(config: &DecoderConfig, vocab_size: usize, seed: u64, len: usize) -> Vec<u32> {
+    let (base, vocab) = (config.vocab_size as u64, vocab_size as u64);
+    let token = |position| match random_bits(seed, position) {
+        bits if vocab > base && position % 3 == 1 => base + bits % (vocab - base),
+        bits => bits % base.min(vocab),
+    };
+    (0..len as u64).map(|position| token(position) as u32).collect()
+}
+
+/// Tokens that the base model has not.
+fn added_tokens(config: &DecoderConfig, host: &HostAdapter) -> impl Iterator<Item = u32> + use<> {
+    config.vocab_size as u32..host.vocab_size(config.vocab_size) as u32
+}
+
+/// Panics unless two outcomes are the same as far as `agreement` has it.
+pub fn check_same(case: &str, got: &Outcome, expected: &Outcome, agreement: Agreement) {
     let tolerance = match agreement {
         Agreement::Bits => {
             assert_eq!(got, expected, "{case}");
@@ -838,7 +950,7 @@ pub struct AdapterShape<'a> {
 }
 
 /// What an adapter has beyond A and B.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extras {
     /// Scales on the outputs of its modules, near 1 (DoRA).
     pub scales: bool,
@@ -848,6 +960,12 @@ pub struct Extras {
     pub embedding: bool,
     /// A head of its own.
     pub head: bool,
+    /// Tokens that it has more than the base model, or fewer.
+    pub added_tokens: i32,
+    /// Rows of its own for every third token in the embedding, and for those that it adds.
+    pub embedding_rows: bool,
+    /// The same in the head.
+    pub head_rows: bool,
 }
 
 impl Extras {
@@ -857,6 +975,9 @@ impl Extras {
         biases: false,
         embedding: false,
         head: false,
+        added_tokens: 0,
+        embedding_rows: false,
+        head_rows: false,
     };
 }
 
@@ -931,6 +1052,63 @@ pub const RICH_SHAPES: [AdapterShape<'static>; 6] = [
     },
 ];
 
+/// Adapters with tokens of their own: vocabularies that are a multiple of 8 and not, whole and by rows, with pairs, DoRA and biases on top;
+/// fewer tokens; and rows for tokens that the base model has.
+pub const OWN_TOKENS_SHAPES: [AdapterShape<'static>; 6] = [
+    AdapterShape {
+        extras: Extras {
+            added_tokens: 5,
+            embedding: true,
+            head: true,
+            ..Extras::NONE
+        },
+        ..shape(4, &[Projection::Q, Projection::V], None, false)
+    },
+    AdapterShape {
+        extras: Extras {
+            added_tokens: 8,
+            embedding_rows: true,
+            head_rows: true,
+            ..Extras::NONE
+        },
+        ..shape(20, &Projection::ALL, None, true)
+    },
+    AdapterShape {
+        extras: Extras {
+            added_tokens: -7,
+            scales: true,
+            biases: true,
+            ..Extras::NONE
+        },
+        ..shape(16, &[Projection::V, Projection::Down], None, true)
+    },
+    AdapterShape {
+        extras: Extras {
+            embedding_rows: true,
+            head_rows: true,
+            ..Extras::NONE
+        },
+        ..shape(4, &[Projection::O, Projection::Up], Some(0), false)
+    },
+    AdapterShape {
+        extras: Extras {
+            added_tokens: 3,
+            scales: true,
+            head: true,
+            embedding_rows: true,
+            ..Extras::NONE
+        },
+        ..shape(3, &[Projection::K], None, true)
+    },
+    AdapterShape {
+        extras: Extras {
+            head_rows: true,
+            ..Extras::NONE
+        },
+        ..shape(1, &[Projection::Gate], Some(1), false)
+    },
+];
+
 fn adapters_of(config: &DecoderConfig, shapes: &[AdapterShape<'_>]) -> Vec<Arc<HostAdapter>> {
     let dtype = |idx| if idx % 2 == 0 { PackedDtype::F32 } else { PackedDtype::Bf16 };
     let adapter = |(idx, shape)| random_adapter(config, shape, idx as u64, dtype(idx));
@@ -941,13 +1119,24 @@ fn adapters(config: &DecoderConfig) -> Vec<Arc<HostAdapter>> {
     adapters_of(config, &SHAPES)
 }
 
-/// Those of A and B alone, and those that are more: as many as one step takes, each.
-fn adapter_sets(config: &DecoderConfig) -> [Vec<Arc<HostAdapter>>; 2] {
-    [adapters(config), adapters_of(config, &RICH_SHAPES)]
+/// Those of A and B alone, those that are more, and those with tokens of their own: as many as one step takes, each.
+fn adapter_sets(config: &DecoderConfig) -> [Vec<Arc<HostAdapter>>; 3] {
+    [
+        adapters(config),
+        adapters_of(config, &RICH_SHAPES),
+        adapters_of(config, &OWN_TOKENS_SHAPES),
+    ]
 }
 
 /// An adapter with random weights, a function of shape and seed.
 pub fn random_adapter(config: &DecoderConfig, shape: &AdapterShape<'_>, seed: u64, dtype: PackedDtype) -> Arc<HostAdapter> {
+    let base_vocab_size = config.vocab_size;
+    let config = &DecoderConfig {
+        vocab_size: base_vocab_size
+            .checked_add_signed(shape.extras.added_tokens as isize)
+            .expect("a shape has tokens"),
+        ..config.clone()
+    };
     let mut ids = Vec::new();
     for layer in (0..config.num_layers).filter(|layer| shape.layer_parity.is_none_or(|parity| layer % 2 == parity)) {
         let mut projections = shape.projections.to_vec();
@@ -965,6 +1154,9 @@ pub fn random_adapter(config: &DecoderConfig, shape: &AdapterShape<'_>, seed: u6
         biases,
         embedding,
         head,
+        added_tokens,
+        embedding_rows,
+        head_rows,
     } = shape.extras;
     let mut modules = Vec::new();
     let mut end_bytes = 0;
@@ -998,6 +1190,19 @@ pub fn random_adapter(config: &DecoderConfig, shape: &AdapterShape<'_>, seed: u6
         .map(|(_, id)| ReplacedWeight {
             id,
             offset_bytes: place(replaced_len * dtype.size_bytes()),
+        })
+        .collect();
+    let token_ids: Vec<u32> = (0..config.vocab_size as u32)
+        .filter(|token| token % 3 == 0 || *token as usize >= base_vocab_size)
+        .collect();
+    let rows_len = token_ids.len() * config.hidden_size;
+    let token_rows: Vec<TokenRows> = [(embedding_rows, ModuleId::EmbedTokens), (head_rows, ModuleId::LmHead)]
+        .into_iter()
+        .filter(|(has_rows, _)| *has_rows)
+        .map(|(_, id)| TokenRows {
+            id,
+            token_ids: token_ids.clone(),
+            offset_bytes: place(rows_len * dtype.size_bytes()),
         })
         .collect();
     let mut blob = AlignedBytes::zeroed(end_bytes);
@@ -1036,6 +1241,10 @@ pub fn random_adapter(config: &DecoderConfig, shape: &AdapterShape<'_>, seed: u6
         let key = random_bits(!seed, idx as u64);
         write(weight.offset_bytes, replaced_len, dtype, 0.0, 1.5 * shape.amplitude, key);
     }
+    for (idx, rows) in token_rows.iter().enumerate() {
+        let key = random_bits(!seed, 2 + idx as u64);
+        write(rows.offset_bytes, rows_len, dtype, 0.0, 1.5 * shape.amplitude, key);
+    }
     let mut version = [0; 32];
     for (word, bytes) in version.as_chunks_mut::<8>().0.iter_mut().enumerate() {
         *bytes = random_bits(seed ^ u64::from(shape.lora_rank) << 32, word as u64).to_le_bytes();
@@ -1047,8 +1256,8 @@ pub fn random_adapter(config: &DecoderConfig, shape: &AdapterShape<'_>, seed: u6
         blob,
         max_lora_rank: shape.lora_rank,
         replaced,
-        token_rows: Vec::new(),
-        resized_vocab: None,
+        token_rows,
+        resized_vocab: (added_tokens != 0).then_some(config.vocab_size as u32),
         companion: None,
     })
 }

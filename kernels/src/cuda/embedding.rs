@@ -16,11 +16,12 @@ const NAME: &str = "embedding";
 /// Bit of a token source that makes it an index into the chosen tokens of the step before.
 pub const FROM_CHOSEN: u32 = 0x8000_0000;
 
-/// An adapter's change of the embedding, in device memory: `x ← scale ⊙ (x + scaling · A[:, token]ᵀ · Bᵀ) + bias`.
+/// An adapter's change of the embedding, in device memory: `x ← scale ⊙ (x + scaling · A[:, token]ᵀ · Bᵀ) + bias`, where x is the token's row
+/// among its own rows, else in its own table, else in the base model's.
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
 pub struct EmbeddingAdapter {
-    /// Address of A, `[vocab, lora_rank]` bf16.
+    /// Address of A, `[vocab, lora_rank]` bf16, of its own vocabulary.
     pub a: u64,
     /// Address of Bᵀ, `[lora_rank, hidden]` bf16.
     pub b_t: u64,
@@ -28,14 +29,20 @@ pub struct EmbeddingAdapter {
     pub lora_rank: u32,
     /// Multiplies the change.
     pub scaling: f32,
-    /// Address of `[vocab, hidden]` bf16 that is used in place of the table; 0: the table.
+    /// Address of `[vocab, hidden]` bf16, of its own vocabulary, that is used in place of the table; 0: the table.
     pub table: u64,
     /// Address of `[hidden]` f32; 0: ones.
     pub scale: u64,
     /// Address of `[hidden]` f32; 0: zeros.
     pub bias: u64,
-    /// Zero.
-    pub reserved: [u32; 4],
+    /// Address of `[num_own]` token ids, ascending.
+    pub own_ids: u64,
+    /// Address of their rows, `[num_own, hidden]` bf16.
+    pub own_rows: u64,
+    /// Tokens that have a row of their own.
+    pub num_own: u32,
+    /// Tokens that the adapter has, at least 1: those that the table lacks are in its own table or among its own rows.
+    pub vocab: u32,
 }
 
 /// Arguments of a lookup.

@@ -11,6 +11,7 @@ pub mod embedding;
 pub mod gemm;
 pub mod lora;
 pub mod lora_output;
+pub mod own_logits;
 pub mod random_fill;
 pub mod rms_norm;
 pub mod rope_kv;
@@ -78,6 +79,8 @@ pub struct Kernels {
     pub lora: lora::Lora,
     /// Scales and biases on outputs.
     pub lora_output: lora_output::LoraOutput,
+    /// Logits of tokens of an adapter's own.
+    pub own_logits: own_logits::OwnLogits,
     /// Logits to tokens.
     pub sampling: sampling::Sampling,
     /// Random weights.
@@ -100,6 +103,7 @@ impl Kernels {
             activation: activation::GatedActivation::load(device)?,
             lora: lora::Lora::load(device)?,
             lora_output: lora_output::LoraOutput::load(device)?,
+            own_logits: own_logits::OwnLogits::load(device)?,
             sampling: sampling::Sampling::load(device)?,
             random_fill: random_fill::RandomFill::load(device)?,
         })

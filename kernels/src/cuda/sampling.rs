@@ -7,7 +7,7 @@ use bytemuck::{Pod, Zeroable};
 use super::{
     CudaError, Device, LaunchConfig, Stream, View, arguments,
     device::{Kernel, Module},
-    dimension, images, require, require_len,
+    images, require_len,
 };
 
 const NAME: &str = "sample";
@@ -68,8 +68,12 @@ pub struct SampleParams {
     pub prompt_token: u32,
     /// Where the chosen id goes.
     pub slot: u32,
+    /// Tokens of this row, at least 1.
+    pub vocab: u32,
     /// Zero.
-    pub reserved: [u32; 2],
+    pub reserved: u32,
+    /// Where the row's logits begin, in elements.
+    pub logits_start: u64,
 }
 
 /// A token whose logit is changed. In device memory.
@@ -102,7 +106,7 @@ pub struct SampleResult {
 
 /// Arguments.
 pub struct SamplingArgs<'a> {
-    /// `[rows, vocab]`; as it was when the kernel is done.
+    /// All rows' logits, where `params` say; as they were when the kernel is done. What lies between them is not read.
     pub logits: View<'a, f32>,
     /// `[rows]`.
     pub params: View<'a, SampleParams>,
@@ -120,8 +124,6 @@ pub struct SamplingArgs<'a> {
     pub chosen: View<'a, u32>,
     /// Rows.
     pub rows: usize,
-    /// Width of the logits.
-    pub vocab: usize,
 }
 
 /// The loaded kernel.
@@ -135,18 +137,16 @@ impl Sampling {
         Ok(Self { kernel })
     }
 
-    /// Enqueues it. What `params` say of edits, masks and slots is trusted.
+    /// Enqueues it. What `params` say of logits, edits, masks and slots is trusted.
     ///
     /// # Errors
     /// `Shape` if a line of the contract is broken.
     pub fn launch(&self, stream: &Stream, args: &SamplingArgs<'_>) -> Result<(), CudaError> {
-        require(NAME, args.vocab > 0, || "vocab is 0".into())?;
-        require_len(NAME, "logits", args.logits, args.rows * args.vocab)?;
+        require_len(NAME, "logits", args.logits, args.rows)?;
         require_len(NAME, "params", args.params, args.rows)?;
         require_len(NAME, "results", args.results, args.rows)?;
         require_len(NAME, "top_ids", args.top_ids, args.rows * MAX_TOP)?;
         require_len(NAME, "top_logprobs", args.top_logprobs, args.rows * MAX_TOP)?;
-        let vocab = dimension(NAME, "vocab", args.vocab)?;
         let (logits, params, edits, masks) = (args.logits.address(), args.params.address(), args.edits.address(), args.masks.address());
         let (results, top_ids, top_logprobs, chosen) = (
             args.results.address(),
@@ -163,7 +163,7 @@ impl Sampling {
         stream.launch(
             &self.kernel,
             config,
-            arguments![logits, params, edits, masks, results, top_ids, top_logprobs, chosen, vocab],
+            arguments![logits, params, edits, masks, results, top_ids, top_logprobs, chosen],
         )
     }
 }

@@ -98,6 +98,7 @@ fn embedding_looks_up_and_adds_adapters() {
         b_t: device_b.view().address(),
         lora_rank: rank as u32,
         scaling: 0.75,
+        vocab: vocab as u32,
         ..Default::default()
     };
     // A delta; DoRA with a bias; a table of its own; and that with a bias alone.
@@ -110,11 +111,13 @@ fn embedding_looks_up_and_adds_adapters() {
         },
         EmbeddingAdapter {
             table: device_own.view().address(),
+            vocab: vocab as u32,
             ..Default::default()
         },
         EmbeddingAdapter {
             table: device_own.view().address(),
             bias: device_bias.view().address(),
+            vocab: vocab as u32,
             ..Default::default()
         },
     ];

@@ -20,7 +20,7 @@ use polylora_kernels::cuda::{
 
 use super::{arena::ALIGNMENT, region::Region};
 use crate::{
-    adapter::{HostAdapter, ModuleId, PackedDtype, PackedModule, Projection},
+    adapter::{HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, TokenRows},
     backend::{BackendError, cpu::module_shape},
     batch::AdapterHandle,
     block_pool::BlockMove,
@@ -33,6 +33,10 @@ const STAGE_BYTES: usize = 8 << 20;
 const LINE_BYTES: usize = 64;
 /// Bytes of tables that are rewritten before the host waits: those of a hundred adapters of a large model.
 const MOVED_TABLE_BYTES: usize = 1 << 20;
+/// Lines of an [`EmbeddingAdapter`].
+const EMBEDDING_LINES: usize = 2;
+/// Kernels take rows of so many columns, or twice as many, and so on: narrower ones are padded.
+const COLUMNS: usize = 8;
 
 /// Projections that share their input, in the order of an adapter's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +88,15 @@ struct Placement {
     terms: Vec<TermsLine>,
     /// Of the head that is used in place of the base model's.
     replaced_head: Option<usize>,
+    /// Rows of the head that are used in place of those.
+    head_rows: Option<RowsLine>,
+    /// The tokens of [`RowsLine`]s, at the table's end.
+    token_ids: Vec<u32>,
+    /// Tokens that the adapter has.
+    vocab_size: usize,
     pieces: Vec<Piece>,
+    /// What no piece fills: padding.
+    zeros: Vec<Range<usize>>,
     bytes: usize,
 }
 
@@ -118,6 +130,25 @@ struct EmbeddingLine {
     lora: LoraLine,
     terms: TermsLine,
     table: Option<usize>,
+    own_rows: Option<RowsLine>,
+}
+
+/// Offsets of rows for single tokens, and of the tokens.
+#[derive(Clone, Copy)]
+struct RowsLine {
+    token_ids: usize,
+    rows: usize,
+    len: usize,
+}
+
+/// Rows of an adapter's own for single tokens, in device memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OwnRows {
+    /// Address of `[len]` ascending u32.
+    pub token_ids: u64,
+    /// Address of `[len, hidden]` bf16.
+    pub rows: u64,
+    pub len: usize,
 }
 
 /// An adapter that has a run.
@@ -133,6 +164,8 @@ pub(super) struct Resident {
     pub has_output_terms: [bool; 4],
     /// The same of the head.
     pub head_has_output_terms: bool,
+    /// Tokens of rows under this adapter.
+    pub vocab_size: usize,
 }
 
 /// An upload that may be under way. Set once, when its last byte has arrived or it has failed.
@@ -155,6 +188,7 @@ struct Job {
 pub(super) struct Adapters {
     region: Region,
     max_lora_rank: usize,
+    max_vocab_size: usize,
     next_handle: u32,
     residents: HashMap<AdapterHandle, Resident>,
     /// Freed while their upload was under way: their runs are free when it is done.
@@ -166,8 +200,8 @@ pub(super) struct Adapters {
 }
 
 impl Adapters {
-    /// In the upper part of `region`. Ranks above `max_lora_rank` are refused.
-    pub fn new(device: &Arc<Device>, region: Region, max_lora_rank: usize) -> Result<Self, CudaError> {
+    /// In the upper part of `region`. Ranks above `max_lora_rank` are refused, and more than `max_vocab_size` tokens.
+    pub fn new(device: &Arc<Device>, region: Region, max_lora_rank: usize, max_vocab_size: usize) -> Result<Self, CudaError> {
         let mut uploader = Uploader::new(device)?;
         let (jobs, inbox) = channel();
         std::thread::Builder::new()
@@ -177,6 +211,7 @@ impl Adapters {
         Ok(Self {
             region,
             max_lora_rank,
+            max_vocab_size,
             next_handle: 0,
             residents: HashMap::new(),
             leaving: Vec::new(),
@@ -200,19 +235,30 @@ impl Adapters {
         self.region.set_kv_blocks(num_blocks, moves, stream)
     }
 
+    fn place(&self, host: &HostAdapter, config: &DecoderConfig) -> Result<Placement, BackendError> {
+        let (tokens, max) = (host.vocab_size(config.vocab_size), self.max_vocab_size);
+        if tokens > max {
+            return Err(BackendError::BadBatch(format!(
+                "adapter {}: {tokens} tokens, at most {max} here",
+                host.version
+            )));
+        }
+        place(host, config, self.max_lora_rank)
+    }
+
     /// Bytes that an adapter takes.
     pub fn device_bytes(&self, host: &HostAdapter, config: &DecoderConfig) -> Result<usize, BackendError> {
-        Ok(place(host, config, self.max_lora_rank)?.bytes.next_multiple_of(ALIGNMENT))
+        Ok(self.place(host, config)?.bytes.next_multiple_of(ALIGNMENT))
     }
 
     pub fn get(&self, handle: AdapterHandle) -> Option<&Resident> {
         self.residents.get(&handle)
     }
 
-    pub fn is_ready(&self, handle: AdapterHandle) -> bool {
-        self.residents
-            .get(&handle)
-            .is_some_and(|resident| matches!(resident.upload.result.get(), Some(Ok(()))))
+    /// Tokens of rows under an adapter; `None` for one that is not ready.
+    pub fn vocab_size(&self, handle: AdapterHandle) -> Option<usize> {
+        let resident = self.residents.get(&handle)?;
+        matches!(resident.upload.result.get(), Some(Ok(()))).then_some(resident.vocab_size)
     }
 
     /// Where an adapter's table begins.
@@ -222,7 +268,7 @@ impl Adapters {
 
     /// Where an adapter's table of [`OutputTerms`] begins; of no use for one that has none.
     pub fn terms_address(&self, resident: &Resident, config: &DecoderConfig) -> u64 {
-        self.address(resident) + (embedding_offset(config) + LINE_BYTES) as u64
+        self.address(resident) + (embedding_offset(config) + EMBEDDING_LINES * LINE_BYTES) as u64
     }
 
     /// The address of what `embedding.cu` reads, 0 for an adapter that leaves the embedding alone.
@@ -233,16 +279,26 @@ impl Adapters {
         }
     }
 
-    /// `[vocab, hidden]` that makes this adapter's logits in place of the base model's head.
+    /// `[vocab, hidden]` that makes this adapter's logits in place of the base model's head; behind it rows of zeros up to a multiple of 8.
     pub fn replaced_head(&self, resident: &Resident, config: &DecoderConfig) -> Option<View<'_, bf16>> {
         let offset = resident.placement.replaced_head? + resident.offset;
-        let bytes = 2 * config.vocab_size * config.hidden_size;
+        let bytes = 2 * resident.vocab_size.next_multiple_of(COLUMNS) * config.hidden_size;
         Some(self.region.view(offset..offset + bytes).cast())
+    }
+
+    /// Rows of the head that make this adapter's logits of some tokens.
+    pub fn head_rows(&self, resident: &Resident) -> Option<OwnRows> {
+        let address = self.address(resident);
+        resident.placement.head_rows.map(|line| OwnRows {
+            token_ids: address + line.token_ids as u64,
+            rows: address + line.rows as u64,
+            len: line.len,
+        })
     }
 
     /// Finds room and queues the copy. `stream` is the one that steps run on: should runs have to move, they do between two steps.
     pub fn begin_upload(&mut self, host: &Arc<HostAdapter>, config: &DecoderConfig, stream: &Stream) -> Result<AdapterHandle, BackendError> {
-        let placement = place(host, config, self.max_lora_rank)?;
+        let placement = self.place(host, config)?;
         self.reap_leaving();
         let out_of_memory = |available_bytes| BackendError::OutOfMemory {
             what: format!("adapter {}", host.version),
@@ -363,6 +419,7 @@ impl Resident {
             head_rank_tiles: tiles(&placement.lora[head]),
             has_output_terms: Group::ALL.map(|group| lines(group).any(has_terms)),
             head_has_output_terms: has_terms(head),
+            vocab_size: placement.vocab_size,
             placement,
             offset,
             upload,
@@ -385,7 +442,7 @@ impl TermsLine {
 impl EmbeddingLine {
     /// Whether it leaves the embedding as it is.
     fn is_identity(&self) -> bool {
-        self.lora.rank_total() == 0 && self.terms.is_empty() && self.table.is_none()
+        self.lora.rank_total() == 0 && self.terms.is_empty() && self.table.is_none() && self.own_rows.is_none()
     }
 }
 
@@ -394,7 +451,7 @@ impl Placement {
     fn table_bytes(&self, address: u64) -> Vec<u8> {
         let at = |offset: usize| address + offset as u64;
         let or_null = |offset: Option<usize>| offset.map_or(0, at);
-        let mut bytes = Vec::with_capacity((self.lora.len() + 1 + self.terms.len()) * LINE_BYTES);
+        let mut bytes = Vec::with_capacity(self.table_len());
         for line in &self.lora {
             bytes.extend_from_slice(bytes_of(&LoraDescriptor {
                 a: at(line.a),
@@ -405,7 +462,12 @@ impl Placement {
                 reserved: [0; 3],
             }));
         }
-        let EmbeddingLine { lora, terms, table } = self.embedding;
+        let EmbeddingLine {
+            lora,
+            terms,
+            table,
+            own_rows,
+        } = self.embedding;
         bytes.extend_from_slice(bytes_of(&EmbeddingAdapter {
             a: at(lora.a),
             b_t: at(lora.b_t[0]),
@@ -414,8 +476,12 @@ impl Placement {
             table: or_null(table),
             scale: or_null(terms.scale[0]),
             bias: or_null(terms.bias[0]),
-            reserved: [0; 4],
+            own_ids: or_null(own_rows.map(|line| line.token_ids)),
+            own_rows: or_null(own_rows.map(|line| line.rows)),
+            num_own: own_rows.map_or(0, |line| line.len as u32),
+            vocab: self.vocab_size as u32,
         }));
+        bytes.resize((self.lora.len() + EMBEDDING_LINES) * LINE_BYTES, 0);
         for line in &self.terms {
             bytes.extend_from_slice(bytes_of(&OutputTerms {
                 scale: line.scale.map(or_null),
@@ -423,12 +489,27 @@ impl Placement {
                 reserved: [0; 2],
             }));
         }
+        bytes.extend_from_slice(cast_slice(&self.token_ids));
         bytes
+    }
+
+    fn table_len(&self) -> usize {
+        lines_len(self.lora.len(), self.terms.len()) + 4 * self.token_ids.len()
     }
 }
 
-/// Lays an adapter out: per layer and group the A's of its slices without a gap, then each Bᵀ, then scales and biases; at last whole weights.
-fn place(host: &HostAdapter, config: &DecoderConfig, max_lora_rank: usize) -> Result<Placement, BackendError> {
+/// Bytes of a table up to its token ids.
+fn lines_len(num_lora_lines: usize, num_terms_lines: usize) -> usize {
+    (num_lora_lines + EMBEDDING_LINES + num_terms_lines) * LINE_BYTES
+}
+
+/// Lays an adapter out: per layer and group the A's of its slices without a gap, then each Bᵀ, then scales and biases; at last whole weights and rows of
+/// single tokens.
+fn place(host: &HostAdapter, base: &DecoderConfig, max_lora_rank: usize) -> Result<Placement, BackendError> {
+    let config = &DecoderConfig {
+        vocab_size: host.vocab_size(base.vocab_size),
+        ..base.clone()
+    };
     let bad = |what: String| BackendError::BadBatch(format!("adapter {}: {what}", host.version));
     for module in &host.modules {
         let (d_in, d_out) = module_shape(module.id, config);
@@ -443,7 +524,7 @@ fn place(host: &HostAdapter, config: &DecoderConfig, max_lora_rank: usize) -> Re
                 module.id, module.lora_rank
             )));
         }
-        if !module.d_out.is_multiple_of(8) {
+        if module.id != ModuleId::LmHead && !d_out.is_multiple_of(COLUMNS) {
             return Err(bad(format!("{:?}: an output width of {d_out} is no multiple of 8", module.id)));
         }
     }
@@ -451,10 +532,28 @@ fn place(host: &HostAdapter, config: &DecoderConfig, max_lora_rank: usize) -> Re
     let num_lora_lines = config.num_layers * Group::ALL.len() + 1;
     // The embedding's terms are in its own line.
     let num_terms_lines = if host.modules.iter().any(has_terms) { num_lora_lines } else { 0 };
+    let mut token_ids = Vec::new();
+    let ids_at = lines_len(num_lora_lines, num_terms_lines);
+    let mut rows_lines: Vec<(&TokenRows, RowsLine)> = Vec::new();
+    for rows in &host.token_rows {
+        // A tied head has those of the embedding.
+        let known = rows_lines.iter().find(|(other, _)| other.token_ids == rows.token_ids);
+        let ids_at = known.map_or(ids_at + 4 * token_ids.len(), |(_, line)| line.token_ids);
+        if known.is_none() {
+            token_ids.extend_from_slice(&rows.token_ids);
+        }
+        let line = RowsLine {
+            token_ids: ids_at,
+            rows: 0,
+            len: rows.token_ids.len(),
+        };
+        rows_lines.push((rows, line));
+    }
     let mut placer = Placer {
         host,
         pieces: Vec::new(),
-        bytes: (num_lora_lines + 1 + num_terms_lines) * LINE_BYTES,
+        zeros: Vec::new(),
+        bytes: ids_at + 4 * token_ids.len(),
     };
     let (mut lora, mut terms) = (Vec::with_capacity(num_lora_lines), Vec::with_capacity(num_terms_lines));
     let mut place_line = |modules: &[Option<&PackedModule>]| {
@@ -475,6 +574,7 @@ fn place(host: &HostAdapter, config: &DecoderConfig, max_lora_rank: usize) -> Re
         lora: placer.lora_line(&embedding),
         terms: placer.terms_line(&embedding),
         table: None,
+        own_rows: None,
     };
     let mut replaced_head = None;
     let mut placed: Vec<(usize, usize)> = Vec::new();
@@ -482,7 +582,11 @@ fn place(host: &HostAdapter, config: &DecoderConfig, max_lora_rank: usize) -> Re
         // Both may be the same bytes.
         let known = placed.iter().find(|(offset, _)| *offset == weight.offset_bytes);
         let at = known.map_or_else(
-            || placer.weights(weight.offset_bytes, config.vocab_size * config.hidden_size),
+            || {
+                let at = placer.weights(weight.offset_bytes, config.vocab_size * config.hidden_size);
+                placer.pad(2 * (config.vocab_size.next_multiple_of(COLUMNS) - config.vocab_size) * config.hidden_size);
+                at
+            },
             |&(_, at)| at,
         );
         placed.push((weight.offset_bytes, at));
@@ -492,12 +596,28 @@ fn place(host: &HostAdapter, config: &DecoderConfig, max_lora_rank: usize) -> Re
             ModuleId::Layer { .. } => return Err(bad(format!("{:?}: a projection can't be replaced", weight.id))),
         }
     }
+    let mut head_rows = None;
+    for (rows, line) in rows_lines {
+        let known = placed.iter().find(|(offset, _)| *offset == rows.offset_bytes);
+        let at = known.map_or_else(|| placer.weights(rows.offset_bytes, line.len * config.hidden_size), |&(_, at)| at);
+        placed.push((rows.offset_bytes, at));
+        let line = Some(RowsLine { rows: at, ..line });
+        match rows.id {
+            ModuleId::EmbedTokens => embedding.own_rows = line,
+            ModuleId::LmHead => head_rows = line,
+            ModuleId::Layer { .. } => return Err(bad(format!("{:?}: a projection has no rows of tokens", rows.id))),
+        }
+    }
     Ok(Placement {
         lora,
         embedding,
         terms,
         replaced_head,
+        head_rows,
+        token_ids,
+        vocab_size: config.vocab_size,
         pieces: placer.pieces,
+        zeros: placer.zeros,
         bytes: placer.bytes,
     })
 }
@@ -505,6 +625,7 @@ fn place(host: &HostAdapter, config: &DecoderConfig, max_lora_rank: usize) -> Re
 struct Placer<'a> {
     host: &'a HostAdapter,
     pieces: Vec<Piece>,
+    zeros: Vec<Range<usize>>,
     bytes: usize,
 }
 
@@ -520,7 +641,7 @@ impl Placer<'_> {
             if let Some(module) = module {
                 line.lora_rank[slice] = module.lora_rank as u16;
                 line.scaling[slice] = module.scaling;
-                line.b_t[slice] = self.weights(module.b_t_offset_bytes, module.lora_rank as usize * module.d_out as usize);
+                line.b_t[slice] = self.rows(module.b_t_offset_bytes, module.lora_rank as usize, module.d_out as usize);
             }
         }
         line
@@ -534,7 +655,9 @@ impl Placer<'_> {
                 self.align();
                 let at = self.bytes;
                 offset.map(|offset| {
-                    self.piece(offset, module.d_out as usize, true);
+                    let width = module.d_out as usize;
+                    self.piece(offset, width, true);
+                    self.pad(4 * (width.next_multiple_of(COLUMNS) - width));
                     at
                 })
             };
@@ -550,6 +673,29 @@ impl Placer<'_> {
         let at = self.bytes;
         self.piece(blob_offset, len, false);
         at
+    }
+
+    /// Appends rows of weights, padded to whole [`COLUMNS`], and says where.
+    fn rows(&mut self, blob_offset: usize, num_rows: usize, width: usize) -> usize {
+        let padded = width.next_multiple_of(COLUMNS);
+        if padded == width {
+            return self.weights(blob_offset, num_rows * width);
+        }
+        self.align();
+        let at = self.bytes;
+        for row in 0..num_rows {
+            self.piece(blob_offset + row * width * self.host.dtype.size_bytes(), width, false);
+            self.pad(2 * (padded - width));
+        }
+        at
+    }
+
+    /// Appends zero bytes.
+    fn pad(&mut self, bytes: usize) {
+        if bytes > 0 {
+            self.zeros.push(self.bytes..self.bytes + bytes);
+            self.bytes += bytes;
+        }
     }
 
     fn align(&mut self) {
@@ -613,6 +759,10 @@ impl Uploader {
         let is_direct = page_lock(&self.device, &job.host);
         if let Some(event) = &job.after {
             self.stream.wait(event)?;
+        }
+        for range in &job.placement.zeros {
+            let padding: View<'_, u8> = View::from_address(job.address + range.start as u64, range.len());
+            self.stream.fill_bytes(padding, 0)?;
         }
         for Piece { from, to, is_f32 } in &job.placement.pieces {
             let bytes = &job.host.blob.as_bytes()[from.clone()];

@@ -10,12 +10,14 @@ use polylora_kernels::cuda::{
     gemm::{Gemm, GemmArgs, GemmBias, GemmOutput, OwnGemm, Tuned},
     lora::{ExpandInto, ItemRows, Lora, LoraItem, LoraItems, Shrunk},
     lora_output::{LoraOutput, OutputInto},
+    own_logits::{LogitsCopy, TokenRowsItem},
     rms_norm::RmsNormArgs,
     rope_kv::{HeadShape, RopeKvArgs},
 };
 
 use super::{
     adapters::{Group, head_descriptor_offset},
+    head::{HeadChunk, HeadDeltas, LogitsBuffer, OwnHead},
     model::{Layer, Linear, Model},
     plan::{ForwardPlaces, LoraShape, StepShape},
     staging::{Place, Staging},
@@ -58,12 +60,12 @@ pub(super) struct Workspace {
     /// Of decode attention.
     partial: DeviceBuffer<f32>,
     counters: DeviceBuffer<u32>,
-    /// `[max_logits_rows, vocab]`
+    /// Of the sample rows that are computed at once, as [`LogitsBuffer`] deals it out.
     pub logits: DeviceBuffer<f32>,
     /// Token ids that the last step chose, by sample.
     pub chosen: DeviceBuffer<u32>,
     max_rows: usize,
-    pub max_logits_rows: usize,
+    pub logits_buffer: LogitsBuffer,
 }
 
 /// Sizes that a workspace is made for.
@@ -82,6 +84,7 @@ impl Workspace {
             max_lora_rank,
         } = size;
         let v_stride = 3 * max_lora_rank;
+        let logits_buffer = LogitsBuffer::new(config, max_logits_rows);
         let partial_len = |rows: usize| AttentionDecode::partial_len(shape, rows, splits_for(shape, rows, stream.device()));
         Ok(Self {
             residual: DeviceBuffer::zeroed(stream, max_rows * config.hidden_size)?,
@@ -94,10 +97,10 @@ impl Workspace {
             v_stride,
             partial: DeviceBuffer::zeroed(stream, (1..=max_rows).map(partial_len).max().unwrap_or(0))?,
             counters: DeviceBuffer::zeroed(stream, max_rows * shape.num_kv_heads)?,
-            logits: DeviceBuffer::zeroed(stream, max_logits_rows * config.vocab_size)?,
+            logits: DeviceBuffer::zeroed(stream, logits_buffer.len)?,
             chosen: DeviceBuffer::zeroed(stream, max_rows)?,
             max_rows,
-            max_logits_rows,
+            logits_buffer,
         })
     }
 }
@@ -283,8 +286,8 @@ impl Forward<'_> {
         self.kernels.lora.launch_expand_gated(self.stream, work, shrunk, gate, (from, to), ffn)
     }
 
-    /// Enqueues the logits of residual rows `rows` into the workspace, with what adapters have on the head.
-    pub fn logits(&self, gemm: &mut Gemm, rows: View<'_, u32>, head: &HeadWork<'_>) -> Result<(), CudaError> {
+    /// Enqueues the logits of residual rows `rows` into the workspace, with what adapters have on the head and of it.
+    pub fn logits(&self, gemm: &mut Gemm, rows: View<'_, u32>, head: &HeadChunk<'_>, views: &HeadViews<'_>) -> Result<(), CudaError> {
         let (w, config) = (self.workspace, self.config);
         let num_rows = rows.len();
         self.kernels.rms_norm.launch(
@@ -299,40 +302,38 @@ impl Forward<'_> {
                 eps: config.rms_norm_eps,
             },
         )?;
-        if head.own.iter().map(|own| own.num_rows).sum::<usize>() < num_rows {
-            let args = self.head_args(super::plan::bucket(num_rows).min(w.max_logits_rows));
-            gemm.launch(self.stream, &args)?;
+        if head.base_rows > 0 {
+            gemm.launch(self.stream, &self.head_args(head.base_rows))?;
         }
         head.own.iter().try_for_each(|own| self.own_head(gemm, own))?;
-        if let Some(items) = &head.deltas {
-            self.head_deltas(items, num_rows)?;
+        let (kernels, logits) = (&self.kernels.own_logits, w.logits.view());
+        if !views.copies.is_empty() {
+            kernels.launch_copy(self.stream, logits, views.copies, head.max_copy_len())?;
         }
-        let Some((items, num_items)) = head.output else { return Ok(()) };
-        let widths = [config.vocab_size];
-        let work = LoraItems {
-            items,
-            num_items,
-            rows: ItemRows::UpTo64,
-            descriptor_offset: head_descriptor_offset(config),
-            grid: ((items.len() * LoraOutput::column_tiles(&widths)) as u32).min(self.most_blocks()),
-        };
-        let y = OutputInto::F32(w.logits.view());
-        self.kernels.lora_output.launch(self.stream, work, y, &widths)
+        if !views.token_rows.is_empty() {
+            let (x, max_tokens) = (w.normed.view(), head.max_token_rows());
+            kernels.launch_token_rows(self.stream, logits, x, config.hidden_size, views.token_rows, max_tokens)?;
+        }
+        for (deltas, views) in head.deltas.iter().zip(&views.deltas) {
+            self.head_deltas(deltas, views)?;
+        }
+        Ok(())
     }
 
     /// Enqueues the logits of rows whose adapter brings its own head, over whatever was computed for them.
     fn own_head(&self, gemm: &Gemm, own: &OwnHead<'_>) -> Result<(), CudaError> {
-        let (w, hidden, vocab) = (self.workspace, self.config.hidden_size, self.config.vocab_size);
-        for first in (own.row_start..own.row_start + own.num_rows).step_by(OWN_HEAD_ROWS) {
-            let num_rows = OWN_HEAD_ROWS.min(own.row_start + own.num_rows - first);
-            let rows = first..first + num_rows;
+        let (w, hidden) = (self.workspace, self.config.hidden_size);
+        for first in (0..own.num_rows).step_by(OWN_HEAD_ROWS) {
+            let num_rows = OWN_HEAD_ROWS.min(own.num_rows - first);
+            let x = (own.row_start + first) * hidden..(own.row_start + first + num_rows) * hidden;
+            let y = own.logits_start + first * own.width..own.logits_start + (first + num_rows) * own.width;
             let args = GemmArgs {
-                x: w.normed.view().slice(rows.start * hidden..rows.end * hidden),
+                x: w.normed.view().slice(x),
                 w: own.weight,
                 bias: None,
-                y: GemmOutput::F32(w.logits.view().slice(rows.start * vocab..rows.end * vocab)),
+                y: GemmOutput::F32(w.logits.view().slice(y)),
                 m: num_rows,
-                n: vocab,
+                n: own.width,
                 k: hidden,
             };
             gemm.launch_own(self.stream, &args, OwnGemm::Skinny)?;
@@ -340,10 +341,18 @@ impl Forward<'_> {
         Ok(())
     }
 
-    fn head_deltas(&self, items: &HeadItems<'_>, num_rows: usize) -> Result<(), CudaError> {
+    /// Enqueues deltas, scales and biases on logits that lie side by side.
+    fn head_deltas(&self, deltas: &HeadDeltas, views: &HeadDeltasViews<'_>) -> Result<(), CudaError> {
         let (w, config) = (self.workspace, self.config);
-        let HeadItems { shrink, expand, counts } = *items;
-        let shrunk = self.shrunk(config.hidden_size, num_rows);
+        let HeadDeltasViews {
+            counts,
+            expand,
+            shrink,
+            output,
+        } = *views;
+        let x = w.normed.view().slice(deltas.row_start * config.hidden_size..w.normed.len());
+        let y = w.logits.view().slice(deltas.logits_start..w.logits.len());
+        let widths = [deltas.width];
         let most = self.most_blocks();
         let work = |items, num_items, grid| LoraItems {
             items,
@@ -352,15 +361,23 @@ impl Forward<'_> {
             descriptor_offset: head_descriptor_offset(config),
             grid,
         };
-        let shrink_grid = (shrink.len() * shrunk.num_splits) as u32;
-        let shrink = work(shrink, counts.slice(1..2), shrink_grid.min(most));
-        self.kernels
-            .lora
-            .launch_shrink(self.stream, shrink, w.normed.view(), config.hidden_size, shrunk)?;
-        let expand_grid = (expand.len() * Lora::column_tiles(&[config.vocab_size])) as u32;
-        let expand = work(expand, counts.slice(0..1), expand_grid.min(most));
-        let y = ExpandInto::F32(w.logits.view());
-        self.kernels.lora.launch_expand(self.stream, expand, shrunk, y, &[config.vocab_size])
+        if !expand.is_empty() {
+            let shrunk = self.shrunk(config.hidden_size, deltas.num_rows);
+            let shrink_grid = (shrink.len() * shrunk.num_splits) as u32;
+            let shrink = work(shrink, counts.slice(1..2), shrink_grid.min(most));
+            self.kernels.lora.launch_shrink(self.stream, shrink, x, config.hidden_size, shrunk)?;
+            let expand_grid = (expand.len() * Lora::column_tiles(&widths)) as u32;
+            let expand = work(expand, counts.slice(0..1), expand_grid.min(most));
+            self.kernels
+                .lora
+                .launch_expand(self.stream, expand, shrunk, ExpandInto::F32(y), &widths)?;
+        }
+        if output.is_empty() {
+            return Ok(());
+        }
+        let output_grid = (output.len() * LoraOutput::column_tiles(&widths)) as u32;
+        let output = work(output, counts.slice(2..3), output_grid.min(most));
+        self.kernels.lora_output.launch(self.stream, output, OutputInto::F32(y), &widths)
     }
 
     /// Picks the algorithms of a step with so many rows, by measuring. The buffers are left with any values, the residual with zeros.
@@ -381,7 +398,7 @@ impl Forward<'_> {
         tune(gemm, &gate_up, &weights(|layer| layer.gate_up.weight.view()))?;
         let down = add_args(&layer.down, w.activated.view(), w.residual.view(), rows);
         tune(gemm, &down, &weights(|layer| layer.down.weight.view()))?;
-        if rows <= w.max_logits_rows {
+        if rows <= w.logits_buffer.max_rows {
             tune(gemm, &self.head_args(rows), &[self.model.head()])?;
         }
         // Sums that were added again and again may have overflowed; padded rows are never written.
@@ -526,27 +543,19 @@ impl Forward<'_> {
     }
 }
 
-/// What adapters do to the logits of the sample rows that are computed at once.
-#[derive(Default)]
-pub(super) struct HeadWork<'a> {
-    pub own: &'a [OwnHead<'a>],
-    pub deltas: Option<HeadItems<'a>>,
-    /// Items of rows with scales or biases, and one element: how many there are.
-    pub output: Option<(View<'a, LoraItem>, View<'a, u32>)>,
+/// A [`HeadChunk`]'s lists on the device.
+pub(super) struct HeadViews<'a> {
+    pub copies: View<'a, LogitsCopy>,
+    pub token_rows: View<'a, TokenRowsItem>,
+    pub deltas: Vec<HeadDeltasViews<'a>>,
 }
 
-/// Sample rows whose adapter brings a head of its own, `[vocab, hidden]`.
-pub(super) struct OwnHead<'a> {
-    pub row_start: usize,
-    pub num_rows: usize,
-    pub weight: View<'a, bf16>,
-}
-
-/// Items of the head's deltas over the sample rows; `counts` are those of the expand and of the shrink.
-pub(super) struct HeadItems<'a> {
-    pub shrink: View<'a, LoraItem>,
-    pub expand: View<'a, LoraItem>,
+/// A [`HeadDeltas`]' items on the device; `counts` are those of the expand, of the shrink, and of scales and biases.
+pub(super) struct HeadDeltasViews<'a> {
     pub counts: View<'a, u32>,
+    pub expand: View<'a, LoraItem>,
+    pub shrink: View<'a, LoraItem>,
+    pub output: View<'a, LoraItem>,
 }
 
 /// Items of a step with so many rows, usually: one a row when decoding, else of 64 rows.

@@ -17,6 +17,8 @@ use polylora_kernels::cuda::{
     attention_decode::AttentionDecode,
     attention_prefill::AttentionPrefill,
     gemm::{Gemm, Tuned},
+    lora::LoraItem,
+    own_logits::{LogitsCopy, TokenRowsItem},
     rope_kv::HeadShape,
     sampling::{MAX_TOP, SampleResult, SamplingArgs},
     tuning::Tuning,
@@ -27,6 +29,7 @@ pub use polylora_kernels::cuda::{DeviceInfo, devices};
 mod adapters;
 mod arena;
 mod forward;
+mod head;
 mod model;
 mod plan;
 mod region;
@@ -35,12 +38,13 @@ mod staging;
 
 use adapters::Adapters;
 use arena::ALIGNMENT;
-use forward::{Forward, HeadItems, HeadWork, OwnHead, StepViews, Workspace, WorkspaceSize};
+use forward::{Forward, HeadDeltasViews, HeadViews, StepViews, Workspace, WorkspaceSize};
+use head::HeadChunk;
 use model::Model;
-use plan::{ForwardPlaces, LoraWork, StepPlan, StepShape};
+use plan::{ForwardPlaces, StepPlan, StepShape};
 use region::Region;
 use sampling::{RowResult, SampleWork, needs_logits};
-use staging::{Layout, Staging};
+use staging::{Layout, Place, StageWriter, Staging};
 
 use super::{
     Backend, BackendError, Capacity, Launched,
@@ -48,7 +52,7 @@ use super::{
     cpu::KvBudget,
 };
 use crate::{
-    adapter::{HostAdapter, LoraFeatures},
+    adapter::{HostAdapter, LoraFeatures, load::MAX_ADDED_TOKENS},
     batch::{AdapterHandle, ChooseToken, SampleRow, StepBatch, StepOutput},
     block_pool::BlockMove,
     decoder::{DecoderConfig, RopeTables},
@@ -224,11 +228,11 @@ impl Outputs {
 }
 
 impl CudaBackend {
-    /// What it applies of an adapter beyond A and B: everything but tokens of its own.
+    /// What it applies of an adapter beyond A and B: everything that there is.
     pub const LORA_FEATURES: LoraFeatures = LoraFeatures {
         output_terms: true,
         replaced_weights: true,
-        own_tokens: false,
+        own_tokens: true,
     };
 
     /// Loads the weights of a model folder.
@@ -301,7 +305,7 @@ impl CudaBackend {
             mem_fraction: options.mem_fraction,
         })?;
         let region = Region::new(&stream, memory.bytes, memory.block_bytes, memory.num_blocks)?;
-        let adapters = Adapters::new(&device, region, options.max_lora_rank)?;
+        let adapters = Adapters::new(&device, region, options.max_lora_rank, config.vocab_size + MAX_ADDED_TOKENS)?;
         stream.synchronize()?;
         let mut backend = Self {
             graphs: HashMap::new(),
@@ -504,34 +508,9 @@ impl CudaBackend {
     /// Logits and sampling of the sample rows, as many at once as fit, and the copy of the results.
     fn enqueue_samples(&mut self, batch: &StepBatch) -> Result<(), CudaError> {
         let (config, num_samples) = (&self.config, batch.samples.len());
-        let work = SampleWork::new(&batch.samples, config.vocab_size);
         let rows: Vec<u32> = batch.samples.iter().map(|sample| sample.row).collect();
-        let segments = plan::segments_of_samples(&batch.lora_segments, &batch.samples);
-        let rows_at_once = self.workspace.max_logits_rows;
-        // The head's items, by chunk of rows, counted from the chunk's first.
-        let chunks: Vec<(usize, usize)> = (0..num_samples)
-            .step_by(rows_at_once)
-            .map(|first| (first, rows_at_once.min(num_samples - first)))
-            .collect();
-        let mut head_work: Vec<(LoraWork, Vec<OwnHead<'_>>)> = Vec::with_capacity(chunks.len());
-        for &(first, count) in &chunks {
-            let within = plan::segments_within(&segments, first as u32, count as u32);
-            let mut work = LoraWork::new(&within, &self.adapters, 64, |resident| [resident.head_rank_tiles, 0, 0, 0]);
-            let mut own = Vec::new();
-            for segment in &within {
-                let resident = self.adapters.get(segment.adapter).expect("the batch was checked");
-                if resident.head_has_output_terms {
-                    let address = self.adapters.terms_address(resident, config);
-                    work.output_items.extend(plan::items(segment, address, 64));
-                }
-                own.extend(self.adapters.replaced_head(resident, config).map(|weight| OwnHead {
-                    row_start: segment.row_start as usize,
-                    num_rows: segment.num_rows as usize,
-                    weight,
-                }));
-            }
-            head_work.push((work, own));
-        }
+        let chunks = head::chunks(&batch.samples, &batch.lora_segments, &self.adapters, config, self.workspace.logits_buffer);
+        let work = SampleWork::new(&batch.samples, chunks.iter().flat_map(|chunk| &chunk.places));
 
         let mut layout = Layout::default();
         let places = (
@@ -540,17 +519,7 @@ impl CudaBackend {
             layout.place(work.edits.len()),
             layout.place::<u32>(work.masks.len()),
         );
-        let head_places: Vec<_> = head_work
-            .iter()
-            .map(|(work, _)| {
-                (
-                    layout.place::<u32>(3),
-                    layout.place(work.expand_items.len()),
-                    layout.place(work.shrink_items.len()),
-                    layout.place(work.output_items.len()),
-                )
-            })
-            .collect();
+        let head_places: Vec<HeadPlaces> = chunks.iter().map(|chunk| HeadPlaces::new(chunk, &mut layout)).collect();
         if layout.bytes() > self.sample_staging.capacity() {
             self.stream.synchronize()?;
             self.sample_staging.grow(layout.bytes())?;
@@ -560,19 +529,15 @@ impl CudaBackend {
         stage.array(places.1).copy_from_slice(&work.params);
         stage.array(places.2).copy_from_slice(&work.edits);
         stage.array(places.3).copy_from_slice(&work.masks);
-        for (place, (work, _)) in head_places.iter().zip(&head_work) {
-            let counts = [work.expand_items.len() as u32, work.num_shrink_items[0], work.output_items.len() as u32];
-            stage.array(place.0).copy_from_slice(&counts);
-            stage.array(place.1).copy_from_slice(&work.expand_items);
-            stage.array(place.2).copy_from_slice(&work.shrink_items);
-            stage.array(place.3).copy_from_slice(&work.output_items);
+        for (chunk, places) in chunks.iter().zip(&head_places) {
+            places.write(chunk, &mut stage);
         }
         self.sample_staging.copy(&self.stream, layout.bytes())?;
 
         self.outputs.turn = (self.outputs.turn + 1) % self.outputs.slots.len();
         let staging = &self.sample_staging;
-        for ((&(first, count), (head_work, own)), head_place) in chunks.iter().zip(&head_work).zip(&head_places) {
-            let range = first..first + count;
+        for (chunk, head_places) in chunks.iter().zip(&head_places) {
+            let range = chunk.rows.clone();
             let forward = Forward {
                 config,
                 shape: self.shape,
@@ -583,18 +548,9 @@ impl CudaBackend {
                 workspace: &self.workspace,
                 stream: &self.stream,
             };
-            let counts = staging.view(head_place.0);
-            let head = HeadWork {
-                own,
-                deltas: (!head_work.expand_items.is_empty()).then(|| HeadItems {
-                    counts,
-                    expand: staging.view(head_place.1),
-                    shrink: staging.view(head_place.2),
-                }),
-                output: (!head_work.output_items.is_empty()).then(|| (staging.view(head_place.3), counts.slice(2..3))),
-            };
-            forward.logits(&mut self.gemm, staging.view(places.0).slice(range.clone()), &head)?;
-            let tops = first * MAX_TOP..(first + count) * MAX_TOP;
+            let rows = staging.view(places.0).slice(range.clone());
+            forward.logits(&mut self.gemm, rows, chunk, &head_places.views(staging))?;
+            let tops = range.start * MAX_TOP..range.end * MAX_TOP;
             self.kernels.sampling.launch(
                 &self.stream,
                 &SamplingArgs {
@@ -606,16 +562,17 @@ impl CudaBackend {
                     top_ids: self.outputs.top_ids.view().slice(tops.clone()),
                     top_logprobs: self.outputs.top_logprobs.view().slice(tops),
                     chosen: self.workspace.chosen.view(),
-                    rows: count,
-                    vocab: config.vocab_size,
+                    rows: range.len(),
                 },
             )?;
             let slot = &mut self.outputs.slots[self.outputs.turn];
-            for sample_idx in range.filter(|&sample_idx| needs_logits(&batch.samples[sample_idx])) {
-                let row = (sample_idx - first) * config.vocab_size..(sample_idx - first + 1) * config.vocab_size;
-                let mut to = PinnedBuffer::zeroed(&self.device, config.vocab_size)?;
-                self.stream
-                    .copy_to_pinned(&mut to, 0..config.vocab_size, self.workspace.logits.view().slice(row))?;
+            for (sample_idx, place) in range
+                .zip(&chunk.places)
+                .filter(|&(sample_idx, _)| needs_logits(&batch.samples[sample_idx]))
+            {
+                let mut to = PinnedBuffer::zeroed(&self.device, place.vocab)?;
+                let from = self.workspace.logits.view().slice(place.range());
+                self.stream.copy_to_pinned(&mut to, 0..place.vocab, from)?;
                 slot.logits.insert(sample_idx, to);
             }
         }
@@ -630,6 +587,62 @@ impl CudaBackend {
                 .copy_to_pinned(&mut slot.top_logprobs, 0..tops, self.outputs.top_logprobs.view().first(tops))?;
         }
         slot.done.record(&self.stream)
+    }
+}
+
+/// Where the lists of a [`HeadChunk`] lie in the step's metadata.
+struct HeadPlaces {
+    copies: Place<LogitsCopy>,
+    token_rows: Place<TokenRowsItem>,
+    deltas: Vec<DeltasPlaces>,
+}
+
+struct DeltasPlaces {
+    counts: Place<u32>,
+    expand: Place<LoraItem>,
+    shrink: Place<LoraItem>,
+    output: Place<LoraItem>,
+}
+
+impl HeadPlaces {
+    fn new(chunk: &HeadChunk<'_>, layout: &mut Layout) -> Self {
+        Self {
+            copies: layout.place(chunk.copies.len()),
+            token_rows: layout.place(chunk.token_rows.len()),
+            deltas: Vec::from_iter(chunk.deltas.iter().map(|deltas| DeltasPlaces {
+                counts: layout.place(3),
+                expand: layout.place(deltas.work.expand_items.len()),
+                shrink: layout.place(deltas.work.shrink_items.len()),
+                output: layout.place(deltas.work.output_items.len()),
+            })),
+        }
+    }
+
+    fn write(&self, chunk: &HeadChunk<'_>, stage: &mut StageWriter<'_>) {
+        stage.array(self.copies).copy_from_slice(&chunk.copies);
+        stage.array(self.token_rows).copy_from_slice(&chunk.token_rows);
+        for (places, deltas) in self.deltas.iter().zip(&chunk.deltas) {
+            let work = &deltas.work;
+            let counts = [work.expand_items.len() as u32, work.num_shrink_items[0], work.output_items.len() as u32];
+            stage.array(places.counts).copy_from_slice(&counts);
+            stage.array(places.expand).copy_from_slice(&work.expand_items);
+            stage.array(places.shrink).copy_from_slice(&work.shrink_items);
+            stage.array(places.output).copy_from_slice(&work.output_items);
+        }
+    }
+
+    fn views<'a>(&self, staging: &'a Staging) -> HeadViews<'a> {
+        let deltas = self.deltas.iter().map(|places| HeadDeltasViews {
+            counts: staging.view(places.counts),
+            expand: staging.view(places.expand),
+            shrink: staging.view(places.shrink),
+            output: staging.view(places.output),
+        });
+        HeadViews {
+            copies: staging.view(self.copies),
+            token_rows: staging.view(self.token_rows),
+            deltas: deltas.collect(),
+        }
     }
 }
 
@@ -766,10 +779,7 @@ impl Backend for CudaBackend {
         if self.in_flight.len() >= MAX_IN_FLIGHT {
             return Err(BackendError::BadBatch(format!("{MAX_IN_FLIGHT} steps are in flight already")));
         }
-        let vocab_size = self.limits.vocab_size;
-        check_batch(batch, &self.capacity, self.limits, |handle| {
-            self.adapters.is_ready(handle).then_some(vocab_size)
-        })?;
+        check_batch(batch, &self.capacity, self.limits, |handle| self.adapters.vocab_size(handle))?;
         if batch.token_ids.is_empty() {
             return Ok(Launched::Done(StepOutput::default()));
         }

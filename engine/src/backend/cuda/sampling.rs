@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use polylora_kernels::cuda::sampling::{MAX_TOP, SampleEdit, SampleParams, SampleResult, flags};
 
+use super::head::LogitsPlace;
 use crate::{
     batch::{ChooseToken, SampleFailure, SampleOutput, SampleRow},
     request::TokenLogprobs,
@@ -20,21 +21,24 @@ pub(super) struct SampleWork {
 }
 
 impl SampleWork {
-    pub fn new(samples: &[SampleRow], vocab: usize) -> Self {
+    /// `places`: where each row's logits lie.
+    pub fn new<'a>(samples: &[SampleRow], places: impl Iterator<Item = &'a LogitsPlace>) -> Self {
         let mut work = Self::default();
-        for (slot, sample) in samples.iter().enumerate() {
-            let params = work.row(sample, slot as u32, vocab);
+        for (slot, (sample, place)) in samples.iter().zip(places).enumerate() {
+            let params = work.row(sample, slot as u32, *place);
             work.wants_top |= params.num_top > 0;
             work.params.push(params);
         }
         work
     }
 
-    fn row(&mut self, sample: &SampleRow, slot: u32, vocab: usize) -> SampleParams {
+    fn row(&mut self, sample: &SampleRow, slot: u32, place: LogitsPlace) -> SampleParams {
         let mut params = SampleParams {
             top_p: 1.0,
             repetition_penalty: 1.0,
             slot,
+            vocab: place.vocab as u32,
+            logits_start: place.start as u64,
             ..SampleParams::default()
         };
         if let Some((token, logprobs)) = sample.prompt_logprob {
@@ -63,7 +67,7 @@ impl SampleWork {
             params.flags |= flags::MASKED;
             params.mask_start = self.masks.len() as u32;
             // What a short mask does not mention is not allowed.
-            let words = vocab.div_ceil(32);
+            let words = place.vocab.div_ceil(32);
             self.masks.extend(mask.iter().copied().chain(std::iter::repeat(0)).take(words));
         }
         params
