@@ -1,77 +1,37 @@
 //! Adapters of every kind that is applied, against what PEFT computes with the same files (`golden/make_adapters.py`).
 
-use std::{path::PathBuf, sync::Arc};
+use std::sync::Arc;
 
 use polylora_engine::{
-    FileSource,
-    adapter::{
-        HostAdapter, PackedDtype,
-        combine::combine,
-        load::{CoverageReport, LoraLimits, checkpoint_opener, load_adapter},
-    },
+    adapter::{HostAdapter, PackedDtype, combine::combine, load::CoverageReport},
     backend::{
         Backend,
         conformance::{Outcome, Run, generate},
         cpu::{ComputeDtype, CpuBackend, CpuOptions, KvBudget},
     },
     batch::AdapterHandle,
-    decoder::DecoderConfig,
 };
+
+mod peft;
+
+use peft::{Answer, BaseModel, Case, Golden, head64};
 
 /// Log-probabilities in f32 against PEFT's in f32: sums of other order over two layers.
 const TOLERANCE: f32 = 1e-4;
-
-#[derive(serde::Deserialize)]
-struct Golden {
-    prompt_ids: Vec<u32>,
-    bases: std::collections::BTreeMap<String, Answer>,
-    cases: Vec<Case>,
-    combinations: Vec<Combination>,
-}
-
-#[derive(serde::Deserialize)]
-struct Combination {
-    base: String,
-    weights: std::collections::BTreeMap<String, f32>,
-    #[serde(flatten)]
-    answer: Answer,
-}
-
-#[derive(serde::Deserialize)]
-struct Case {
-    name: String,
-    base: String,
-    /// Of its own, where it has tokens of its own.
-    prompt_ids: Option<Vec<u32>>,
-    vocab_size: Option<u32>,
-    #[serde(flatten)]
-    answer: Answer,
-}
-
-#[derive(serde::Deserialize)]
-struct Answer {
-    output_ids: Vec<u32>,
-    top_logprobs: Vec<Vec<(u32, f32)>>,
-}
+/// Two more than are compared: the fifth and the sixth may be closer than the tolerance.
+const TOP_K: u32 = 7;
 
 fn golden() -> Golden {
     serde_json::from_str(include_str!("golden/adapters.json")).unwrap()
 }
 
-/// Those that the GPU is asked, too (`cuda.rs`).
-fn golden_of_head64() -> Golden {
-    serde_json::from_str(include_str!("golden/head64_adapters.json")).unwrap()
-}
-
 struct Base {
-    decoder: Arc<DecoderConfig>,
-    files: FileSource,
+    model: BaseModel,
     backend: CpuBackend,
 }
 
 fn base(name: &str, dtype: ComputeDtype) -> Base {
-    let files = FileSource::Directory(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name));
-    let decoder = DecoderConfig::from_json(&files.read("config.json", 1 << 20).unwrap(), None).unwrap();
+    let model = BaseModel::open(name);
     let options = CpuOptions {
         dtype,
         num_threads: 2,
@@ -81,23 +41,13 @@ fn base(name: &str, dtype: ComputeDtype) -> Base {
         adapter_bytes: 16 << 20,
         max_adapters_per_batch: 64,
     };
-    let backend = CpuBackend::load(&files, &decoder, &options).unwrap();
-    Base {
-        decoder: Arc::new(decoder),
-        files,
-        backend,
-    }
+    let backend = CpuBackend::load(&model.files, &model.decoder, &options).unwrap();
+    Base { model, backend }
 }
 
 impl Base {
     fn load(&self, name: &str, dtype: PackedDtype) -> (HostAdapter, CoverageReport) {
-        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/adapters").join(name);
-        let limits = LoraLimits {
-            features: CpuBackend::LORA_FEATURES,
-            base: Some(checkpoint_opener(self.files.clone(), self.decoder.clone())),
-            ..LoraLimits::new(dtype)
-        };
-        load_adapter(&FileSource::Directory(folder), &self.decoder, &limits).unwrap_or_else(|error| panic!("{name}: {error}"))
+        self.model.load(name, dtype, CpuBackend::LORA_FEATURES)
     }
 
     fn upload(&mut self, name: &str) -> AdapterHandle {
@@ -128,26 +78,10 @@ fn check(name: &str, outcome: &Outcome, answer: &Answer) {
     assert_eq!(outcome.prompt_logprobs.len() + outcome.output_logprobs.len(), answer.top_logprobs.len());
 }
 
-fn run(golden: &Golden, adapter: Option<AdapterHandle>, answer: &Answer) -> Run {
-    run_on(&golden.prompt_ids, adapter, answer)
-}
-
-fn run_on(prompt_ids: &[u32], adapter: Option<AdapterHandle>, answer: &Answer) -> Run {
-    // Two more than are compared: the fifth and the sixth may be closer than the tolerance.
-    Run {
-        top_k: 7,
-        ..Run::greedy(prompt_ids, adapter, answer.output_ids.len() as u32)
-    }
-}
-
-fn run_case(golden: &Golden, adapter: AdapterHandle, case: &Case) -> Run {
-    run_on(case.prompt_ids.as_ref().unwrap_or(&golden.prompt_ids), Some(adapter), &case.answer)
-}
-
 #[test]
 fn every_kind_of_adapter_computes_what_peft_computes() {
-    let (golden, head64) = (golden(), golden_of_head64());
-    assert!(golden.cases.len() >= 45 && head64.cases.len() >= 17);
+    let (golden, head64) = (golden(), head64());
+    assert!(golden.cases.len() >= 45 && head64.cases.len() >= 34);
     computes_what_peft_computes(&golden);
     computes_what_peft_computes(&head64);
 }
@@ -155,21 +89,25 @@ fn every_kind_of_adapter_computes_what_peft_computes() {
 fn computes_what_peft_computes(golden: &Golden) {
     for (base_name, base_answer) in &golden.bases {
         let mut base = base(base_name, ComputeDtype::Float32);
-        let cases: Vec<&Case> = golden.cases.iter().filter(|case| case.base == *base_name).collect();
+        let cases: Vec<&Case> = golden.cases_on(base_name).collect();
         let handles: Vec<AdapterHandle> = cases.iter().map(|case| base.upload(&case.name)).collect();
         // Alone.
         let alone: Vec<Outcome> = cases
             .iter()
             .zip(&handles)
             .map(|(case, handle)| {
-                let outcome = generate(&mut base.backend, &[run_case(golden, *handle, case)]).unwrap().remove(0);
+                let outcome = generate(&mut base.backend, &[golden.run(case, *handle, TOP_K)]).unwrap().remove(0);
                 check(&case.name, &outcome, &case.answer);
                 outcome
             })
             .collect();
         // All in one batch, with a base row between: the same bits.
-        let mut runs: Vec<Run> = cases.iter().zip(&handles).map(|(case, handle)| run_case(golden, *handle, case)).collect();
-        runs.insert(cases.len() / 2, run(golden, None, base_answer));
+        let mut runs: Vec<Run> = cases
+            .iter()
+            .zip(&handles)
+            .map(|(case, handle)| golden.run(case, *handle, TOP_K))
+            .collect();
+        runs.insert(cases.len() / 2, base_answer.run(&golden.prompt_ids, None, TOP_K));
         // As many as the cache holds at once.
         let mut together = Vec::new();
         for runs in runs.chunks(12) {
@@ -187,7 +125,7 @@ fn added_tokens_are_read_and_emitted_by_rows_of_their_adapter_alone() {
     let golden = golden();
     for (base_name, base_answer) in &golden.bases {
         let mut base = base(base_name, ComputeDtype::Float32);
-        let base_vocab_size = base.decoder.vocab_size as u32;
+        let base_vocab_size = base.model.decoder.vocab_size as u32;
         let cases: Vec<&Case> = golden
             .cases
             .iter()
@@ -205,10 +143,7 @@ fn added_tokens_are_read_and_emitted_by_rows_of_their_adapter_alone() {
                 assert!(case.prompt_ids.as_ref().unwrap().iter().any(is_added), "{}: is asked with one", case.name);
             }
             let handle = base.backend.begin_upload(&Arc::new(adapter)).unwrap();
-            let widest = |adapter, prompt: &[u32]| Run {
-                top_k: 1000,
-                ..run_on(prompt, adapter, base_answer)
-            };
+            let widest = |adapter, prompt: &[u32]| base_answer.run(prompt, adapter, 1000);
             let runs = [
                 widest(None, &golden.prompt_ids),
                 widest(Some(handle), &golden.prompt_ids),
@@ -241,7 +176,7 @@ fn added_tokens_are_read_and_emitted_by_rows_of_their_adapter_alone() {
 #[test]
 fn rows_that_are_the_base_models_are_not_kept() {
     let mut llama = base("tiny-llama3", ComputeDtype::Float32);
-    let row_bytes = llama.decoder.hidden_size * 4;
+    let row_bytes = llama.model.decoder.hidden_size * 4;
     let (untrained, report) = llama.load("tokens_untrained_rows", PackedDtype::F32);
     assert_eq!(report.token_rows.values().copied().collect::<Vec<_>>(), [3, 3], "{report:?}");
     assert!(untrained.replaced.is_empty());
@@ -278,7 +213,7 @@ fn rows_that_are_the_base_models_are_not_kept() {
         kv_cache: KvBudget::Blocks(4),
         ..CpuOptions::default()
     };
-    let mut small = CpuBackend::load(&llama.files, &llama.decoder, &options).unwrap();
+    let mut small = CpuBackend::load(&llama.model.files, &llama.model.decoder, &options).unwrap();
     let error = small.begin_upload(&untrained).unwrap_err();
     assert!(error.to_string().contains(&format!("needs {limit} bytes")), "{error}");
 }
@@ -304,10 +239,10 @@ fn every_kind_of_adapter_runs_in_bfloat16() {
     let golden = golden();
     for base_name in golden.bases.keys() {
         let mut base = base(base_name, ComputeDtype::Bfloat16);
-        for case in golden.cases.iter().filter(|case| case.base == *base_name) {
+        for case in golden.cases_on(base_name) {
             let (adapter, _) = base.load(&case.name, PackedDtype::Bf16);
             let handle = base.backend.begin_upload(&Arc::new(adapter)).unwrap();
-            let outcome = generate(&mut base.backend, &[run_case(&golden, handle, case)]).unwrap().remove(0);
+            let outcome = generate(&mut base.backend, &[golden.run(case, handle, TOP_K)]).unwrap().remove(0);
             base.backend.free_adapter(handle);
             // 8 bits of mantissa through two layers with large random deltas: near, not equal.
             for (position, (got, expected)) in outcome.prompt_logprobs.iter().zip(&case.answer.top_logprobs).enumerate() {
@@ -338,7 +273,7 @@ fn combinations_compute_the_sum_of_the_deltas() {
         let borrowed: Vec<(&HostAdapter, f32)> = parts.iter().map(|(adapter, weight)| (adapter, *weight)).collect();
         let combined = combine(&borrowed, None).unwrap();
         let handle = base.backend.begin_upload(&Arc::new(combined)).unwrap();
-        let outcome = generate(&mut base.backend, &[run(&golden, Some(handle), &combination.answer)])
+        let outcome = generate(&mut base.backend, &[combination.answer.run(&golden.prompt_ids, Some(handle), TOP_K)])
             .unwrap()
             .remove(0);
         check(&format!("{:?}", combination.weights), &outcome, &combination.answer);

@@ -223,32 +223,39 @@ def combine(base_name: str, weights: dict) -> dict:
     return {"base": base_name, "weights": weights, **greedy(model.eval(), PROMPT)}
 
 
-def main() -> None:
-    wanted = sys.argv[1:]
-    old = json.loads((HERE / "adapters.json").read_text()) if wanted else {"cases": []}
+def write(file: str, made_by: str, about: str, cases: dict, combinations: list, wanted: list[str]) -> None:
+    """Makes `cases` (by name: the arguments of `make`) and `combinations`, and writes what they compute. `wanted` alone, if there are some."""
+    old = json.loads((HERE / file).read_text()) if wanted else {"cases": []}
     kept = {case["name"]: case for case in old["cases"] if case["name"] not in wanted}
-    cases = [kept.get(name) or make(name, *case) for name, case in CASES.items()]
-    for name, (base_name, vocab_size, config) in TOKEN_CASES.items():
-        cases.append(kept.get(name) or make(name, base_name, config, None, vocab_size))
-    combinations = old.get("combinations") or [combine(*combination) for combination in COMBINATIONS]
-    bases = old.get("bases") or {name: greedy(load_base(name), PROMPT) for name in sorted({case["base"] for case in cases})}
-    for case in cases:
+    made = [kept.get(name) or make(name, *case) for name, case in cases.items()]
+    sums = old.get("combinations") or [combine(*combination) for combination in combinations]
+    bases = old.get("bases") or {name: greedy(load_base(name), PROMPT) for name in sorted({case["base"] for case in made})}
+    for case in made:
         base = bases[case["base"]]
         moved = max(abs(a[0][1] - b[0][1]) for a, b in zip(case["top_logprobs"], base["top_logprobs"]))
         assert moved > 0.05, f"{case['name']} changes nothing"
     head = {
-        "made_by": "engine/tests/golden/make_adapters.py",
+        "made_by": made_by,
         "versions": {"peft": peft.__version__, "transformers": transformers.__version__, "torch": torch.__version__},
-        "about": "f32. top_logprobs: the five best [token id, log-probability] of the next token after each prompt token and each output token but the last. "
-        "prompt_ids and vocab_size of a case, if it has tokens of its own.",
+        "about": about,
         "prompt_ids": PROMPT,
         "bases": bases,
     }
-    text = json.dumps(head)[:-1]
-    lines = ",\n".join(json.dumps(case) for case in cases)
-    sums = ",\n".join(json.dumps(case) for case in combinations)
-    (HERE / "adapters.json").write_text(f'{text}, "cases": [\n{lines}\n], "combinations": [\n{sums}\n]}}\n')
-    print(f"{len(cases)} adapters")
+    lines = ",\n".join(json.dumps(case) for case in made)
+    sums = ",\n".join(json.dumps(case) for case in sums)
+    (HERE / file).write_text(f'{json.dumps(head)[:-1]}, "cases": [\n{lines}\n], "combinations": [\n{sums}\n]}}\n')
+    print(f"{len(made)} adapters")
+
+
+def main() -> None:
+    cases = dict(CASES)
+    for name, (base_name, vocab_size, config) in TOKEN_CASES.items():
+        cases[name] = (base_name, config, None, vocab_size)
+    about = (
+        "f32. top_logprobs: the five best [token id, log-probability] of the next token after each prompt token and each output token but the last. "
+        "prompt_ids and vocab_size of a case, if it has tokens of its own."
+    )
+    write("adapters.json", "engine/tests/golden/make_adapters.py", about, cases, COMBINATIONS, sys.argv[1:])
 
 
 if __name__ == "__main__":
