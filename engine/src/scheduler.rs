@@ -220,10 +220,16 @@ impl Scheduler {
 
     /// The blocks, for whoever shares their memory.
     pub fn kv_blocks(&mut self) -> impl KvBlocks + '_ {
+        self.kv_blocks_but(0)
+    }
+
+    /// The same, with so many more that nobody else may have.
+    fn kv_blocks_but(&mut self, num_reserved: usize) -> SchedulerBlocks<'_> {
         SchedulerBlocks {
             pool: &mut self.pool,
             sequences: &mut self.sequences,
-            num_running: self.running.len(),
+            // One for each running sequence to grow into.
+            num_reserved: self.running.len() + num_reserved,
         }
     }
 
@@ -320,6 +326,8 @@ impl Scheduler {
             .sum();
         let mut overdue = self.waiting.overdue_turn();
         let mut cursor = None;
+        // Blocks that the first request behind `cursor` waits for.
+        let mut num_awaited = 0;
         while self.running.len() < self.config.max_running_requests && prefill_rows < self.config.token_budget {
             let is_overdue = overdue.is_some();
             let Some((turn, request_id)) = overdue.take().or_else(|| self.waiting.next_turn(cursor)) else {
@@ -338,13 +346,17 @@ impl Scheduler {
                     continue;
                 }
                 Admission::NotYet | Admission::NoRoom => {}
-                Admission::NoBlocks => break,
+                Admission::NoBlocks => {
+                    // All: what is free now and more.
+                    num_awaited = self.pool.num_blocks();
+                    break;
+                }
             }
             if !is_overdue {
                 cursor = Some(turn);
             }
         }
-        self.prefetch(cursor, residency, schedule)
+        self.prefetch(cursor, num_awaited, residency, schedule)
     }
 
     fn try_admit(
@@ -362,7 +374,7 @@ impl Scheduler {
             return Ok(Admission::NotYet);
         }
         if let Some(lease) = adapter {
-            match self.ask(request_id, &lease, residency, schedule)? {
+            match self.ask(request_id, &lease, 0, residency, schedule)? {
                 Residency::Ready(adapter) => resident = Some(adapter),
                 Residency::Uploading => return Ok(Admission::NotYet),
                 Residency::NoRoom => return Ok(Admission::NoRoom),
@@ -407,15 +419,16 @@ impl Scheduler {
         Ok(Admission::Admitted { num_rows })
     }
 
-    /// Asks for a waiting request's adapter; the first time counts as a hit or a miss.
+    /// Asks for a waiting request's adapter, which may not take the last `num_reserved` blocks; the first time counts as a hit or a miss.
     fn ask(
         &mut self,
         request_id: RequestId,
         lease: &AdapterLease,
+        num_reserved: usize,
         residency: &mut dyn AdapterResidency,
         schedule: &mut Schedule,
     ) -> Result<Residency, BackendError> {
-        let answer = residency.request(lease.weights(), &mut self.kv_blocks())?;
+        let answer = residency.request(lease.weights(), &mut self.kv_blocks_but(num_reserved))?;
         let sequence = self.sequences.get_mut(&request_id).expect("a queued request has a sequence");
         if !std::mem::replace(&mut sequence.counted_residency, true) {
             let is_hit = matches!(answer, Residency::Ready(_));
@@ -440,8 +453,14 @@ impl Scheduler {
         (self.waiting.taken() - taken >= self.config.max_running_requests as u64).then_some(denied)
     }
 
-    /// Brings the adapters of the requests that come next to the device.
-    fn prefetch(&mut self, mut cursor: Option<Turn>, residency: &mut dyn AdapterResidency, schedule: &mut Schedule) -> Result<(), BackendError> {
+    /// Brings the adapters of the requests that come next to the device; `num_awaited` blocks are not for them.
+    fn prefetch(
+        &mut self,
+        mut cursor: Option<Turn>,
+        num_awaited: usize,
+        residency: &mut dyn AdapterResidency,
+        schedule: &mut Schedule,
+    ) -> Result<(), BackendError> {
         let mut asked = BTreeSet::new();
         while asked.len() < self.config.max_loras_per_batch && self.is_draining().is_none() {
             let Some((turn, request_id)) = self.waiting.next_turn(cursor) else {
@@ -449,7 +468,7 @@ impl Scheduler {
             };
             if let Some(lease) = self.sequences[&request_id].adapter().cloned() {
                 asked.insert(lease.version());
-                if matches!(self.ask(request_id, &lease, residency, schedule)?, Residency::NoRoom) {
+                if matches!(self.ask(request_id, &lease, num_awaited, residency, schedule)?, Residency::NoRoom) {
                     break;
                 }
             }
@@ -668,7 +687,7 @@ impl Scheduler {
 struct SchedulerBlocks<'a> {
     pool: &'a mut BlockPool,
     sequences: &'a mut HashMap<RequestId, Sequence>,
-    num_running: usize,
+    num_reserved: usize,
 }
 
 impl KvBlocks for SchedulerBlocks<'_> {
@@ -681,7 +700,7 @@ impl KvBlocks for SchedulerBlocks<'_> {
     }
 
     fn num_needed(&self) -> usize {
-        self.pool.num_used() + self.num_running
+        self.pool.num_used() + self.num_reserved
     }
 
     fn shrink(&mut self, num_blocks: usize) -> Vec<BlockMove> {
@@ -1009,6 +1028,33 @@ mod tests {
         bench.run();
         assert_eq!(bench.preempted, 0);
         assert_eq!(bench.ended.len(), 4, "and everybody is served");
+    }
+
+    #[test]
+    fn what_is_fetched_ahead_takes_no_block_that_a_request_waits_for() {
+        let mut bench = Bench::new(SHARED);
+        for first in 0..2 {
+            let request = bench.request((first..first + 21).collect(), 11, None);
+            bench.add(request);
+        }
+        bench.step();
+        // 8 blocks are left, two of them to grow into: too few for 7 by one.
+        let mut request = bench.request(prompt(28), 2, None);
+        request.fairness_key = "first".into();
+        let first = bench.add(request);
+        let adapter = host_adapter(1, 3 * BLOCK_BYTES);
+        let mut request = bench.request(prompt(3), 2, Some(&adapter));
+        request.fairness_key = "second".into();
+        bench.add(request);
+        let mut steps = 0;
+        while bench.events[&first].is_empty() && bench.scheduler.num_running() == 2 {
+            assert_eq!(bench.residency.uploads(), 0);
+            bench.step();
+            steps += 1;
+        }
+        assert!(steps > 5, "it waited until the others had ended");
+        bench.run();
+        assert_eq!((bench.ended.len(), bench.residency.uploads(), bench.preempted), (4, 1, 0));
     }
 
     #[test]
