@@ -679,12 +679,11 @@ impl MemoryPlan {
         }
         let kv_bytes = num_blocks * block_bytes;
         if fixed.is_some() {
-            // Runs are rounded up, and have tables.
-            let rounded = |bytes: usize| (bytes + bytes / 32 + (1 << 20)) / ALIGNMENT * ALIGNMENT;
             let adapter_bytes = match options.adapter_bytes {
-                usize::MAX => bytes.saturating_sub(kv_bytes) / ALIGNMENT * ALIGNMENT,
-                bytes => rounded(bytes),
-            };
+                usize::MAX => bytes.saturating_sub(kv_bytes),
+                bytes => bytes,
+            } / ALIGNMENT
+                * ALIGNMENT;
             return Some(Self {
                 bytes: kv_bytes + adapter_bytes,
                 block_bytes,
@@ -868,7 +867,7 @@ mod tests {
             ..CudaOptions::default()
         };
         let memory = plan(fixed(KvBudget::Blocks(7), 32 << 10), 160, 100 << 10).unwrap();
-        assert_eq!(shares(memory), ((7 << 10) + (33 << 10) + (1 << 20), 7, 7, (33 << 10) + (1 << 20)));
+        assert_eq!(shares(memory), (39 << 10, 7, 7, 32 << 10));
         let memory = plan(fixed(KvBudget::Bytes(60 << 10), usize::MAX), 160, 100 << 10).unwrap();
         assert_eq!(shares(memory), (100 << 10, 60, 60, 40 << 10));
         assert_eq!(plan(fixed(KvBudget::Bytes(1000), 0), 160, 100 << 10), None);
