@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 /// Observations sorted into buckets.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
@@ -124,30 +124,44 @@ impl AdapterCounters {
 /// Names whose counters are kept; beyond that those of idle adapters begin anew.
 const MAX_COUNTED_ADAPTERS: usize = 65_536;
 
-/// The counters of all adapters. The engine thread takes the lock once per request, never in a step's middle.
+/// The counters of all adapters. The engine thread takes the locks once per request, never in a step's middle.
 #[derive(Debug, Default)]
-pub(crate) struct AdapterTable(RwLock<BTreeMap<Arc<str>, Arc<AdapterCounters>>>);
+pub(crate) struct AdapterTable {
+    all: RwLock<BTreeMap<Arc<str>, Arc<AdapterCounters>>>,
+    /// Of those, the ones that somebody counts in, and some that nobody does any more: with thousands of adapters, a scrape looks at a few.
+    in_use: Mutex<BTreeMap<Arc<str>, Arc<AdapterCounters>>>,
+}
 
 impl AdapterTable {
+    /// To be held for as long as the request is there.
     pub fn counters(&self, name: &Arc<str>) -> Arc<AdapterCounters> {
-        if let Some(counters) = self.0.read().get(name) {
+        let mut in_use = self.in_use.lock();
+        if let Some(counters) = in_use.get(name) {
             return counters.clone();
         }
-        let mut table = self.0.write();
-        if table.len() >= MAX_COUNTED_ADAPTERS {
-            table.retain(|_, counters| Arc::strong_count(counters) > 1);
-        }
-        table.entry(name.clone()).or_default().clone()
+        let known = self.all.read().get(name).cloned();
+        let counters = known.unwrap_or_else(|| {
+            let mut all = self.all.write();
+            if all.len() >= MAX_COUNTED_ADAPTERS {
+                in_use.retain(|_, counters| is_held(counters));
+                all.retain(|name, _| in_use.contains_key(name));
+            }
+            all.entry(name.clone()).or_default().clone()
+        });
+        in_use.insert(name.clone(), counters.clone());
+        counters
     }
 
     pub fn read(&self) -> Vec<AdapterStats> {
-        self.0.read().iter().map(|(name, counters)| counters.read(name)).collect()
+        self.all.read().iter().map(|(name, counters)| counters.read(name)).collect()
     }
 
     /// Names with running sequences, and names with waiting requests only.
     pub fn busy(&self) -> (Vec<Arc<str>>, Vec<Arc<str>>) {
         let (mut running, mut waiting) = (Vec::new(), Vec::new());
-        for (name, counters) in &*self.0.read() {
+        let mut in_use = self.in_use.lock();
+        in_use.retain(|_, counters| is_held(counters));
+        for (name, counters) in &*in_use {
             if counters.running.load(Relaxed) > 0 {
                 running.push(name.clone());
             } else if counters.waiting.load(Relaxed) > 0 {
@@ -156,6 +170,11 @@ impl AdapterTable {
         }
         (running, waiting)
     }
+}
+
+/// Whether anybody but the table has them. Asked with `in_use` locked, through which others come to them.
+fn is_held(counters: &Arc<AdapterCounters>) -> bool {
+    Arc::strong_count(counters) > 2
 }
 
 #[cfg(test)]
@@ -175,17 +194,35 @@ mod tests {
     #[test]
     fn adapters_are_listed_by_what_they_do() {
         let table = AdapterTable::default();
-        for (name, running, waiting) in [("b", 1, 1), ("a", 1, 0), ("idle", 0, 0), ("c", 0, 2)] {
-            let counters = table.counters(&name.into());
-            counters.running.store(running, Relaxed);
-            counters.waiting.store(waiting, Relaxed);
-        }
         let names = |names: Vec<Arc<str>>| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
-        let (running, waiting) = table.busy();
-        assert_eq!(
-            (names(running), names(waiting)),
-            (vec!["a".to_owned(), "b".to_owned()], vec!["c".to_owned()])
-        );
+        let busy = || {
+            let (running, waiting) = table.busy();
+            (names(running), names(waiting))
+        };
+        let requests: Vec<_> = [("b", 1, 1), ("a", 1, 0), ("idle", 0, 0), ("c", 0, 2)]
+            .into_iter()
+            .map(|(name, running, waiting)| {
+                let counters = table.counters(&name.into());
+                counters.running.store(running, Relaxed);
+                counters.waiting.store(waiting, Relaxed);
+                counters
+            })
+            .collect();
+        let all = (vec!["a".to_owned(), "b".to_owned()], vec!["c".to_owned()]);
+        assert_eq!(busy(), all);
+        assert_eq!(busy(), all, "to look changes nothing");
+        // A second request on one of them counts in the same place, and the place outlives both.
+        let second = table.counters(&"c".into());
+        assert!(Arc::ptr_eq(&second, &requests[3]));
+        requests[..3].iter().for_each(|counters| counters.running.store(0, Relaxed));
+        requests[1].requests.store(7, Relaxed);
+        drop(requests);
+        assert_eq!(busy(), (vec![], vec!["c".to_owned()]));
+        second.waiting.store(0, Relaxed);
+        drop(second);
+        assert_eq!(busy(), (vec![], vec![]));
+        assert!(table.in_use.lock().is_empty());
         assert_eq!(table.read().len(), 4);
+        assert_eq!(table.counters(&"a".into()).requests.load(Relaxed), 7);
     }
 }
