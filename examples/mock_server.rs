@@ -34,6 +34,10 @@ use polylora_engine::{
     mock::{Gate, Script, Step},
 };
 
+/// The server's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const ANSWER: &str = "1. France: Paris\n2. Peru: Lima\n3. Japan: Tokyo\n";
 const TIMEOUT: Duration = Duration::from_secs(60);
 
