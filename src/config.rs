@@ -187,8 +187,8 @@ struct ServeArgs {
     /// --max-loras-per-batch.
     #[arg(long, value_name = "N", help_heading = "LoRA")]
     max_loaded_loras: Option<usize>,
-    /// Bytes of adapters kept in host memory (combinations of adapters included), beside --max-loaded-loras: the least recently used
-    /// unpinned ones leave. Unset: no bound.
+    /// Bytes of adapters kept in host memory, beside --max-loaded-loras: the least recently used unpinned ones leave. Combinations of
+    /// adapters are included, and so is an estimate of what adapters' own tokenizers take. Unset: no bound.
     #[arg(long, value_name = "BYTES", help_heading = "LoRA")]
     max_loaded_lora_bytes: Option<usize>,
     /// Which adapter leaves device memory first: the one used longest ago, or the one that came first.

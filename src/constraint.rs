@@ -35,6 +35,11 @@ const JSON_WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,40}";
 /// Compiled grammars that are kept.
 const CACHED_GRAMMARS: usize = 64;
 
+/// Bytes of memory that `llguidance` takes for each token of a vocabulary (389 to 402 were measured for 49,152 to 151,665 tokens), and for a
+/// compiled grammar (0.06 to 0.1 MB for schemas of three properties).
+const MEMORY_FOR_TOKEN: usize = 400;
+const MEMORY_FOR_GRAMMAR: usize = 64 << 10;
+
 /// What an output has to follow.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum GrammarSpec {
@@ -203,6 +208,11 @@ impl GrammarCompiler {
             compiled: Mutex::default(),
             masks: Arc::default(),
         }
+    }
+
+    /// An estimate of what it takes of memory once it has been used.
+    pub fn memory_bytes(&self) -> usize {
+        MEMORY_FOR_TOKEN * self.vocab_size + CACHED_GRAMMARS * MEMORY_FOR_GRAMMAR
     }
 
     /// Compiles, on a thread that may block; what was compiled lately is at hand.

@@ -1,8 +1,12 @@
 //! Messages and texts to token ids: what a model directory says about its tokenizer, its chat template and its sampling defaults.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
-use polylora_engine::FileSource;
+use parking_lot::Mutex;
+use polylora_engine::{FileSource, files::SourceStamp};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokenizers::AddedToken;
@@ -15,6 +19,8 @@ use crate::{
 
 /// Files of a model directory are read up to this size; the largest `tokenizer.json` known has 33 MB.
 const MAX_FILE_BYTES: u64 = 128 << 20;
+/// Files whose hashes are remembered, 100 bytes each.
+const KNOWN_FILES: usize = 1 << 16;
 /// Longer texts are tokenized on a thread that may block: these take a millisecond, in which no stream of the same thread is served.
 const BLOCKING_TEXT_BYTES: usize = 4 << 10;
 
@@ -81,11 +87,9 @@ pub struct PromptProcessor {
     defaults: SamplingDefaults,
 }
 
-/// What the tokenizer files of a folder say, of a model or of an adapter.
+/// What the files beside `tokenizer.json` say in a folder, of a model or of an adapter.
 #[derive(Clone, Default)]
 pub struct TextFiles {
-    /// The bytes of `tokenizer.json`.
-    pub tokenizer: Option<Vec<u8>>,
     /// Chat templates by name.
     pub templates: BTreeMap<String, String>,
     /// What templates may name.
@@ -134,8 +138,8 @@ impl TextFiles {
     const TEMPLATE: &str = "chat_template.jinja";
     const TEMPLATE_JSON: &str = "chat_template.json";
 
-    /// Reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`, `chat_template.jinja` and
-    /// `chat_template.json`; any may be missing.
+    /// Reads `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`, `chat_template.jinja` and `chat_template.json`; any
+    /// may be missing.
     ///
     /// # Errors
     /// `Read`, `Json`.
@@ -162,7 +166,6 @@ impl TextFiles {
             added_file = Some(Self::CONFIG);
         }
         Ok(Self {
-            tokenizer: read(files, Self::TOKENIZER)?,
             templates,
             special_tokens: special_tokens(&config, &read_json(files, Self::SPECIAL_TOKENS)?.unwrap_or_default()),
             added,
@@ -172,15 +175,15 @@ impl TextFiles {
 
     /// Whether none of them says anything.
     pub fn is_empty(&self) -> bool {
-        self.tokenizer.is_none() && self.templates.is_empty() && self.special_tokens.is_empty() && self.added.is_empty()
+        self.templates.is_empty() && self.special_tokens.is_empty() && self.added.is_empty()
     }
 
-    /// A hash of what they say of the tokenizer, for logits over `vocab_size` tokens.
-    pub fn tokenizer_digest(&self, vocab_size: usize) -> [u8; 32] {
+    /// A hash of what they and `tokenizer.json` say of the tokenizer, for logits over `vocab_size` tokens.
+    pub fn tokenizer_digest(&self, tokenizer: Option<&TokenizerFile>, vocab_size: usize) -> [u8; 32] {
         let bos = self.special_tokens.by_name.get("bos_token");
         digest([
             &vocab_size.to_le_bytes(),
-            self.tokenizer.as_deref().unwrap_or_default(),
+            tokenizer.map_or(&[], |file| &file.digest),
             &serde_json::to_vec(&(&self.added, bos)).unwrap_or_default(),
         ])
     }
@@ -189,6 +192,75 @@ impl TextFiles {
     pub fn digest(&self, tokenizer_digest: &[u8; 32]) -> [u8; 32] {
         let others = serde_json::to_vec(&(&self.templates, &self.special_tokens.by_name)).unwrap_or_default();
         digest([tokenizer_digest, &others])
+    }
+}
+
+/// A `tokenizer.json`: megabytes of which the hash is enough where it is a copy of one that is in use.
+pub struct TokenizerFile {
+    /// Hash of its content.
+    pub digest: [u8; 32],
+    content: Option<Vec<u8>>,
+}
+
+impl TokenizerFile {
+    fn new(content: Vec<u8>) -> Self {
+        Self {
+            digest: Sha256::digest(&content).into(),
+            content: Some(content),
+        }
+    }
+
+    /// Reads it from a folder, if it is there.
+    ///
+    /// # Errors
+    /// `Read`.
+    pub fn read(files: &FileSource) -> Result<Option<Self>, PromptError> {
+        Ok(read(files, TextFiles::TOKENIZER)?.map(Self::new))
+    }
+
+    /// Its content, which is read now if only its hash was known. `files` is where it is from.
+    ///
+    /// # Errors
+    /// `Read`, also if it is another one now.
+    pub fn content(self, files: &FileSource) -> Result<Vec<u8>, PromptError> {
+        if let Some(content) = self.content {
+            return Ok(content);
+        }
+        let now = Self::read(files)?.filter(|now| now.digest == self.digest);
+        now.and_then(|now| now.content).ok_or_else(|| PromptError::Read {
+            file: TextFiles::TOKENIZER,
+            error: std::io::Error::other("it was replaced while it was read"),
+        })
+    }
+}
+
+/// Hashes of the tokenizer files that were read, by what tells a file on disk from any other: an adapter that is loaded again costs no
+/// reading of its megabytes.
+#[derive(Default)]
+pub struct TokenizerHashes(Mutex<HashMap<SourceStamp, [u8; 32]>>);
+
+impl TokenizerHashes {
+    /// As [`TokenizerFile::read`]; only the hash of a file that was read before and is as it was then.
+    ///
+    /// # Errors
+    /// `Read`.
+    pub fn read(&self, files: &FileSource) -> Result<Option<TokenizerFile>, PromptError> {
+        let before = files.file_stamp(TextFiles::TOKENIZER);
+        if let Some(digest) = before.and_then(|stamp| self.0.lock().get(&stamp).copied()) {
+            return Ok(Some(TokenizerFile { digest, content: None }));
+        }
+        let file = TokenizerFile::read(files)?;
+        // One that was written to just now may be written to again in the same tick of the clock.
+        if let (Some(stamp), Some(file)) = (before.filter(SourceStamp::is_settled), &file)
+            && files.file_stamp(TextFiles::TOKENIZER) == before
+        {
+            let mut hashes = self.0.lock();
+            if hashes.len() >= KNOWN_FILES {
+                hashes.clear();
+            }
+            hashes.insert(stamp, file.digest);
+        }
+        Ok(file)
     }
 }
 
@@ -203,19 +275,17 @@ pub fn digest<const N: usize>(parts: [&[u8]; N]) -> [u8; 32] {
 }
 
 impl PromptProcessor {
-    /// Reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja` and
-    /// `generation_config.json`; all but the first may be missing. `chat_template`, if given, is used instead of the model's.
+    /// Reads `tokenizer.json`, `generation_config.json` and what [`TextFiles`] are; all but the first may be missing. `chat_template`, if given, is used instead of the model's.
     ///
     /// # Errors
     /// See [`PromptError`].
     pub fn from_files(files: &FileSource, chat_template: Option<&str>) -> Result<Self, PromptError> {
         let TextFiles {
-            tokenizer,
             templates: mut sources,
             special_tokens,
             ..
         } = TextFiles::read(files)?;
-        let json = tokenizer.ok_or_else(|| PromptError::Read {
+        let json = read(files, TextFiles::TOKENIZER)?.ok_or_else(|| PromptError::Read {
             file: TextFiles::TOKENIZER,
             error: std::io::ErrorKind::NotFound.into(),
         })?;
@@ -428,6 +498,45 @@ mod tests {
         std::fs::write(_directory.path().join("chat_template.jinja"), "from its own file").unwrap();
         assert_eq!(render(&PromptProcessor::from_files(&files, None).unwrap(), None), "from its own file");
         assert_eq!(render(&PromptProcessor::from_files(&files, Some("given")).unwrap(), None), "given");
+    }
+
+    #[test]
+    fn a_tokenizer_file_is_read_once_until_it_is_another() {
+        let fixture = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/added-tokens/tokenizer");
+        let source = FileSource::Directory(fixture);
+        let hashes = TokenizerHashes::default();
+        let first = hashes.read(&source).unwrap().unwrap();
+        let known = hashes.read(&source).unwrap().unwrap();
+        assert!(first.content.is_some() && known.content.is_none());
+        assert_eq!(first.digest, known.digest);
+        assert_eq!(
+            first.content(&source).unwrap(),
+            known.content(&source).unwrap(),
+            "it is read when it is needed"
+        );
+
+        let (directory, source) = directory(&[("tokenizer.json", "one")]);
+        let one = hashes.read(&source).unwrap().unwrap();
+        assert_eq!(hashes.0.lock().len(), 1, "it may change again in this tick of the clock");
+        let stamp = source.file_stamp(TextFiles::TOKENIZER).unwrap();
+        hashes.0.lock().insert(stamp, one.digest);
+        assert!(hashes.read(&source).unwrap().unwrap().content.is_none());
+        let known = hashes.read(&source).unwrap().unwrap();
+        std::fs::write(directory.path().join("new"), "two").unwrap();
+        std::fs::rename(directory.path().join("new"), directory.path().join("tokenizer.json")).unwrap();
+        let two = hashes.read(&source).unwrap().unwrap();
+        assert!(two.digest != one.digest && two.content.is_some());
+        let error = known.content(&source).unwrap_err();
+        assert!(error.to_string().contains("tokenizer.json: it was replaced"), "{error}");
+        let memory = FileSource::Memory(
+            [polylora_engine::MemoryFile {
+                name: "tokenizer.json".into(),
+                bytes: b"two".to_vec(),
+            }]
+            .into(),
+        );
+        assert_eq!(hashes.read(&memory).unwrap().unwrap().digest, two.digest);
+        assert!(hashes.read(&FileSource::Embedded(&[])).unwrap().is_none());
     }
 
     #[test]

@@ -11,15 +11,14 @@ use std::{
 use parking_lot::Mutex;
 use polylora_engine::{
     AdapterError, AdapterLease, FileSource,
-    adapter::{Companion, CompanionReader, HostAdapter, ModuleId},
+    adapter::{Companion, CompanionReader, HostAdapter, HostPart, ModuleId},
     decoder::DecoderConfig,
 };
-use sha2::{Digest, Sha256};
 
 use crate::{
     chat_template::ChatTemplates,
     constraint::GrammarCompiler,
-    prompt::{self, PromptError, PromptProcessor, TextFiles},
+    prompt::{self, PromptError, PromptProcessor, TextFiles, TokenizerFile, TokenizerHashes},
     tokenizer::{TextTokenizer, TokenizerError},
     tool_calls::ToolFormat,
 };
@@ -63,11 +62,25 @@ impl TextSide {
 struct OwnSide {
     digest: [u8; 32],
     side: TextSide,
+    /// `None`: it has the base model's.
+    tokenizer: Option<Arc<OwnTokenizer>>,
+    parts: Vec<HostPart>,
+}
+
+/// A tokenizer that is not the base model's.
+struct OwnTokenizer {
+    tokenizer: Arc<TextTokenizer>,
+    /// Ids of words that are other words of the base model's, ascending.
+    other_words: Vec<u32>,
 }
 
 impl Companion for OwnSide {
     fn digest(&self) -> [u8; 32] {
         self.digest
+    }
+
+    fn parts(&self) -> Vec<HostPart> {
+        self.parts.clone()
     }
 }
 
@@ -107,7 +120,7 @@ impl<T> Shared<T> {
 #[derive(Default)]
 pub struct OwnSides {
     sides: Shared<OwnSide>,
-    tokenizers: Shared<TextTokenizer>,
+    tokenizers: Shared<OwnTokenizer>,
     grammars: Shared<GrammarCompiler>,
 }
 
@@ -132,13 +145,13 @@ impl OwnSides {
 /// What adapters' tokenizer files are compared with, and completed from.
 pub struct BaseText {
     prompt: PromptProcessor,
-    /// Without the bytes of tokenizer.json.
     files: TextFiles,
     /// The templates that the base model answers with: those of the files, unless the operator gave another.
     templates: BTreeMap<String, String>,
     tokenizer_digest: [u8; 32],
     canonical_digest: OnceLock<[u8; 32]>,
     known_copies: Mutex<HashSet<[u8; 32]>>,
+    hashes: TokenizerHashes,
     own: Arc<OwnSides>,
 }
 
@@ -149,16 +162,17 @@ impl BaseText {
     /// # Errors
     /// See [`PromptError`].
     pub fn new(files: &FileSource, chat_template: Option<&str>, prompt: PromptProcessor, own: Arc<OwnSides>) -> Result<Self, PromptError> {
-        let mut files = TextFiles::read(files)?;
-        let tokenizer = files.tokenizer.take().unwrap_or_default();
+        let tokenizer = TokenizerFile::read(files)?;
+        let files = TextFiles::read(files)?;
         let given = chat_template.map(|given| BTreeMap::from([("default".to_owned(), given.to_owned())]));
         Ok(Self {
             prompt,
             templates: given.unwrap_or_else(|| files.templates.clone()),
-            tokenizer_digest: Sha256::digest(&tokenizer).into(),
+            tokenizer_digest: tokenizer.map_or_else(Default::default, |file| file.digest),
             files,
             canonical_digest: OnceLock::new(),
             known_copies: Mutex::default(),
+            hashes: TokenizerHashes::default(),
             own,
         })
     }
@@ -175,27 +189,26 @@ impl BaseText {
     /// `None`: the adapter brings nothing that the base model has not.
     fn read(
         &self,
-        files: &FileSource,
+        source: &FileSource,
         adapter: &HostAdapter,
         base_vocab_size: usize,
         eos_token_ids: &[u32],
     ) -> Result<Option<Arc<OwnSide>>, AdapterError> {
-        let files = TextFiles::read(files).map_err(bad_file)?;
-        if files.is_empty() {
+        let files = TextFiles::read(source).map_err(bad_file)?;
+        let tokenizer_file = self.hashes.read(source).map_err(bad_file)?;
+        if files.is_empty() && tokenizer_file.is_none() {
             return Ok(None);
         }
         let vocab_size = adapter.vocab_size(base_vocab_size);
-        let check = |own: &TextTokenizer| check_tokens(own, self.prompt.tokenizer(), adapter);
-        let tokenizer_digest = files.tokenizer_digest(vocab_size);
+        let check = |own: Option<&OwnTokenizer>| own.map_or(Ok(()), |own| own.check(self.prompt.tokenizer(), adapter));
+        let tokenizer_digest = files.tokenizer_digest(tokenizer_file.as_ref(), vocab_size);
         let digest = files.digest(&tokenizer_digest);
         if let Some(own) = self.own.sides.find(&digest) {
-            check(own.side.tokenizer())?;
+            check(own.tokenizer.as_deref())?;
             return Ok(Some(own));
         }
-        let tokenizer = self.tokenizer(&files, tokenizer_digest, vocab_size)?;
-        if let Some(own) = &tokenizer {
-            check(own)?;
-        }
+        let tokenizer = self.tokenizer(source, &files, tokenizer_file, tokenizer_digest, vocab_size)?;
+        check(tokenizer.as_deref())?;
         let has_own_template = !files.templates.is_empty() && files.templates != self.files.templates;
         let sources = if has_own_template { &files.templates } else { &self.templates };
         let mut special_tokens = self.files.special_tokens.clone();
@@ -203,7 +216,7 @@ impl BaseText {
         let shows = |name: &String| sources.values().any(|source| source.contains(name.as_str()));
         let differs = |name: &str| special_tokens.by_name.get(name) != self.files.special_tokens.by_name.get(name);
         let shows_others = special_tokens.by_name.keys().any(|name| differs(name) && shows(name));
-        let used = tokenizer.as_ref().unwrap_or(self.prompt.tokenizer());
+        let used = tokenizer.as_ref().map_or(self.prompt.tokenizer(), |own| &own.tokenizer);
         let is_known = |text: &String| used.token_to_id(text);
         let mut end_tokens = Vec::new();
         if differs("eos_token")
@@ -217,7 +230,18 @@ impl BaseText {
         if tokenizer.is_none() && !has_own_template && !shows_others && end_tokens.is_empty() {
             return Ok(None);
         }
+        let mut parts = Vec::new();
+        if let Some(own) = &tokenizer {
+            parts.push(HostPart {
+                id: tokenizer_digest,
+                bytes: own.tokenizer.memory_bytes() + size_of_val(&own.other_words[..]),
+            });
+        }
         let templates = if has_own_template || shows_others {
+            parts.push(HostPart {
+                id: digest,
+                bytes: ChatTemplates::memory_bytes(sources),
+            });
             let compiled = (!sources.is_empty()).then(|| ChatTemplates::new(sources.clone(), special_tokens.clone()));
             Some(compiled.transpose().map_err(|error| bad_file(error.into()))?)
         } else {
@@ -229,18 +253,35 @@ impl BaseText {
         let key = prompt::digest([of_tokenizer, &vocab_size.to_le_bytes(), &end_bytes]);
         let grammars = self.own.grammars.find(&key);
         let grammars = grammars.unwrap_or_else(|| self.own.grammars.insert(key, GrammarCompiler::new(Arc::clone(used), vocab_size, ends)));
-        let prompt = self.prompt.with_own(tokenizer, templates);
+        parts.push(HostPart {
+            id: key,
+            bytes: grammars.memory_bytes(),
+        });
+        let prompt = self.prompt.with_own(tokenizer.as_ref().map(|own| Arc::clone(&own.tokenizer)), templates);
         let side = TextSide {
             tool_format: ToolFormat::of(prompt.templates()),
             prompt: Arc::new(prompt),
             grammars,
             end_tokens: end_tokens.into(),
         };
-        Ok(Some(self.own.sides.insert(digest, OwnSide { digest, side })))
+        let own = OwnSide {
+            digest,
+            side,
+            tokenizer,
+            parts,
+        };
+        Ok(Some(self.own.sides.insert(digest, own)))
     }
 
     /// The tokenizer that the files make, if it is another than the base model's.
-    fn tokenizer(&self, files: &TextFiles, digest: [u8; 32], vocab_size: usize) -> Result<Option<Arc<TextTokenizer>>, AdapterError> {
+    fn tokenizer(
+        &self,
+        source: &FileSource,
+        files: &TextFiles,
+        file: Option<TokenizerFile>,
+        digest: [u8; 32],
+        vocab_size: usize,
+    ) -> Result<Option<Arc<OwnTokenizer>>, AdapterError> {
         let base = self.prompt.tokenizer();
         let bos = files
             .special_tokens
@@ -248,12 +289,10 @@ impl BaseText {
             .get("bos_token")
             .or_else(|| self.files.special_tokens.by_name.get("bos_token"));
         let has_other_bos = bos != self.files.special_tokens.by_name.get("bos_token");
-        let is_copy = files
-            .tokenizer
-            .as_ref()
-            .is_none_or(|json| <[u8; 32]>::from(Sha256::digest(json)) == self.tokenizer_digest);
+        // It need not be read again.
+        let other_file = file.filter(|file| file.digest != self.tokenizer_digest);
         let adds = |tokenizer: &TextTokenizer| files.added.iter().any(|(id, token)| tokenizer.token_to_id(&token.content) != Some(*id));
-        if is_copy && !adds(base) && !has_other_bos {
+        if other_file.is_none() && !adds(base) && !has_other_bos {
             return Ok(None);
         }
         if self.known_copies.lock().contains(&digest) {
@@ -270,9 +309,12 @@ impl BaseText {
             other => bad_file(other.into()),
         };
         let bos = bos.map(String::as_str);
-        let own = match &files.tokenizer {
-            Some(json) if !is_copy => TextTokenizer::from_bytes_within(json, bos, &files.added, vocab_size).map_err(failed)?,
-            _ => base.extended(bos, &files.added, vocab_size).map_err(failed)?,
+        let own = match other_file {
+            Some(file) => {
+                let json = file.content(source).map_err(bad_file)?;
+                TextTokenizer::from_bytes_within(&json, bos, &files.added, vocab_size).map_err(failed)?
+            }
+            None => base.extended(bos, &files.added, vocab_size).map_err(failed)?,
         };
         if let Some(text) = bos.filter(|text| has_other_bos && own.token_to_id(text).is_none()) {
             return Err(unsupported_token("bos_token", text));
@@ -287,6 +329,10 @@ impl BaseText {
             known.insert(digest);
             return Ok(None);
         }
+        let own = OwnTokenizer {
+            other_words: other_words(&own, base),
+            tokenizer: Arc::new(own),
+        };
         Ok(Some(self.own.tokenizers.insert(digest, own)))
     }
 }
@@ -303,40 +349,39 @@ fn unsupported_token(name: &str, text: &str) -> AdapterError {
     }
 }
 
-/// Checks that a word of the base model's vocabulary stays that word, unless the adapter has trained its row. Harmless is what a fine-tuning
-/// adds or renames among the added tokens (padding, reserved names), and what it leaves out.
-fn check_tokens(own: &TextTokenizer, base: &TextTokenizer, adapter: &HostAdapter) -> Result<(), AdapterError> {
-    let is_trained = |id: u32| {
-        let id_of = ModuleId::EmbedTokens;
-        adapter.replaced(id_of).is_some()
-            || adapter.module(id_of).is_some()
-            || adapter.token_rows(id_of).is_some_and(|rows| rows.token_ids.binary_search(&id).is_ok())
-    };
-    let mut others = BTreeMap::new();
-    for (token, id) in own.vocabulary() {
-        if let Some(of_base) = base.id_to_token(id).filter(|of_base| *of_base != token)
-            && !(own.is_added(id) && base.is_added(id))
-            && !is_trained(id)
-        {
-            others.insert(id, (of_base, token));
+/// Ids of words of the base model's vocabulary that are other words in an adapter's. Harmless is what a fine-tuning adds or renames among
+/// the added tokens (padding, reserved names), and what it leaves out.
+fn other_words(own: &TextTokenizer, base: &TextTokenizer) -> Vec<u32> {
+    let is_other = |token: &str, id: u32| base.id_to_token(id).is_some_and(|of_base| of_base != token) && !(own.is_added(id) && base.is_added(id));
+    let mut ids: Vec<u32> = own.vocabulary().filter(|(token, id)| is_other(token, *id)).map(|(_, id)| id).collect();
+    ids.sort_unstable();
+    ids
+}
+
+impl OwnTokenizer {
+    /// Checks that a word of the base model's vocabulary stays that word, unless the adapter has trained its row.
+    fn check(&self, base: &TextTokenizer, adapter: &HostAdapter) -> Result<(), AdapterError> {
+        let embeddings = ModuleId::EmbedTokens;
+        if adapter.replaced(embeddings).is_some() || adapter.module(embeddings).is_some() {
+            return Ok(());
         }
+        let trained = adapter.token_rows(embeddings).map_or(&[][..], |rows| &rows.token_ids);
+        let untrained = self.other_words.iter().filter(|id| trained.binary_search(id).is_err());
+        let count = untrained.clone().count();
+        if count == 0 {
+            return Ok(());
+        }
+        let text = |tokenizer: &TextTokenizer, id| tokenizer.id_to_token(id).unwrap_or_default();
+        let name = |&id: &u32| format!("{id} is {:?}, the base model's is {:?}", text(&self.tokenizer, id), text(base, id));
+        let named: Vec<String> = untrained.take(NAMED_TOKENS).map(name).collect();
+        Err(AdapterError::BadFile {
+            file: TextFiles::TOKENIZER.into(),
+            reason: format!(
+                "token {} ({count} in all): the tokenizer is another model's, and the adapter did not train these rows",
+                named.join("; ")
+            ),
+        })
     }
-    if others.is_empty() {
-        return Ok(());
-    }
-    let named: Vec<String> = others
-        .iter()
-        .take(NAMED_TOKENS)
-        .map(|(id, (of_base, token))| format!("{id} is {token:?}, the base model's is {of_base:?}"))
-        .collect();
-    Err(AdapterError::BadFile {
-        file: TextFiles::TOKENIZER.into(),
-        reason: format!(
-            "token {} ({} in all): the tokenizer is another model's, and the adapter did not train these rows",
-            named.join("; "),
-            others.len()
-        ),
-    })
 }
 
 #[cfg(test)]
@@ -481,6 +526,28 @@ mod tests {
         assert!(Arc::ptr_eq(side.tokenizer(), other.tokenizer()) && Arc::ptr_eq(&side.grammars, &other.grammars));
         drop((first, side, second, other));
         assert_eq!((base.own.len(), base.own.tokenizers.len(), base.own.grammars.len()), (0, 0, 0));
+    }
+
+    #[test]
+    fn what_adapters_share_counts_once() {
+        let base = Base::new(None);
+        let parts = |lease: &AdapterLease| -> BTreeMap<[u8; 32], usize> {
+            let companion = lease.weights().companion.as_ref().unwrap();
+            companion.parts().iter().map(|part| (part.id, part.bytes)).collect()
+        };
+        let mut files = files_of(&root().join(OWN));
+        let (first, _) = base.side(OWN, &files).unwrap();
+        files[2].1 = b"another: {{ messages[0].content }}".to_vec();
+        let (second, _) = base.side(OWN, &files).unwrap();
+        let (one, other) = (parts(&first), parts(&second));
+        assert_eq!((one.len(), other.len()), (3, 3), "a tokenizer, what its grammars need, a template");
+        let shared: Vec<_> = one.keys().filter(|id| other.contains_key(*id)).collect();
+        assert_eq!(shared.len(), 2, "all but the template");
+        assert!(one.values().sum::<usize>() > 2 * files[0].1.len(), "more than the file");
+        // One with the base model's tokenizer takes none of its own.
+        let (third, _) = base.side(PLAIN, &files[2..]).unwrap();
+        assert_eq!(parts(&third).len(), 2);
+        assert!(parts(&third).keys().all(|id| !one.contains_key(id)));
     }
 
     #[test]

@@ -11,6 +11,12 @@ use std::collections::BTreeMap;
 use sha2::{Digest, Sha256};
 use tokenizers::{AddedToken, Tokenizer};
 
+/// Bytes of memory that a tokenizer takes for each byte of its tokenizer.json (merges), for each of its tokens (three tables), and for what
+/// it remembers of texts. Resident memory of Qwen2.5's, SmolLM2's, DeepSeek's and Anthropic's was 0.73 to 0.95 times this sum.
+const MEMORY_FOR_JSON: usize = 3;
+const MEMORY_FOR_TOKEN: usize = 200;
+const MEMORY_FOR_CACHE: usize = 1 << 20;
+
 /// Why a tokenizer can't be used, or a text not tokenized.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
@@ -54,6 +60,7 @@ pub struct TextTokenizer {
     special: Vec<bool>,
     added: Vec<bool>,
     bos: Option<(String, u32)>,
+    json_bytes: usize,
 }
 
 /// The bytes of every token, end to end.
@@ -86,7 +93,7 @@ impl TextTokenizer {
     /// `BadFile`; `Added` for one that would get another id, `TooManyTokens`.
     pub fn from_bytes_within(json: &[u8], bos_token: Option<&str>, added: &BTreeMap<u32, AddedToken>, limit: usize) -> Result<Self, TokenizerError> {
         let tokenizer = Tokenizer::from_bytes(json).map_err(|error| TokenizerError::BadFile(error.to_string()))?;
-        Self::from_tokenizer(tokenizer, bos_token, added, limit)
+        Self::from_tokenizer(tokenizer, bos_token, added, limit, json.len())
     }
 
     /// This one with more tokens, or another beginning-of-sequence token.
@@ -94,7 +101,7 @@ impl TextTokenizer {
     /// # Errors
     /// As [`Self::from_bytes_within`].
     pub fn extended(&self, bos_token: Option<&str>, added: &BTreeMap<u32, AddedToken>, limit: usize) -> Result<Self, TokenizerError> {
-        Self::from_tokenizer(self.tokenizer.clone(), bos_token, added, limit)
+        Self::from_tokenizer(self.tokenizer.clone(), bos_token, added, limit, self.json_bytes)
     }
 
     fn from_tokenizer(
@@ -102,6 +109,7 @@ impl TextTokenizer {
         bos_token: Option<&str>,
         to_add: &BTreeMap<u32, AddedToken>,
         limit: usize,
+        json_bytes: usize,
     ) -> Result<Self, TokenizerError> {
         for (&expected, token) in to_add {
             // In the order of their ids, which are given one after the other, as transformers does it.
@@ -159,6 +167,7 @@ impl TextTokenizer {
             special,
             added: is_added,
             bos,
+            json_bytes,
         })
     }
 
@@ -190,6 +199,11 @@ impl TextTokenizer {
         self.tokenizer
             .decode(ids, skip_special_tokens)
             .map_err(|error| TokenizerError::Decode(error.to_string()))
+    }
+
+    /// An estimate of what it takes of memory: the tables of the `tokenizers` crate, which tell nobody, and the ones here.
+    pub fn memory_bytes(&self) -> usize {
+        MEMORY_FOR_JSON * self.json_bytes + MEMORY_FOR_TOKEN * self.vocab_size() + MEMORY_FOR_CACHE
     }
 
     /// One more than the largest token id.

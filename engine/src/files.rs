@@ -56,7 +56,7 @@ pub enum FileSource {
     Memory(Arc<[MemoryFile]>),
 }
 
-/// What tells one state of a folder's files from another without reading them: names, lengths, identities and times.
+/// What tells one state of a folder's files (or of one file) from another without reading them: names, lengths, identities and times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SourceStamp {
     digest: [u8; 32],
@@ -278,6 +278,19 @@ impl FileSource {
         })
     }
 
+    /// The state of one file; `None` where there is no such file on disk.
+    pub fn file_stamp(&self, name: &str) -> Option<SourceStamp> {
+        let metadata = std::fs::metadata(self.directory()?.join(name)).ok()?;
+        let (identity, newest) = identity(&metadata).filter(|_| metadata.is_file())?;
+        let mut hash = Sha256::new();
+        hash.update(metadata.len().to_le_bytes());
+        identity.iter().for_each(|part| hash.update(part.to_le_bytes()));
+        Some(SourceStamp {
+            digest: hash.finalize().into(),
+            newest,
+        })
+    }
+
     /// The folder on disk, if it is one.
     pub fn directory(&self) -> Option<&Path> {
         match self {
@@ -368,6 +381,16 @@ mod tests {
             ..stamps[0]
         };
         assert!(old.is_settled());
+        let one = source.file_stamp("a").unwrap();
+        assert_eq!(source.file_stamp("a").unwrap(), one);
+        // A link is the same file, a copy is another.
+        std::fs::hard_link(folder.path().join("a"), folder.path().join("link")).unwrap();
+        write("copy", b"22");
+        assert_eq!(source.file_stamp("link"), source.file_stamp("a"));
+        assert_ne!(source.file_stamp("copy").unwrap().digest, source.file_stamp("a").unwrap().digest);
+        write("a", b"333");
+        assert_ne!(source.file_stamp("a").unwrap().digest, one.digest);
+        assert_eq!(source.file_stamp("none"), None);
         assert_eq!(FileSource::Directory("/nowhere".into()).stamp(), None);
         assert_eq!(FileSource::Embedded(&[]).stamp(), None);
     }

@@ -391,6 +391,7 @@ impl MockEngine {
                 max_lora_rank: 8,
                 target_modules: vec!["q_proj".into(), "v_proj".into()],
                 bytes: 4096,
+                companion_bytes: 0,
                 pinned: request.pinned,
                 leases: 0,
                 requests_total: 0,

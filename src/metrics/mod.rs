@@ -844,6 +844,7 @@ mod tests {
             max_lora_rank: 16,
             target_modules: vec!["q_proj".into()],
             bytes: 1024,
+            companion_bytes: 0,
             pinned,
             leases: 2,
             requests_total: 0,

@@ -166,6 +166,8 @@ pub struct AdapterEntry {
     pub target_modules: Vec<String>,
     /// Bytes of its weights.
     pub size_bytes: usize,
+    /// Bytes of host memory that its own tokenizer and chat template take, estimated; what it shares with other adapters included.
+    pub tokenizer_bytes: usize,
     /// Whether it is never evicted.
     pub pinned: bool,
     /// Requests that use it now.

@@ -39,6 +39,7 @@ fn entry(info: AdapterInfo, aliases: &mut HashMap<String, Vec<String>>) -> Adapt
         lora_rank: info.max_lora_rank,
         target_modules: info.target_modules,
         size_bytes: info.bytes,
+        tokenizer_bytes: info.companion_bytes,
         pinned: info.pinned,
         leases: info.leases,
         requests_total: info.requests_total,

@@ -336,7 +336,7 @@ async fn the_list_tells_all() {
     assert_eq!(entry, server.get("/v1/adapters/sql").await.json(200).await);
     let expected = json!({
         "object": "adapter", "name": "sql", "source": "mock:sql", "state": "host", "lora_rank": 8, "target_modules": ["q_proj", "v_proj"],
-        "size_bytes": 4096, "pinned": true, "leases": 0, "requests_total": 1, "hits_total": 1, "aliases": ["support"],
+        "size_bytes": 4096, "tokenizer_bytes": 0, "pinned": true, "leases": 0, "requests_total": 1, "hits_total": 1, "aliases": ["support"],
     });
     for (field, value) in expected.as_object().unwrap() {
         assert_eq!(entry[field], *value, "{field}");

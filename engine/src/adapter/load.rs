@@ -1437,6 +1437,7 @@ mod tests {
 
     use super::*;
     use crate::adapter::{
+        Companion, HostPart,
         tensors::INDEX_FILE,
         testing::{AdapterFiles, FileTensor, limits, source, tensor_name, tiny_decoder},
     };
@@ -1792,9 +1793,12 @@ mod tests {
     #[test]
     fn what_comes_with_an_adapter_is_part_of_its_version() {
         struct Files([u8; 32]);
-        impl super::super::Companion for Files {
+        impl Companion for Files {
             fn digest(&self) -> [u8; 32] {
                 self.0
+            }
+            fn parts(&self) -> Vec<HostPart> {
+                vec![HostPart { id: self.0, bytes: 100 }]
             }
         }
         let decoder = tiny_decoder();
@@ -1818,6 +1822,8 @@ mod tests {
         assert_eq!(one.version, same.version);
         assert!(without.version != one.version && one.version != other.version);
         assert!(without.companion.is_none() && one.companion.is_some());
+        let bytes = |adapter: &HostAdapter| adapter.host_parts().iter().map(|part| part.bytes).sum::<usize>() - adapter.bytes();
+        assert_eq!((bytes(&without), bytes(&one)), (0, 100));
     }
 
     fn with_own_tokens() -> LoraLimits {

@@ -188,6 +188,17 @@ pub trait BaseWeights: Send + Sync {
 pub trait Companion: Send + Sync {
     /// Hash of all that it says; part of the adapter's version.
     fn digest(&self) -> [u8; 32];
+    /// What it keeps in host memory, beside the weights; parts that several companions share have the same `id` in each.
+    fn parts(&self) -> Vec<HostPart>;
+}
+
+/// Host memory that one or several adapters keep in use. It counts once, however many they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostPart {
+    /// Content hash.
+    pub id: [u8; 32],
+    /// Its size; an estimate where nobody can know it.
+    pub bytes: usize,
 }
 
 /// Reads an adapter's [`Companion`] from its files, once its weights are packed; `None` where there is none. Called by the threads that load.
@@ -237,6 +248,17 @@ impl HostAdapter {
     /// Bytes of its weights, on the host and on a device alike.
     pub fn bytes(&self) -> usize {
         self.blob.as_bytes().len()
+    }
+
+    /// All that it keeps in host memory: its weights, and the parts of its companion.
+    pub fn host_parts(&self) -> Vec<HostPart> {
+        let weights = HostPart {
+            id: self.version.0,
+            bytes: self.bytes(),
+        };
+        let mut parts = self.companion.as_ref().map_or_else(Vec::new, |companion| companion.parts());
+        parts.push(weights);
+        parts
     }
 
     /// The pair of a module, if the adapter has one.

@@ -21,7 +21,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use tokio::sync::oneshot;
 
 use super::{
-    AdapterError, HostAdapter, ResolvedAdapter, VersionId,
+    AdapterError, HostAdapter, HostPart, ResolvedAdapter, VersionId,
     combine::{Part, combine, combined_version, parse_expression},
     lease::{AdapterLease, Hold, LeaseGuard, LeaseOwner, UnloadMode, Unloading},
     load::{CoverageReport, LoraLimits, load_adapter},
@@ -97,6 +97,8 @@ pub struct AdapterInfo {
     pub target_modules: Vec<String>,
     /// Bytes of its weights.
     pub bytes: usize,
+    /// Bytes of host memory that its companion takes (see [`super::Companion`]), what it shares with others included.
+    pub companion_bytes: usize,
     /// Whether it is pinned.
     pub pinned: bool,
     /// Requests that hold it.
@@ -195,7 +197,7 @@ pub struct RegistryStats {
     pub pinned: usize,
     /// Leases, those on forgotten names included.
     pub leases: usize,
-    /// Bytes of weights in host memory; what several names share counts once, what only leases hold counts too.
+    /// Bytes of adapters in host memory, weights and companions; what several share counts once, what only leases hold counts too.
     pub host_bytes: usize,
     /// Of those, the ones of names and of kept combinations: what `max_loaded_bytes` bounds. The others belong to requests in flight.
     pub loaded_bytes: usize,
@@ -284,6 +286,7 @@ struct Facts {
     max_lora_rank: u32,
     target_modules: Vec<String>,
     bytes: usize,
+    companion_bytes: usize,
 }
 
 /// A failure and when the next attempt is due.
@@ -375,10 +378,12 @@ struct State {
     clock: u64,
     /// Names whose weights are on the host.
     loaded: HashSet<Arc<str>>,
-    /// The versions of those names and of the combinations.
-    tier: HashMap<VersionId, TierUse>,
-    /// Bytes of those versions.
+    /// What those names and the combinations keep in host memory, by [`HostPart::id`].
+    tier: HashMap<[u8; 32], TierUse>,
+    /// Bytes of all that.
     tier_bytes: usize,
+    /// Adapters that have left for others, until [`unlock`] drops them.
+    leaving: Vec<Arc<HostAdapter>>,
     num_pinned: usize,
     loads_total: u64,
     load_failures_total: u64,
@@ -391,7 +396,7 @@ struct State {
     misses_total: u64,
 }
 
-/// How many names (and combinations) have a version on the host.
+/// How many names (and combinations) have a part on the host.
 struct TierUse {
     uses: usize,
     bytes: usize,
@@ -936,7 +941,7 @@ impl AdapterRegistry {
             loaded: state.loaded.len(),
             pinned: state.num_pinned,
             leases: self.shared.leases.load(Ordering::Acquire),
-            host_bytes: versions.iter().map(|weights| weights.bytes()).sum(),
+            host_bytes: distinct_bytes(versions.iter().map(|weights| &**weights)),
             loaded_bytes: state.tier_bytes,
             combinations: state.combinations.len(),
             loading: waiting + running,
@@ -984,6 +989,29 @@ impl Wanted<'_> {
             Self::Sum { parts, .. } => (None, &parts[..]),
         };
         one.into_iter().chain(parts.iter().map(|part| part.name))
+    }
+}
+
+/// What may not leave the host.
+#[derive(Default)]
+struct Staying {
+    names: usize,
+    parts: HashMap<[u8; 32], usize>,
+}
+
+impl Staying {
+    fn bytes(&self) -> usize {
+        self.parts.values().sum()
+    }
+
+    /// Bytes that these weights need beside it.
+    fn missing_bytes(&self, weights: &HostAdapter) -> usize {
+        let parts = weights.host_parts();
+        parts
+            .iter()
+            .filter(|part| !self.parts.contains_key(&part.id))
+            .map(|part| part.bytes)
+            .sum()
     }
 }
 
@@ -1054,21 +1082,30 @@ impl State {
     }
 
     fn enter_tier(&mut self, weights: &HostAdapter) {
-        let bytes = weights.bytes();
-        let entry = self.tier.entry(weights.version).or_insert(TierUse { uses: 0, bytes });
-        entry.uses += 1;
-        if entry.uses == 1 {
-            self.tier_bytes += bytes;
+        for HostPart { id, bytes } in weights.host_parts() {
+            let part = self.tier.entry(id).or_insert(TierUse { uses: 0, bytes });
+            part.uses += 1;
+            if part.uses == 1 {
+                self.tier_bytes += bytes;
+            }
         }
     }
 
     fn leave_tier(&mut self, weights: &HostAdapter) {
-        let entry = self.tier.get_mut(&weights.version).expect("what leaves has entered");
-        entry.uses -= 1;
-        if entry.uses == 0 {
-            self.tier_bytes -= entry.bytes;
-            self.tier.remove(&weights.version);
+        for HostPart { id, .. } in weights.host_parts() {
+            let part = self.tier.get_mut(&id).expect("what leaves has entered");
+            part.uses -= 1;
+            if part.uses == 0 {
+                self.tier_bytes -= part.bytes;
+                self.tier.remove(&id);
+            }
         }
+    }
+
+    /// Bytes that these weights would add to the tier as it is.
+    fn missing_bytes(&self, weights: &HostAdapter) -> usize {
+        let parts = weights.host_parts();
+        parts.iter().filter(|part| !self.tier.contains_key(&part.id)).map(|part| part.bytes).sum()
     }
 
     /// What a folder in this state holds, if that is known and still in memory.
@@ -1104,20 +1141,22 @@ impl State {
         wanted
     }
 
-    /// Names, and bytes of distinct versions, that may not leave the host: pinned, or in use.
-    fn staying(&self) -> (usize, usize) {
+    /// Names, and what is kept in host memory, that may not leave: pinned, or in use.
+    fn staying(&self) -> Staying {
         let loaded = self.loaded.iter().filter_map(|name| self.entries.get(name));
-        let mut versions: HashMap<VersionId, usize> = HashMap::new();
-        let mut num_staying = 0;
+        let mut staying = Staying::default();
         for entry in loaded.filter(|entry| !may_leave(entry)) {
-            num_staying += 1;
+            staying.names += 1;
             if let Tier::Host(weights) = &entry.tier {
-                versions.insert(weights.version, weights.bytes());
+                staying.parts.extend(weights.host_parts().iter().map(|part| (part.id, part.bytes)));
             }
         }
-        let combinations = self.combinations_in_use();
-        versions.extend(combinations.map(|combination| (combination.weights.version, combination.weights.bytes())));
-        (num_staying, versions.values().sum())
+        for combination in self.combinations_in_use() {
+            staying
+                .parts
+                .extend(combination.weights.host_parts().iter().map(|part| (part.id, part.bytes)));
+        }
+        staying
     }
 
     fn combinations_in_use(&self) -> impl Iterator<Item = &Combination> {
@@ -1224,6 +1263,7 @@ impl Shared {
             max_lora_rank: facts.map_or(0, |facts| facts.max_lora_rank),
             target_modules: facts.map_or_else(Vec::new, |facts| facts.target_modules.clone()),
             bytes: facts.map_or(0, |facts| facts.bytes),
+            companion_bytes: facts.map_or(0, |facts| facts.companion_bytes),
             pinned: glance.pinned,
             leases: glance.leases,
             requests_total: glance.requests_total,
@@ -1466,7 +1506,7 @@ impl Shared {
             weights: weights.clone(),
             hold,
         });
-        drop(state);
+        unlock(state);
         combine_job.work.answer(weights, guard);
     }
 
@@ -1539,6 +1579,7 @@ impl Shared {
                 max_lora_rank: weights.max_lora_rank,
                 target_modules: target_modules(&report),
                 bytes: weights.bytes(),
+                companion_bytes: distinct_bytes([&weights]) - weights.bytes(),
                 report: Arc::new(report),
             };
             (Arc::new(weights), Arc::new(facts))
@@ -1648,16 +1689,16 @@ impl Shared {
     /// What would be left if all left that may, beside what is granted.
     fn room(&self, state: &State) -> Room {
         let (limit, limit_bytes) = self.config.limits_of_host();
-        let (names, bytes) = state.staying();
+        let staying = state.staying();
         let left = |limit: usize, used: usize, granted: &AtomicUsize| limit.saturating_sub(used).saturating_sub(granted.load(Ordering::SeqCst));
         Room {
-            names: left(limit, names, &self.granted.names),
+            names: left(limit, staying.names, &self.granted.names),
             combinations: left(
                 self.config.max_combinations,
                 state.combinations_in_use().count(),
                 &self.granted.combinations,
             ),
-            bytes: left(limit_bytes, bytes, &self.granted.bytes),
+            bytes: left(limit_bytes, staying.bytes(), &self.granted.bytes),
             limit_bytes,
         }
     }
@@ -1692,15 +1733,21 @@ impl Shared {
         if state.current(&load.work).is_none() {
             return;
         }
-        let bytes = loaded.as_ref().map_or(0, |(weights, _)| weights.bytes());
-        let loaded = loaded.and_then(|loaded| self.make_room(&mut state, 1, &loaded.0).map(|()| loaded));
-        if loaded.as_ref().is_err_and(is_no_room) && Instant::now() < load.deadline {
-            // Others were faster to the room that there was, or it is larger than was known.
-            drop(state);
-            let work = Load { bytes, ..load.work };
-            self.park(Parked { work, ..load });
-            return;
-        }
+        let loaded = match loaded {
+            Ok(loaded) => match self.make_room(&mut state, 1, &loaded.0) {
+                Ok(()) => Ok(loaded),
+                Err(error) if is_no_room(&error) && Instant::now() < load.deadline => {
+                    // Others were faster to the room that there was, or it is larger than was known.
+                    let bytes = state.staying().missing_bytes(&loaded.0);
+                    drop(state);
+                    drop(loaded);
+                    let work = Load { bytes, ..load.work };
+                    return self.park(Parked { work, ..load });
+                }
+                Err(error) => Err(error),
+            },
+            Err(error) => Err(error),
+        };
         let name = &load.work.name;
         let tick = state.tick();
         let Some(entry) = state.entries.get_mut(name) else { return };
@@ -1720,13 +1767,15 @@ impl Shared {
                 entry.failure = None;
                 let pinned = entry.pinned;
                 state.enter_host(name, &weights);
+                // From here on only the tier and leases hold them: who is answered may let them go, and look.
+                drop(weights);
                 state.loads_total += 1;
                 state.moved(name, |moves| moves.loads += 1);
                 if pinned {
                     self.pins_changed.fetch_add(1, Ordering::Release);
                 }
                 let answers = self.leases_for(&mut state, name, waiters);
-                drop(state);
+                unlock(state);
                 answer(answers);
             }
             Err(error) => {
@@ -1772,6 +1821,9 @@ impl Shared {
         let name = request.name.clone();
         let pins_change = request.pinned || state.entries.get(name.as_str()).is_some_and(|entry| entry.pinned);
         let waiters = self.put(&mut state, request, weights, facts);
+        if let Some((_, old)) = old {
+            state.leaving.push(old);
+        }
         state.loads_total += 1;
         state.moved(&name, |moves| moves.loads += 1);
         if pins_change {
@@ -1779,7 +1831,7 @@ impl Shared {
         }
         let answers = self.leases_for(&mut state, &name, waiters);
         let info = state.entries.get(name.as_str()).map(|entry| self.info(entry));
-        drop(state);
+        unlock(state);
         answer(answers);
         info.ok_or_else(loader_gone)
     }
@@ -1830,22 +1882,23 @@ impl Shared {
         state.loaded.len() + names <= limit && state.tier_bytes.saturating_add(bytes) <= limit_bytes
     }
 
-    /// Whether `names` more names with `bytes` more bytes could be on the host, if all left that may.
-    fn room_for(&self, state: &State, names: usize, bytes: usize) -> Result<(), AdapterError> {
-        if self.fits_as_it_is(state, names, bytes) {
+    /// Whether `names` more names with these weights could be on the host, if all left that may.
+    fn room_for(&self, state: &State, names: usize, weights: &HostAdapter) -> Result<(), AdapterError> {
+        if self.fits_as_it_is(state, names, state.missing_bytes(weights)) {
             return Ok(());
         }
         let (limit, limit_bytes) = self.config.limits_of_host();
-        let (num_staying, used_bytes) = state.staying();
-        if num_staying + names > limit {
+        let staying = state.staying();
+        if staying.names + names > limit {
             return Err(AdapterError::NothingToEvict {
                 loaded: state.loaded.len(),
                 limit,
             });
         }
-        if used_bytes.saturating_add(bytes) > limit_bytes {
+        let (needed_bytes, used_bytes) = (staying.missing_bytes(weights), staying.bytes());
+        if used_bytes.saturating_add(needed_bytes) > limit_bytes {
             return Err(AdapterError::HostMemoryFull {
-                needed_bytes: bytes,
+                needed_bytes,
                 used_bytes,
                 limit_bytes,
             });
@@ -1856,19 +1909,20 @@ impl Shared {
     /// Evicts until `names` more names with these weights may be on the host, or nothing if that can't be.
     fn make_room(&self, state: &mut State, names: usize, weights: &HostAdapter) -> Result<(), AdapterError> {
         let (limit, limit_bytes) = self.config.limits_of_host();
-        if weights.bytes() > limit_bytes {
+        let all_bytes = distinct_bytes([weights]);
+        if all_bytes > limit_bytes {
+            let own = match all_bytes - weights.bytes() {
+                0 => String::new(),
+                bytes => format!(", its own tokenizer's {bytes} included"),
+            };
             return Err(AdapterError::Incompatible {
-                reason: format!(
-                    "it takes {} bytes of host memory, at most {limit_bytes} are for adapters (--max-loaded-lora-bytes)",
-                    weights.bytes()
-                ),
+                reason: format!("it takes {all_bytes} bytes of host memory{own}, at most {limit_bytes} are for adapters (--max-loaded-lora-bytes)"),
             });
         }
-        // What is there already under another name takes no more; should that name leave now, it leaves its bytes to this one.
-        let bytes = if state.tier.contains_key(&weights.version) { 0 } else { weights.bytes() };
-        self.room_for(state, names, bytes)?;
+        self.room_for(state, names, weights)?;
         loop {
-            let lacks_bytes = state.tier_bytes + bytes > limit_bytes;
+            // Who leaves may take a part along that these weights were to share.
+            let lacks_bytes = state.tier_bytes + state.missing_bytes(weights) > limit_bytes;
             if !lacks_bytes && state.loaded.len() + names <= limit {
                 return Ok(());
             }
@@ -1896,6 +1950,7 @@ impl Shared {
             && let Tier::Host(weights) = std::mem::replace(&mut entry.tier, Tier::Registered)
         {
             state.leave_host(&name, &weights);
+            state.leaving.push(weights);
         }
         state.evictions_total += 1;
         state.moved(&name, |moves| moves.host_evictions += 1);
@@ -1913,7 +1968,7 @@ impl Shared {
 
     fn make_room_for_combination(&self, state: &mut State, weights: &HostAdapter) -> Result<(), AdapterError> {
         self.room_for_combinations(state, 1)?;
-        self.room_for(state, 0, weights.bytes())?;
+        self.room_for(state, 0, weights)?;
         while state.combinations.len() >= self.config.max_combinations && evict_combination(state) {}
         self.make_room(state, 0, weights)
     }
@@ -1930,6 +1985,25 @@ impl LeaseOwner for Shared {
     }
 }
 
+/// Gives the lock back, and then drops what has left the host: that takes milliseconds where it is large.
+fn unlock(mut state: MutexGuard<'_, State>) {
+    let leaving = std::mem::take(&mut state.leaving);
+    drop(state);
+    drop(leaving);
+}
+
+/// Bytes of host memory that different versions take together.
+fn distinct_bytes<'a>(versions: impl IntoIterator<Item = &'a HostAdapter>) -> usize {
+    let (mut bytes, mut companions) = (0, HashMap::new());
+    for weights in versions {
+        bytes += weights.bytes();
+        if let Some(companion) = &weights.companion {
+            companions.extend(companion.parts().iter().map(|part| (part.id, part.bytes)));
+        }
+    }
+    bytes + companions.values().sum::<usize>()
+}
+
 fn may_leave(entry: &Entry) -> bool {
     !entry.pinned && entry.hold.count() == 0
 }
@@ -1941,6 +2015,7 @@ fn evict_combination(state: &mut State) -> bool {
     };
     if let Some(combination) = state.combinations.remove(index) {
         state.leave_tier(&combination.weights);
+        state.leaving.push(combination.weights);
     }
     true
 }
@@ -2025,6 +2100,7 @@ fn combined_info(expression: &str, parts: &[AdapterInfo]) -> AdapterInfo {
         max_lora_rank: parts.iter().map(|part| part.max_lora_rank).sum(),
         target_modules,
         bytes: parts.iter().map(|part| part.bytes).sum(),
+        companion_bytes: parts.iter().map(|part| part.companion_bytes).sum(),
         pinned: false,
         leases: 0,
         requests_total: 0,
@@ -2489,6 +2565,83 @@ mod tests {
         unload(&registry, "c").unwrap();
         drop(acquire(&registry, "a").unwrap());
         assert!(registry.stats().loaded_bytes <= 2 * bytes);
+    }
+
+    /// Parts as `tokenizer.json` lists them: `[[id, bytes], …]`.
+    struct Parts(Vec<HostPart>);
+
+    impl crate::adapter::Companion for Parts {
+        fn digest(&self) -> [u8; 32] {
+            self.0.iter().fold([0; 32], |mut digest, part| {
+                digest[part.id[0] as usize] = part.bytes as u8;
+                digest
+            })
+        }
+
+        fn parts(&self) -> Vec<HostPart> {
+            self.0.clone()
+        }
+    }
+
+    fn read_parts(files: &FileSource) -> Option<Arc<dyn crate::adapter::Companion>> {
+        let json = files.read("tokenizer.json", 1000).ok()?;
+        let parts: Vec<(u8, usize)> = serde_json::from_slice(&json).unwrap();
+        let parts = parts.into_iter().map(|(id, bytes)| HostPart { id: [id; 32], bytes });
+        Some(Arc::new(Parts(parts.collect())))
+    }
+
+    #[test]
+    fn what_comes_with_adapters_counts_once_however_many_share_it() {
+        let all = ["a", "b", "c", "large"];
+        let directory = folder(&all);
+        let weights = load_adapter(&source_of(&directory, "a"), &tiny_decoder(), &limits()).unwrap().0.bytes();
+        let limit = 2 * weights + 100_000 + 20;
+        for (name, parts) in [
+            ("a", serde_json::json!([[1, 100_000], [2, 10]])),
+            ("b", serde_json::json!([[1, 100_000], [3, 10]])),
+            ("c", serde_json::json!([[4, 90_000]])),
+            ("large", serde_json::json!([[5, limit]])),
+        ] {
+            std::fs::write(directory.path().join(name).join("tokenizer.json"), parts.to_string()).unwrap();
+        }
+        let registry = registry(|config| {
+            config.max_loaded_bytes = Some(limit);
+            config.room_timeout = Duration::ZERO;
+            config.limits.companion = Some(Arc::new(|files, _| Ok(read_parts(files))));
+        });
+        for name in all {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        let used = || (registry.stats().loaded, registry.stats().loaded_bytes);
+        let a = acquire(&registry, "a").unwrap();
+        assert_eq!(registry.info("a").unwrap().companion_bytes, 100_010);
+        assert_eq!(registry.info("a").unwrap().bytes, weights);
+        drop(acquire(&registry, "b").unwrap());
+        assert_eq!(used(), (2, limit), "the shared part counts once");
+        assert_eq!(registry.stats().host_bytes, limit);
+        // With the other in use, what they share does not leave, and there is no room for this one.
+        let full = AdapterError::HostMemoryFull {
+            needed_bytes: weights + 90_000,
+            used_bytes: weights + 100_010,
+            limit_bytes: limit,
+        };
+        assert_eq!(acquire(&registry, "c").unwrap_err(), full);
+        assert_eq!(used(), (2, limit), "nobody left in vain");
+        drop(a);
+        drop(acquire(&registry, "c").unwrap());
+        assert_eq!(used(), (1, weights + 90_000), "who left took the shared part along");
+        assert_eq!(registry.stats().host_bytes, weights + 90_000);
+        // It would share with one that has to leave for it.
+        drop(acquire(&registry, "b").unwrap());
+        assert_eq!(used(), (1, weights + 100_010));
+        let error = acquire(&registry, "large").unwrap_err();
+        let (needed, own) = (weights + limit, format!("its own tokenizer's {limit} included"));
+        assert!(
+            matches!(&error, AdapterError::Incompatible { reason } if reason.contains(&own) && reason.contains(&needed.to_string())),
+            "{error}"
+        );
+        unload(&registry, "b").unwrap();
+        assert_eq!((used(), registry.stats().host_bytes), ((0, 0), 0));
     }
 
     #[test]
