@@ -8,6 +8,7 @@ use std::{
     marker::PhantomData,
     ops::Range,
     sync::Arc,
+    time::Duration,
 };
 
 use bytemuck::Pod;
@@ -447,18 +448,24 @@ impl<T> Drop for PinnedBuffer<T> {
     }
 }
 
-/// Memory of the caller's that is page-locked while this lives: copies from it run in the background at the speed of the bus.
+/// Memory of the caller's that is page-locked while this lives: copies from it run in the background at the speed of the bus, if none of them
+/// crosses a multiple of [`Self::PART`] bytes.
 pub struct RegisteredMemory {
-    data: *mut c_void,
+    parts: Vec<*mut c_void>,
     device: Arc<Device>,
 }
 
-// SAFETY: an address that is only given back to the driver.
+// SAFETY: addresses that are only given back to the driver.
 unsafe impl Send for RegisteredMemory {}
 // SAFETY: as above.
 unsafe impl Sync for RegisteredMemory {}
 
 impl RegisteredMemory {
+    /// So much is locked at a time: the driver holds up other threads' launches meanwhile, some 10 ms for the whole of a large adapter.
+    pub const PART: usize = 4 << 20;
+    /// Between two parts, so that who waits for the driver's lock gets it: it is not a fair one.
+    const PAUSE: Duration = Duration::from_micros(100);
+
     /// Locks the pages of `memory`.
     ///
     /// # Safety
@@ -468,19 +475,28 @@ impl RegisteredMemory {
     /// The driver's: among others, memory that is registered already.
     pub unsafe fn new(device: &Arc<Device>, memory: &[u8]) -> Result<Self, CudaError> {
         device.bind()?;
-        let data = memory.as_ptr().cast_mut().cast::<c_void>();
-        driver!(cuMemHostRegister_v2(data, memory.len(), 0))?;
-        Ok(Self {
-            data,
+        let mut registered = Self {
+            parts: Vec::with_capacity(memory.len().div_ceil(Self::PART)),
             device: device.clone(),
-        })
+        };
+        for part in memory.chunks(Self::PART) {
+            if !registered.parts.is_empty() {
+                std::thread::sleep(Self::PAUSE);
+            }
+            let data = part.as_ptr().cast_mut().cast::<c_void>();
+            driver!(cuMemHostRegister_v2(data, part.len(), 0))?;
+            registered.parts.push(data);
+        }
+        Ok(registered)
     }
 }
 
 impl Drop for RegisteredMemory {
     fn drop(&mut self) {
         let _ = self.device.bind();
-        let _ = driver!(cuMemHostUnregister(self.data));
+        for part in self.parts.drain(..) {
+            let _ = driver!(cuMemHostUnregister(part));
+        }
     }
 }
 

@@ -768,7 +768,13 @@ impl Uploader {
             let bytes = &job.host.blob.as_bytes()[from.clone()];
             let address = job.address + *to as u64;
             match (is_direct, is_f32) {
-                (true, _) => self.stream.copy_to_device(View::from_address(address, bytes.len()), bytes)?,
+                (true, _) => {
+                    for part in within_parts(from.clone()) {
+                        let to = address + (part.start - from.start) as u64;
+                        let bytes = &job.host.blob.as_bytes()[part];
+                        self.stream.copy_to_device(View::from_address(to, bytes.len()), bytes)?;
+                    }
+                }
                 // Two of what the stage takes for bf16 are one f32, copied as it is.
                 (false, true) => self.stage(bytes, PackedDtype::Bf16, address)?,
                 (false, false) => self.stage(bytes, job.host.dtype, address)?,
@@ -801,6 +807,17 @@ impl Uploader {
     }
 }
 
+/// A range of bytes, cut where the parts of registered memory end.
+fn within_parts(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let mut rest = range;
+    std::iter::from_fn(move || {
+        let end = rest.end.min((rest.start / RegisteredMemory::PART + 1) * RegisteredMemory::PART);
+        let cut = rest.start..end;
+        rest.start = end;
+        (!cut.is_empty()).then_some(cut)
+    })
+}
+
 /// Locks an adapter's memory, unless it is; it stays so for as long as the host keeps it. False where that is not possible (a limit on locked
 /// memory) or of no use, since f32 has to be rounded on the way: copies then go through a stage.
 pub(super) fn page_lock(device: &Arc<Device>, host: &HostAdapter) -> bool {
@@ -815,4 +832,21 @@ pub(super) fn page_lock(device: &Arc<Device>, host: &HostAdapter) -> bool {
         }
     };
     host.dtype == PackedDtype::Bf16 && host.blob.hold_with(lock)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_end_where_registered_parts_end() {
+        const PART: usize = RegisteredMemory::PART;
+        let cut = |range| within_parts(range).map(|part| (part.start, part.end)).collect::<Vec<_>>();
+        assert_eq!(cut(10..PART), [(10, PART)]);
+        assert_eq!(
+            cut(PART - 1..2 * PART + 5),
+            [(PART - 1, PART), (PART, 2 * PART), (2 * PART, 2 * PART + 5)]
+        );
+        assert!(cut(PART..PART).is_empty());
+    }
 }

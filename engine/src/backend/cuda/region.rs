@@ -58,7 +58,7 @@ impl Region {
     /// The highest gap that is long enough; where it begins.
     pub fn allocate(&mut self, id: u32, bytes: usize) -> Option<usize> {
         let from_top = self.arena.allocate(id, bytes)?;
-        Some(self.from_bottom(from_top, bytes.next_multiple_of(ALIGNMENT)))
+        Some(self.offset_from_bottom(from_top, bytes.next_multiple_of(ALIGNMENT)))
     }
 
     pub fn free(&mut self, id: u32) {
@@ -76,7 +76,7 @@ impl Region {
         let moves = self.arena.compact(may_move);
         tracing::debug!(moves = moves.len(), "moving adapters to make one free run");
         for &Move { id, from, to, len } in &moves {
-            let (from, to) = (self.from_bottom(from, len), self.from_bottom(to, len));
+            let (from, to) = (self.offset_from_bottom(from, len), self.offset_from_bottom(to, len));
             // A copy must not overlap itself: in pieces as long as the way up, the upper ones first.
             let way = to - from;
             let mut end = len;
@@ -137,7 +137,7 @@ impl Region {
         self.left_until.record(stream)
     }
 
-    fn from_bottom(&self, from_top: usize, len: usize) -> usize {
+    fn offset_from_bottom(&self, from_top: usize, len: usize) -> usize {
         self.memory.len() - from_top - len
     }
 }
