@@ -16,7 +16,7 @@ use polylora_kernels::cuda::{
     attention_decode::{AttentionDecode, AttentionDecodeArgs},
     attention_prefill::{AttentionPrefill, AttentionPrefillArgs, PrefillTile},
     gemm::{Gemm, GemmArgs, GemmOutput},
-    lora::{ExpandInto, ItemRows, Lora, LoraDescriptor, LoraItem, LoraItems, RANK_TILE, Shrunk},
+    lora::{ExpandInto, ItemRows, Lora, LoraDescriptor, LoraItem, LoraItems, RANK_TILE, ShrinkInput, Shrunk},
     lora_output::{LoraOutput, OutputInto, OutputTerms},
     own_logits::{LogitsCopy, MAX_ITEM_ROWS, TokenRowsItem},
     rms_norm::RmsNormArgs,
@@ -374,7 +374,8 @@ impl Bench {
             })
             .collect();
         let v_stride = 3 * rank;
-        let v = self.zeros::<f32>(14 * rows * v_stride);
+        let (v, partial) = (self.zeros::<bf16>(rows * v_stride), self.zeros::<f32>(14 * rows * v_stride));
+        let counters = self.zeros::<u32>(rows * v_stride / RANK_TILE);
         let xs: Vec<DeviceBuffer<bf16>> = GROUPS.iter().map(|group| self.random(rows * group.d_in, 3, 1.0)).collect();
         let y16 = self.zeros::<bf16>(rows * 2 * FFN);
         let y32 = self.zeros::<f32>(rows * HIDDEN);
@@ -383,8 +384,10 @@ impl Bench {
             let group = &GROUPS[group_idx];
             let shrunk = Shrunk {
                 v: v.view(),
+                partial: partial.view(),
+                counters: counters.view(),
                 num_splits: Lora::num_splits(group.d_in, max_splits),
-                split_rows: rows,
+                rows,
                 v_stride,
             };
             let descriptor_offset = ((layer * GROUPS.len() + group_idx) * 64) as u32;
@@ -399,9 +402,12 @@ impl Bench {
                     descriptor_offset,
                     grid,
                 };
-                self.kernels
-                    .lora
-                    .launch_shrink(&self.stream, work, xs[group_idx].view(), group.d_in, shrunk)?;
+                let input = ShrinkInput {
+                    x: xs[group_idx].view(),
+                    d_in: group.d_in,
+                    is_ready: false,
+                };
+                self.kernels.lora.launch_shrink(&self.stream, work, input, shrunk)?;
             }
             if widen {
                 let grid = ((expand_items.len() * Lora::column_tiles(group.d_out)) as u32).min(most);
@@ -453,8 +459,10 @@ impl Bench {
                     };
                     let shrunk = Shrunk {
                         v: v.view(),
+                        partial: partial.view(),
+                        counters: counters.view(),
                         num_splits: Lora::num_splits(HIDDEN, max_splits),
-                        split_rows: rows,
+                        rows,
                         v_stride,
                     };
                     let buffers = (y16.view(), activated.view());

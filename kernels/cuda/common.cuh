@@ -79,6 +79,32 @@ DEVICE float exp2_fast(float x) {
   return y;
 }
 
+#if __CUDA_ARCH__ >= 900
+// Blocks of a cluster (sm_90): all of them come here before any goes on, and then sees what the others wrote.
+DEVICE void cluster_barrier() { asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+DEVICE uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+DEVICE uint32_t cluster_size() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+// Where a block of the cluster has what this one has at a shared memory address; and a load from there.
+DEVICE uint32_t address_in_cluster(uint32_t address, int rank) {
+  uint32_t mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+DEVICE float load_in_cluster(uint32_t address) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+#endif
+
 // Programmatic dependent launch (sm_90): a kernel starts while the one before it still runs. Everything before `wait_for_previous_kernel`
 // may read only what no earlier kernel of the step writes (weights, the step's metadata). Every kernel calls both, whatever path it takes,
 // so that "the previous kernel is complete" implies that all earlier ones are.
@@ -127,11 +153,11 @@ DEVICE float block_sum(float x, float* shared) {
 }
 
 // Activations of the gated MLP.
-DEVICE float silu(float x) { return x / (1.f + __expf(-x)); }
+DEVICE float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 DEVICE float gelu_tanh(float x) {
   // 0.5 · x · (1 + tanh(u)) = x · sigmoid(2u)
   const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-  return x / (1.f + __expf(-2.f * u));
+  return __fdividef(x, 1.f + __expf(-2.f * u));
 }
 
 // What one adapter has for one group of projections that share their input (q, k, v; o; gate, up; down; lm_head) in one layer.

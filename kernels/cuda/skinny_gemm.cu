@@ -26,7 +26,6 @@ DEVICE void skinny_gemm(const bf16* x, const bf16* w, const Y* bias, Y* y, int m
   const bf16* w_low = w + (int64_t)(n0 + g) * k;
   const bf16* w_high = w_low + 8 * (int64_t)k;
   float acc[tiles][4] = {};
-  allow_next_kernel();
   bool waited = false;
   for (int k0 = warp * 256; k0 < k; k0 += WARPS * 256) {
     uint4 low[8], high[8];
@@ -38,6 +37,8 @@ DEVICE void skinny_gemm(const bf16* x, const bf16* w, const Y* bias, Y* y, int m
     }
     if (!waited) {
       wait_for_previous_kernel();
+      // Not before: x is complete when the next kernel starts, see `x_is_ready` of lora_shrink.cu.
+      allow_next_kernel();
       waited = true;
     }
 #pragma unroll

@@ -103,14 +103,22 @@ DEVICE void warpgroup_mma(float (&d)[32], uint64_t a, uint64_t b) {
         "+f"(d[31])
       : "l"(a), "l"(b));
 }
-
-DEVICE void cluster_barrier() { asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-DEVICE uint32_t address_in_cluster(uint32_t address, int rank) {
-  uint32_t mapped;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
-  return mapped;
+DEVICE void warpgroup_mma(float (&d)[64], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+      "}, %64, %65, 1, 1, 1, 0, 0;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]),
+        "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
+        "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]),
+        "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),
+        "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]),
+        "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+      : "l"(a), "l"(b));
 }
-DEVICE float4 load_in_cluster(uint32_t address) {
+
+DEVICE float4 load_4_in_cluster(uint32_t address) {
   float4 v;
   asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
   return v;
@@ -169,7 +177,6 @@ DEVICE void stream_gemm(const TensorMap& w_map, const TensorMap& x_map, const St
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  allow_next_kernel();
   __syncthreads();
 
   if (warp == COPIER) {
@@ -184,6 +191,8 @@ DEVICE void stream_gemm(const TensorMap& w_map, const TensorMap& x_map, const St
       const int ahead = min(args.num_stages, num_steps);
       for (int step = 0; step < ahead; step++) load_w(step, step);
       wait_for_previous_kernel();
+      // Not before: x is complete when the next kernel starts, see `x_is_ready` of lora_shrink.cu.
+      allow_next_kernel();
       for (int step = 0; step < ahead; step++) load_x(step, step);
       int stage = 0, parity = 0;
       for (int step = ahead; step < num_steps; step++) {
@@ -257,10 +266,10 @@ DEVICE void stream_gemm(const TensorMap& w_map, const TensorMap& x_map, const St
     const uint32_t from = sums + (row * STRIDE + column) * 4;
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
     if (num_splits == 1) {
-      sum = load_in_cluster(from);
+      sum = load_4_in_cluster(from);
     } else {
       for (int other = 0; other < num_splits; other++) {
-        const float4 part = load_in_cluster(address_in_cluster(from, other));
+        const float4 part = load_4_in_cluster(address_in_cluster(from, other));
         sum.x += part.x;
         sum.y += part.y;
         sum.z += part.z;
@@ -298,3 +307,6 @@ STREAM_KERNEL(stream_gemm_rows32_tile256, 32, 256)
 STREAM_KERNEL(stream_gemm_rows64_tile64, 64, 64)
 STREAM_KERNEL(stream_gemm_rows64_tile128, 64, 128)
 STREAM_KERNEL(stream_gemm_rows64_tile256, 64, 256)
+STREAM_KERNEL(stream_gemm_rows128_tile64, 128, 64)
+STREAM_KERNEL(stream_gemm_rows128_tile128, 128, 128)
+STREAM_KERNEL(stream_gemm_rows128_tile256, 128, 256)

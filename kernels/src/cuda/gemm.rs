@@ -23,6 +23,10 @@ const NAME: &str = "gemm";
 const WORKSPACE_BYTES: usize = 32 << 20;
 /// Most rows of the skinny kernel, by variant.
 const SKINNY_ROWS: [usize; 3] = [8, 16, 32];
+/// Most rows that the stream kernel is taken for where no shrink runs beside it: with more, what is faster alone is slower in a step.
+const MOST_ROWS_ALONE: usize = 64;
+/// What a shrink costs that runs after its GEMM instead of beside it, about.
+const MICROSECONDS_OF_A_SHRINK: f32 = 3.0;
 /// Candidates of cuBLASLt that are timed.
 const MAX_CANDIDATES: usize = 12;
 
@@ -104,6 +108,8 @@ pub(super) struct Key {
     pub k: usize,
     pub output: OutputKind,
     pub bias: bool,
+    /// A shrink over the same x follows.
+    pub beside: bool,
 }
 
 /// What a shape is computed by.
@@ -142,6 +148,7 @@ impl GemmArgs<'_> {
             k: self.k,
             output: self.y.kind(),
             bias: self.bias.is_some(),
+            beside: false,
         }
     }
 
@@ -193,7 +200,7 @@ impl Drop for Plan {
 pub enum OwnGemm {
     /// `skinny_gemm.cu`, up to 32 rows.
     Skinny,
-    /// `stream_gemm.cu`, up to 64 rows on Hopper.
+    /// `stream_gemm.cu`, up to 128 rows on Hopper.
     Stream(StreamCut),
 }
 
@@ -306,6 +313,21 @@ impl Gemm {
         self.enqueue(stream, &self.plans[&key], args)
     }
 
+    /// As [`Self::launch`] for a GEMM that a shrink over the same x follows. True if an own kernel was taken, beside which the shrink may run
+    /// ([`super::lora::ShrinkInput::is_ready`]); that one is taken also where cuBLASLt is faster by less than the shrink takes.
+    ///
+    /// # Errors
+    /// As [`Self::launch`].
+    pub fn launch_beside(&mut self, stream: &Stream, args: &GemmArgs<'_>) -> Result<bool, CudaError> {
+        args.check()?;
+        let key = Key { beside: true, ..args.key() };
+        match self.own.get(&key) {
+            Some(OwnGemm::Stream(cut)) => self.enqueue_own(stream, args, OwnGemm::Stream(cut.with_room())).map(|()| true),
+            Some(own) => self.enqueue_own(stream, args, *own).map(|()| true),
+            None => self.launch(stream, args).map(|()| false),
+        }
+    }
+
     /// Picks the fastest kernel or algorithm for a shape by timing the candidates on `weights` in turn (several, so that they come from memory
     /// as in use, not from the cache), each run after `before`, as in use small kernels are what lies between GEMMs. y is left with any values.
     /// A shape whose own kernel has been chosen for as many rows as that kernel's variant takes gets the same, and what [`Self::set_tuning`]
@@ -327,14 +349,34 @@ impl Gemm {
         {
             return Ok(Tuned { measured: 0, known: 1 });
         }
-        let choice = self.measure(stream, args, weights, before)?;
+        let (choice, beside) = self.measure(stream, args, weights, before)?;
         self.tuning.0.insert(key, choice);
+        let key = Key { beside: true, ..key };
+        self.own.remove(&key);
+        self.tuning.0.remove(&key);
+        if let Some(own) = beside {
+            self.own.insert(key, own);
+            self.tuning.0.insert(key, own.into());
+        }
         Ok(Tuned { measured: 1, known: 0 })
     }
 
     /// Takes a choice that was made before; false if it can't be, which leaves things as they are.
     fn adopt(&mut self, args: &GemmArgs<'_>, choice: Choice) -> Result<bool, CudaError> {
         let key = args.key();
+        let beside = Key { beside: true, ..key };
+        self.own.remove(&beside);
+        let own_beside = match self.tuning.0.get(&beside) {
+            Some(Choice::Skinny) => Some(OwnGemm::Skinny),
+            Some(&Choice::Stream(cut)) => Some(OwnGemm::Stream(cut)),
+            Some(Choice::Cublas(_)) | None => None,
+        };
+        if let Some(own) = own_beside {
+            if !self.own_candidates(args).contains(&own) {
+                return Ok(false);
+            }
+            self.own.insert(beside, own);
+        }
         let own = match choice {
             Choice::Cublas(data) => {
                 let mut plan = new_plan(key)?;
@@ -384,14 +426,14 @@ impl Gemm {
         args: &GemmArgs<'_>,
         weights: &[View<'_, bf16>],
         before: impl Fn() -> Result<(), CudaError>,
-    ) -> Result<Choice, CudaError> {
+    ) -> Result<(Choice, Option<OwnGemm>), CudaError> {
         let key = args.key();
         let most_rows = self.stream.as_ref().and_then(|stream| stream.most_rows(args.m));
         if let Some(m) = most_rows.filter(|_| key.m > 1)
             && let Some(&own) = self.own.get(&Key { m, ..key })
         {
             self.own.insert(key, own);
-            return Ok(own.into());
+            return Ok((own.into(), Some(own)));
         }
         let mut plan = new_plan(key)?;
         let mut best = (f32::INFINITY, None);
@@ -404,23 +446,35 @@ impl Gemm {
                 best = (microseconds, Some(algorithm));
             }
         }
-        let (mut microseconds, algorithm) = best;
+        let (microseconds, algorithm) = best;
         plan.algorithm = algorithm.ok_or_else(|| CudaError::Cublas {
             call: "cublasLtMatmul",
             status: format!("no algorithm for {key:?}"),
         })?;
-        let mut choice = Choice::Cublas(plan.algorithm.data);
+        let cublas = Choice::Cublas(plan.algorithm.data);
         self.plans.insert(key, plan);
         self.own.remove(&key);
+        if key.m > MOST_ROWS_ALONE
+            && let Some(m) = most_rows.filter(|&m| m > key.m)
+        {
+            return Ok((cublas, self.own.get(&Key { m, beside: true, ..key }).copied()));
+        }
+        let mut best_own = None;
         for own in self.own_candidates(args) {
             let own_microseconds = time(stream, args, weights, &before, |args| self.enqueue_own(stream, args, own))?;
-            if own_microseconds < microseconds {
-                self.own.insert(key, own);
-                choice = own.into();
-                microseconds = own_microseconds;
+            if best_own.is_none_or(|(best, _)| own_microseconds < best) {
+                best_own = Some((own_microseconds, own));
             }
         }
-        Ok(choice)
+        let within = |most: f32| best_own.filter(|(own_microseconds, _)| *own_microseconds < most).map(|(_, own)| own);
+        let beside = within(microseconds + MICROSECONDS_OF_A_SHRINK);
+        match within(microseconds).filter(|_| key.m <= MOST_ROWS_ALONE) {
+            Some(own) => {
+                self.own.insert(key, own);
+                Ok((own.into(), beside))
+            }
+            None => Ok((cublas, beside)),
+        }
     }
 
     /// What a shape was given by [`Self::tune`]: an own kernel, or `None` for cuBLASLt.

@@ -66,6 +66,32 @@ pub struct RopeKvArgs<'a> {
     pub eps: f32,
 }
 
+impl RopeKvArgs<'_> {
+    /// Checks the contract; the addresses of the norms, 0 if there are none.
+    pub(super) fn check(&self) -> Result<(u64, u64), CudaError> {
+        let shape = self.shape;
+        let half = shape.head_dim / 2;
+        require(NAME, shape.head_dim.is_multiple_of(4) && shape.head_dim <= 256 && half > 0, || {
+            format!("head_dim is {}: not a multiple of 4 up to 256", shape.head_dim)
+        })?;
+        require_len(NAME, "qkv", self.qkv, self.rows * shape.qkv_width())?;
+        require_len(NAME, "positions", self.positions, self.rows)?;
+        require_len(NAME, "kv_slots", self.kv_slots, self.rows)?;
+        require_len(NAME, "cos_sin", self.cos_sin, half)?;
+        require_len(NAME, "k_cache", self.k_cache, shape.block_len())?;
+        require_len(NAME, "v_cache", self.v_cache, shape.block_len())?;
+        self.qk_norm.map_or(Ok((0, 0)), |(q, k)| {
+            require_len(NAME, "q_norm", q, shape.head_dim)?;
+            require_len(NAME, "k_norm", k, shape.head_dim)?;
+            Ok((q.address(), k.address()))
+        })
+    }
+
+    pub(super) fn max_position(&self) -> Result<u32, CudaError> {
+        Ok(dimension(NAME, "max_position", self.cos_sin.len() / (self.shape.head_dim / 2))? as u32)
+    }
+}
+
 /// The loaded kernel.
 pub struct RopeKv {
     kernel: Kernel,
@@ -83,28 +109,14 @@ impl RopeKv {
     /// `Shape` if a line of the contract is broken.
     pub fn launch(&self, stream: &Stream, args: &RopeKvArgs<'_>) -> Result<(), CudaError> {
         let shape = args.shape;
-        let half = shape.head_dim / 2;
-        require(NAME, shape.head_dim.is_multiple_of(4) && shape.head_dim <= 256 && half > 0, || {
-            format!("head_dim is {}: not a multiple of 4 up to 256", shape.head_dim)
-        })?;
-        require_len(NAME, "qkv", args.qkv, args.rows * shape.qkv_width())?;
-        require_len(NAME, "positions", args.positions, args.rows)?;
-        require_len(NAME, "kv_slots", args.kv_slots, args.rows)?;
-        require_len(NAME, "cos_sin", args.cos_sin, half)?;
-        require_len(NAME, "k_cache", args.k_cache, shape.block_len())?;
-        require_len(NAME, "v_cache", args.v_cache, shape.block_len())?;
-        let (q_norm, k_norm) = args.qk_norm.map_or(Ok((0, 0)), |(q, k)| {
-            require_len(NAME, "q_norm", q, shape.head_dim)?;
-            require_len(NAME, "k_norm", k, shape.head_dim)?;
-            Ok((q.address(), k.address()))
-        })?;
+        let (q_norm, k_norm) = args.check()?;
         let heads = shape.num_heads + 2 * shape.num_kv_heads;
         let (num_heads, num_kv_heads) = (
             dimension(NAME, "num_heads", shape.num_heads)?,
             dimension(NAME, "num_kv_heads", shape.num_kv_heads)?,
         );
         let (head_dim, block_size) = (shape.head_dim as i32, dimension(NAME, "block_size", shape.block_size)?);
-        let max_position = dimension(NAME, "max_position", args.cos_sin.len() / half)? as u32;
+        let max_position = args.max_position()?;
         let (qkv, positions, slots, cos_sin) = (
             args.qkv.address(),
             args.positions.address(),

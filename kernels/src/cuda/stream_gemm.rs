@@ -1,4 +1,4 @@
-//! The GEMM of our own for up to 64 rows on Hopper: contract and method are at the head of `cuda/stream_gemm.cu`.
+//! The GEMM of our own for up to 128 rows on Hopper: contract and method are at the head of `cuda/stream_gemm.cu`.
 
 use std::sync::Arc;
 
@@ -14,6 +14,8 @@ const NAME: &str = "stream_gemm";
 /// Columns of a stage.
 const DEPTH: usize = 64;
 const MAX_STAGES: usize = 16;
+/// So many stages hide all of memory's latency.
+const STAGES_TO_SPARE: usize = 8;
 const MAX_SPLITS: usize = 8;
 /// Of static shared memory, and what aligning the stages may cost.
 const OTHER_SHARED_BYTES: usize = 256 + 1024;
@@ -23,7 +25,7 @@ const RESERVED_BYTES: usize = 1024;
 const MIN_STEPS: usize = 4;
 
 /// Most rows, columns of y of a block.
-const VARIANTS: [(usize, usize, &str); 12] = [
+const VARIANTS: [(usize, usize, &str); 15] = [
     (8, 64, "stream_gemm_rows8_tile64"),
     (8, 128, "stream_gemm_rows8_tile128"),
     (8, 256, "stream_gemm_rows8_tile256"),
@@ -36,6 +38,9 @@ const VARIANTS: [(usize, usize, &str); 12] = [
     (64, 64, "stream_gemm_rows64_tile64"),
     (64, 128, "stream_gemm_rows64_tile128"),
     (64, 256, "stream_gemm_rows64_tile256"),
+    (128, 64, "stream_gemm_rows128_tile64"),
+    (128, 128, "stream_gemm_rows128_tile128"),
+    (128, 256, "stream_gemm_rows128_tile256"),
 ];
 
 /// How a shape is cut.
@@ -46,6 +51,17 @@ pub struct StreamCut {
     /// Blocks that share a tile's sum.
     pub(super) num_splits: usize,
     pub(super) num_stages: usize,
+}
+
+impl StreamCut {
+    /// A stage less, where there are many: room for blocks of a kernel that runs beside this one.
+    pub(super) fn with_room(self) -> Self {
+        let room = usize::from(self.num_stages > STAGES_TO_SPARE);
+        Self {
+            num_stages: self.num_stages - room,
+            ..self
+        }
+    }
 }
 
 struct Variant {

@@ -1,10 +1,10 @@
 //! What [`super::gemm::Gemm::tune`] found, on disk: one text file per device and library, a line per shape.
 //!
 //! ```text
-//! polylora-gemm-tuning 1
+//! polylora-gemm-tuning 2
 //! for NVIDIA H100 80GB HBM3, compute capability 9.0, driver 13000, cuBLASLt 130000, kernels 0.1.0-91f2a7…
-//! 64 4096 14336 add_f32 plain stream 64 128 4 6
-//! 512 6144 4096 bf16 bias cublas 15 0 … (eight words, hexadecimal)
+//! 64 4096 14336 add_f32 plain beside stream 64 128 4 6
+//! 512 6144 4096 bf16 bias alone cublas 15 0 … (eight words, hexadecimal)
 //! end 2
 //! ```
 //!
@@ -24,7 +24,7 @@ use super::{
     stream_gemm::StreamCut,
 };
 
-const MAGIC: &str = "polylora-gemm-tuning 1";
+const MAGIC: &str = "polylora-gemm-tuning 2";
 /// A shape's line has at most 200 bytes; a model has a few hundred shapes.
 const MAX_BYTES: u64 = 4 << 20;
 
@@ -108,7 +108,8 @@ impl Tuning {
                 OutputKind::AddF32 => "add_f32",
             };
             let bias = if key.bias { "bias" } else { "plain" };
-            write!(text, "{} {} {} {output} {bias} ", key.m, key.n, key.k)?;
+            let beside = if key.beside { "beside" } else { "alone" };
+            write!(text, "{} {} {} {output} {bias} {beside} ", key.m, key.n, key.k)?;
             match choice {
                 Choice::Cublas(words) => {
                     text.push_str("cublas");
@@ -172,6 +173,11 @@ fn parse_line(line: &str) -> Option<(Key, Choice)> {
         "plain" => false,
         _ => return None,
     };
+    let beside = match words.next()? {
+        "beside" => true,
+        "alone" => false,
+        _ => return None,
+    };
     let choice = match words.next()? {
         "skinny" => Choice::Skinny,
         "stream" => Choice::Stream(StreamCut {
@@ -188,7 +194,15 @@ fn parse_line(line: &str) -> Option<(Key, Choice)> {
         }
         _ => return None,
     };
-    words.next().is_none().then_some((Key { m, n, k, output, bias }, choice))
+    let key = Key {
+        m,
+        n,
+        k,
+        output,
+        bias,
+        beside,
+    };
+    words.next().is_none().then_some((key, choice))
 }
 
 #[cfg(test)]
@@ -206,6 +220,7 @@ mod tests {
             k: 14336,
             output,
             bias,
+            beside: m == 64,
         };
         let cut = StreamCut {
             variant: 10,
@@ -250,11 +265,11 @@ mod tests {
         }
         for damaged in [
             text.replace("add_f32", "f64"),
-            text.replace("plain skinny", "skinny"),
-            text.replace("bias skinny", "bias skinny 1"),
+            text.replace("alone skinny", "skinny"),
+            text.replace("alone skinny", "alone skinny 1"),
             text.replace("stream 10 4", "stream 10 -4"),
             text.replace("end 3", "end 2"),
-            text.clone() + "8 8 8 bf16 plain skinny\n",
+            text.clone() + "8 8 8 bf16 plain alone skinny\n",
             text.replace("8 4096", "99999999999999999999999 4096"),
         ] {
             if damaged != text {

@@ -97,9 +97,9 @@ fn tuned_gemm_is_the_same() {
     found.write(&directory, gemm.tuned_for()).unwrap();
     let file = std::fs::read_dir(&directory).unwrap().next().unwrap().unwrap().path();
     let text = std::fs::read_to_string(&file).unwrap();
-    let (before, _) = text.split_once("bf16 plain ").unwrap();
+    let (before, _) = text.split_once("bf16 plain alone ").unwrap();
     for impossible in ["stream 99 1 4", "stream 0 1 99", "cublas ffff 1 2 3 4 5 6 7"] {
-        std::fs::write(&file, format!("{before}bf16 plain {impossible}\nend 1\n")).unwrap();
+        std::fs::write(&file, format!("{before}bf16 plain alone {impossible}\nend 1\n")).unwrap();
         later.set_tuning(Tuning::read(&directory, gemm.tuned_for()).unwrap());
         assert_eq!(tune(&mut later), Tuned { measured: 1, known: 0 }, "{impossible}");
     }
@@ -113,7 +113,14 @@ fn own_gemms_agree() {
     let gemm = Gemm::new(&gpu.device).unwrap();
     let mut rng = Rng(23);
     let few_rows = [(1, 64, 128), (3, 40, 1032), (8, 48, 2048), (11, 16, 96), (16, 24, 1000), (32, 136, 264)];
-    let more_rows = [(33, 1048, 2056), (48, 136, 72), (64, 4096, 512), (61, 264, 4096)];
+    let more_rows = [
+        (33, 1048, 2056),
+        (48, 136, 72),
+        (64, 4096, 512),
+        (61, 264, 4096),
+        (65, 136, 1032),
+        (128, 264, 4096),
+    ];
     for (m, n, k) in few_rows.into_iter().chain(more_rows) {
         let (x, w, bias) = (rng.bf16s(m * k, 1.0), rng.bf16s(n * k, 0.1), rng.f32s(n, 1.0));
         let (bias16, old): (Vec<_>, Vec<_>) = (bias.iter().map(|value| half::bf16::from_f32(*value)).collect(), rng.f32s(m * n, 1.0));

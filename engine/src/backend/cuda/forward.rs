@@ -8,7 +8,7 @@ use polylora_kernels::cuda::{
     attention_prefill::{AttentionPrefillArgs, PrefillTile},
     embedding::EmbeddingArgs,
     gemm::{Gemm, GemmArgs, GemmBias, GemmOutput, OwnGemm, Tuned},
-    lora::{ExpandInto, ItemRows, Lora, LoraItem, LoraItems, Shrunk},
+    lora::{ExpandInto, ItemRows, Lora, LoraItem, LoraItems, RANK_TILE, ShrinkInput, Shrunk},
     lora_output::{LoraOutput, OutputInto},
     own_logits::{LogitsCopy, TokenRowsItem},
     rms_norm::RmsNormArgs,
@@ -32,10 +32,12 @@ const MANY_ROWS: usize = 512;
 /// Places in [`ForwardPlaces::counts`].
 const EXPAND_COUNT: usize = 0;
 const SHRINK_COUNT: usize = 1;
-const GATED_COUNT: usize = 5;
+const COVERING_COUNT: usize = 5;
 const OUTPUT_COUNT: usize = 6;
 /// Rows that an adapter's own head takes at a time: the most of the kernel that needs no plan for each number of rows.
 const OWN_HEAD_ROWS: usize = 32;
+/// Blocks of a launch of clusters, for each multiprocessor: about as many as are there at once, since clusters start slower.
+const CLUSTERED_BLOCKS_PER_MULTIPROCESSOR: u32 = 4;
 /// Blocks of a launch whose blocks stride over their work, for each multiprocessor.
 const BLOCKS_PER_MULTIPROCESSOR: u32 = 16;
 
@@ -55,7 +57,9 @@ pub(super) struct Workspace {
     /// `[intermediate]`
     activated: DeviceBuffer<bf16>,
     /// Between shrink and expand.
-    shrunk: DeviceBuffer<f32>,
+    shrunk: DeviceBuffer<bf16>,
+    shrunk_partial: DeviceBuffer<f32>,
+    shrunk_counters: DeviceBuffer<u32>,
     v_stride: usize,
     /// Of decode attention.
     partial: DeviceBuffer<f32>,
@@ -83,7 +87,7 @@ impl Workspace {
             max_logits_rows,
             max_lora_rank,
         } = size;
-        let v_stride = 3 * max_lora_rank;
+        let v_stride = 3 * max_lora_rank.next_multiple_of(RANK_TILE);
         let logits_buffer = LogitsBuffer::new(config, max_logits_rows);
         let partial_len = |rows: usize| AttentionDecode::partial_len(shape, rows, splits_for(shape, rows, stream.device()));
         Ok(Self {
@@ -93,7 +97,9 @@ impl Workspace {
             attention_out: DeviceBuffer::zeroed(stream, max_rows * config.q_size())?,
             gate_up: DeviceBuffer::zeroed(stream, max_rows * 2 * config.intermediate_size.max(config.hidden_size))?,
             activated: DeviceBuffer::zeroed(stream, max_rows * config.intermediate_size)?,
-            shrunk: DeviceBuffer::zeroed(stream, shrunk_rows(max_rows) * v_stride)?,
+            shrunk: DeviceBuffer::zeroed(stream, max_rows * v_stride)?,
+            shrunk_partial: DeviceBuffer::zeroed(stream, shrunk_rows(max_rows) * v_stride)?,
+            shrunk_counters: DeviceBuffer::zeroed(stream, max_rows * v_stride / RANK_TILE)?,
             v_stride,
             partial: DeviceBuffer::zeroed(stream, (1..=max_rows).map(partial_len).max().unwrap_or(0))?,
             counters: DeviceBuffer::zeroed(stream, max_rows * shape.num_kv_heads)?,
@@ -153,6 +159,9 @@ impl Forward<'_> {
                 hidden: self.config.hidden_size,
             },
         )?;
+        if let Some(first) = self.model.layers.first() {
+            self.norm(&first.input_norm, step.rows)?;
+        }
         for (layer_idx, layer) in self.model.layers.iter().enumerate() {
             self.attention_block(gemm, step, views, layer_idx, layer)?;
             self.mlp_block(gemm, step, views, layer_idx, layer)?;
@@ -162,36 +171,71 @@ impl Forward<'_> {
 
     fn attention_block(&self, gemm: &mut Gemm, step: &StepShape, views: &StepViews<'_>, layer_idx: usize, layer: &Layer) -> Result<(), CudaError> {
         let (w, config, rows) = (self.workspace, self.config, step.rows);
-        self.norm(&layer.input_norm, rows)?;
         let widths = [config.q_size(), config.kv_size(), config.kv_size()];
-        gemm.launch(self.stream, &bf16_args(&layer.qkv, w.normed.view(), w.qkv.view(), rows))?;
-        self.shrink(step, views, Group::Qkv, layer_idx, w.normed.view(), config.hidden_size)?;
-        let y = ExpandInto::Bf16(w.qkv.view());
-        self.expand(step, views, Group::Qkv, layer_idx, config.hidden_size, y, &widths)?;
-        self.output_terms(step, views, Group::Qkv, layer_idx, OutputInto::Bf16(w.qkv.view()), &widths)?;
+        let qkv = bf16_args(&layer.qkv, w.normed.view(), w.qkv.view(), rows);
+        self.gemm_and_shrink(gemm, step, views, Group::Qkv, layer_idx, &qkv)?;
         let kv = self.layer_kv(layer_idx);
-        self.kernels.rope_kv.launch(
-            self.stream,
-            &RopeKvArgs {
-                shape: self.shape,
-                qkv: w.qkv.view(),
-                positions: views.forward.view(views.places.positions),
-                kv_slots: views.forward.view(views.places.kv_slots),
-                cos_sin: self.cos_sin.view(),
-                qk_norm: layer.qk_norm.as_ref().map(|(q, k)| (q.view(), k.view())),
-                k_cache: kv[0],
-                v_cache: kv[1],
-                rows,
-                eps: config.rms_norm_eps,
-            },
-        )?;
+        let rope = RopeKvArgs {
+            shape: self.shape,
+            qkv: w.qkv.view(),
+            positions: views.forward.view(views.places.positions),
+            kv_slots: views.forward.view(views.places.kv_slots),
+            cos_sin: self.cos_sin.view(),
+            qk_norm: layer.qk_norm.as_ref().map(|(q, k)| (q.view(), k.view())),
+            k_cache: kv[0],
+            v_cache: kv[1],
+            rows,
+            eps: config.rms_norm_eps,
+        };
+        match step.lora {
+            Some(lora) if !lora.has_output_terms[Group::Qkv as usize] && Lora::can_rotate(config.head_dim) => {
+                let units = max_items(step.rows, lora) * Lora::column_tiles(&widths);
+                let work = self.covering_items(step, views, Group::Qkv, layer_idx, units);
+                let shrunk = self.shrunk(config.hidden_size, rows);
+                self.kernels.lora.launch_expand_rope(self.stream, work, shrunk, &rope)?;
+            }
+            _ => {
+                let y = ExpandInto::Bf16(w.qkv.view());
+                self.expand(step, views, Group::Qkv, layer_idx, config.hidden_size, y, &widths)?;
+                self.output_terms(step, views, Group::Qkv, layer_idx, OutputInto::Bf16(w.qkv.view()), &widths)?;
+                self.kernels.rope_kv.launch(self.stream, &rope)?;
+            }
+        }
         self.attention(step, views, kv)?;
         self.set_aside(step, views, Group::O, layer_idx)?;
-        gemm.launch(self.stream, &add_args(&layer.o, w.attention_out.view(), w.residual.view(), rows))?;
-        self.shrink(step, views, Group::O, layer_idx, w.attention_out.view(), config.q_size())?;
-        let y = ExpandInto::F32(w.residual.view());
-        self.expand(step, views, Group::O, layer_idx, config.q_size(), y, &[config.hidden_size])?;
-        self.output_terms(step, views, Group::O, layer_idx, self.back_to_residual(), &[config.hidden_size])
+        let o = add_args(&layer.o, w.attention_out.view(), w.residual.view(), rows);
+        self.gemm_and_shrink(gemm, step, views, Group::O, layer_idx, &o)?;
+        self.expand_and_norm(step, views, Group::O, layer_idx, config.q_size(), Some(&layer.post_attention_norm))
+    }
+
+    /// Adds a group's deltas, scales and biases to the residual stream and norms it for the next block, if there is one: in one kernel under few
+    /// adapters. Under many, whose B it waits for, two are faster.
+    fn expand_and_norm(
+        &self,
+        step: &StepShape,
+        views: &StepViews<'_>,
+        group: Group,
+        layer: usize,
+        d_in: usize,
+        norm: Option<&DeviceBuffer<bf16>>,
+    ) -> Result<(), CudaError> {
+        let (lora, hidden) = (&self.kernels.lora, self.config.hidden_size);
+        if let (Some(shape), Some(weight)) = (step.lora, norm)
+            && shape.item_rows == ItemRows::UpTo16
+            && !shape.has_output_terms[group as usize]
+            && lora.can_norm(hidden)
+        {
+            let units = max_items(step.rows, shape) * Lora::column_tiles(&[hidden]);
+            let mut work = self.covering_items(step, views, group, layer, units);
+            work.grid = work
+                .grid
+                .min(CLUSTERED_BLOCKS_PER_MULTIPROCESSOR * self.stream.device().num_multiprocessors());
+            return lora.launch_expand_norm(self.stream, work, self.shrunk(d_in, step.rows), &self.norm_args(weight, step.rows));
+        }
+        let y = ExpandInto::F32(self.workspace.residual.view());
+        self.expand(step, views, group, layer, d_in, y, &[hidden])?;
+        self.output_terms(step, views, group, layer, self.back_to_residual(), &[hidden])?;
+        norm.map_or(Ok(()), |weight| self.norm(weight, step.rows))
     }
 
     /// K and V of a layer, from that of block 0 on.
@@ -244,16 +288,14 @@ impl Forward<'_> {
     fn mlp_block(&self, gemm: &mut Gemm, step: &StepShape, views: &StepViews<'_>, layer_idx: usize, layer: &Layer) -> Result<(), CudaError> {
         let (w, config, rows) = (self.workspace, self.config, step.rows);
         let ffn = config.intermediate_size;
-        self.norm(&layer.post_attention_norm, rows)?;
-        gemm.launch(self.stream, &bf16_args(&layer.gate_up, w.normed.view(), w.gate_up.view(), rows))?;
-        self.shrink(step, views, Group::GateUp, layer_idx, w.normed.view(), config.hidden_size)?;
+        let gate_up = bf16_args(&layer.gate_up, w.normed.view(), w.gate_up.view(), rows);
+        self.gemm_and_shrink(gemm, step, views, Group::GateUp, layer_idx, &gate_up)?;
         self.activate(step, views, layer_idx)?;
         self.set_aside(step, views, Group::Down, layer_idx)?;
-        gemm.launch(self.stream, &add_args(&layer.down, w.activated.view(), w.residual.view(), rows))?;
-        self.shrink(step, views, Group::Down, layer_idx, w.activated.view(), ffn)?;
-        let y = ExpandInto::F32(w.residual.view());
-        self.expand(step, views, Group::Down, layer_idx, ffn, y, &[config.hidden_size])?;
-        self.output_terms(step, views, Group::Down, layer_idx, self.back_to_residual(), &[config.hidden_size])
+        let down = add_args(&layer.down, w.activated.view(), w.residual.view(), rows);
+        self.gemm_and_shrink(gemm, step, views, Group::Down, layer_idx, &down)?;
+        let next = self.model.layers.get(layer_idx + 1).map(|next| &next.input_norm);
+        self.expand_and_norm(step, views, Group::Down, layer_idx, ffn, next)
     }
 
     /// The activation, with the deltas of gate and up added on the way if any row has some.
@@ -274,14 +316,7 @@ impl Forward<'_> {
             return self.kernels.activation.launch(self.stream, gate, from, to, step.rows, ffn);
         }
         let units = max_items(step.rows, lora) * Lora::gated_column_tiles(ffn);
-        let work = self.lora_items(
-            step,
-            views,
-            views.places.gated_items,
-            GATED_COUNT,
-            Group::GateUp.descriptor_offset(layer),
-            units,
-        );
+        let work = self.covering_items(step, views, Group::GateUp, layer, units);
         let shrunk = self.shrunk(self.config.hidden_size, step.rows);
         self.kernels.lora.launch_expand_gated(self.stream, work, shrunk, gate, (from, to), ffn)
     }
@@ -365,7 +400,12 @@ impl Forward<'_> {
             let shrunk = self.shrunk(config.hidden_size, deltas.num_rows);
             let shrink_grid = (shrink.len() * shrunk.num_splits) as u32;
             let shrink = work(shrink, counts.slice(1..2), shrink_grid.min(most));
-            self.kernels.lora.launch_shrink(self.stream, shrink, x, config.hidden_size, shrunk)?;
+            let input = ShrinkInput {
+                x,
+                d_in: config.hidden_size,
+                is_ready: false,
+            };
+            self.kernels.lora.launch_shrink(self.stream, shrink, input, shrunk)?;
             let expand_grid = (expand.len() * Lora::column_tiles(&widths)) as u32;
             let expand = work(expand, counts.slice(0..1), expand_grid.min(most));
             self.kernels
@@ -419,30 +459,46 @@ impl Forward<'_> {
     }
 
     fn norm(&self, weight: &DeviceBuffer<bf16>, rows: usize) -> Result<(), CudaError> {
-        let w = self.workspace;
-        self.kernels.rms_norm.launch(
-            self.stream,
-            &RmsNormArgs {
-                residual: w.residual.view(),
-                x: None,
-                weight: weight.view(),
-                y: w.normed.view(),
-                gather: None,
-                rows,
-                eps: self.config.rms_norm_eps,
-            },
-        )
+        self.kernels.rms_norm.launch(self.stream, &self.norm_args(weight, rows))
     }
 
-    /// Enqueues `x · Aᵀ` of every adapter's group of projections, if any row runs under one.
-    fn shrink(&self, step: &StepShape, views: &StepViews<'_>, group: Group, layer: usize, x: View<'_, bf16>, d_in: usize) -> Result<(), CudaError> {
-        let Some(lora) = step.lora else { return Ok(()) };
-        let shrunk = self.shrunk(d_in, step.rows);
+    fn norm_args<'v>(&'v self, weight: &'v DeviceBuffer<bf16>, rows: usize) -> RmsNormArgs<'v> {
+        RmsNormArgs {
+            residual: self.workspace.residual.view(),
+            x: None,
+            weight: weight.view(),
+            y: self.workspace.normed.view(),
+            gather: None,
+            rows,
+            eps: self.config.rms_norm_eps,
+        }
+    }
+
+    /// Enqueues a group's GEMM and, if any row runs under an adapter, `x · Aᵀ` of every adapter's: beside it where it is one of our own.
+    fn gemm_and_shrink(
+        &self,
+        gemm: &mut Gemm,
+        step: &StepShape,
+        views: &StepViews<'_>,
+        group: Group,
+        layer: usize,
+        args: &GemmArgs<'_>,
+    ) -> Result<(), CudaError> {
+        let Some(lora) = step.lora else {
+            return gemm.launch(self.stream, args);
+        };
+        let is_ready = gemm.launch_beside(self.stream, args)?;
+        let shrunk = self.shrunk(args.k, step.rows);
         // Blocks for rank 16 in every item; higher ranks make them stride.
         let units = max_items(step.rows, lora) * group.num_slices() * shrunk.num_splits;
         let items = views.places.shrink_items;
         let work = self.lora_items(step, views, items, SHRINK_COUNT + group as usize, group.descriptor_offset(layer), units);
-        self.kernels.lora.launch_shrink(self.stream, work, x, d_in, shrunk)
+        let input = ShrinkInput {
+            x: args.x,
+            d_in: args.k,
+            is_ready,
+        };
+        self.kernels.lora.launch_shrink(self.stream, work, input, shrunk)
     }
 
     /// Enqueues the second half: adds every adapter's deltas to `y`.
@@ -504,7 +560,7 @@ impl Forward<'_> {
 
     fn output_items<'v>(&self, step: &StepShape, views: &StepViews<'v>, group: Group, layer: usize, d_out: &[usize]) -> Option<LoraItems<'v>> {
         let lora = step.lora.filter(|lora| lora.has_output_terms[group as usize])?;
-        let units = max_items(step.rows, lora) * LoraOutput::column_tiles(d_out);
+        let units = step.rows.div_ceil(lora.output_item_rows()) * LoraOutput::column_tiles(d_out);
         let items = views.places.output_items;
         Some(self.lora_items(step, views, items, OUTPUT_COUNT, group.descriptor_offset(layer), units))
     }
@@ -522,18 +578,26 @@ impl Forward<'_> {
         LoraItems {
             items: views.forward.view(items),
             num_items: views.forward.view(views.places.counts).slice(count..count + 1),
-            rows: step.lora.map_or(ItemRows::UpTo8, LoraShape::item_rows),
+            rows: step.lora.map_or(ItemRows::UpTo8, |lora| lora.item_rows),
             descriptor_offset,
             grid: (units as u32).min(self.most_blocks()),
         }
+    }
+
+    /// Items over every row, with and without adapters.
+    fn covering_items<'v>(&self, step: &StepShape, views: &StepViews<'v>, group: Group, layer: usize, units: usize) -> LoraItems<'v> {
+        let items = views.places.covering_items;
+        self.lora_items(step, views, items, COVERING_COUNT, group.descriptor_offset(layer), units)
     }
 
     fn shrunk(&self, d_in: usize, rows: usize) -> Shrunk<'_> {
         let max_splits = if rows > MANY_ROWS { SPLITS_OF_MANY_ROWS } else { SPLITS_OF_FEW_ROWS };
         Shrunk {
             v: self.workspace.shrunk.view(),
+            partial: self.workspace.shrunk_partial.view(),
+            counters: self.workspace.shrunk_counters.view(),
             num_splits: Lora::num_splits(d_in, max_splits),
-            split_rows: rows,
+            rows,
             v_stride: self.workspace.v_stride,
         }
     }
@@ -560,9 +624,10 @@ pub(super) struct HeadDeltasViews<'a> {
 
 /// Items of a step with so many rows, usually: one a row when decoding, else of 64 rows.
 fn max_items(rows: usize, lora: LoraShape) -> usize {
-    match lora.has_chunks {
-        false => rows,
-        true => rows.div_ceil(64) + 64.min(rows),
+    match lora.item_rows {
+        ItemRows::UpTo16 => 2 * rows.div_ceil(16),
+        ItemRows::UpTo64 => rows.div_ceil(64) + 64.min(rows),
+        ItemRows::UpTo8 | ItemRows::Naive => rows,
     }
 }
 

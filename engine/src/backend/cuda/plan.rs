@@ -24,6 +24,9 @@ const BUCKETS: [usize; 24] = [
 /// Most tiles of the stack of gate and up with which the gated expand is the faster one for chunks: rank 16 in each.
 const GATED_TILES: u16 = 2;
 
+/// Rows of a segment, on average, from which items of 16 rows are faster than items of 8.
+const LONG_SEGMENT_ROWS: usize = 12;
+
 /// `rows` rounded up to what GEMM plans and graphs are made for.
 pub(super) fn bucket(rows: usize) -> usize {
     let next = BUCKETS.partition_point(|&bucket| bucket < rows);
@@ -51,8 +54,8 @@ pub(super) struct StepShape {
 /// Which LoRA kernels a step launches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct LoraShape {
-    /// Items of up to 64 rows, else of up to 8.
-    pub has_chunks: bool,
+    /// Rows of an item.
+    pub item_rows: ItemRows,
     /// The expand of gate and up and the activation are one kernel; for chunks under higher ranks two are faster, and scales and biases on the
     /// outputs go in between.
     pub is_gated: bool,
@@ -61,14 +64,22 @@ pub(super) struct LoraShape {
 }
 
 impl LoraShape {
-    pub fn item_rows(self) -> ItemRows {
-        item_rows(self.has_chunks)
+    /// Rows of an item of scales and biases: few, since a block takes them one after another.
+    pub fn output_item_rows(self) -> usize {
+        output_item_rows(self.item_rows)
     }
 }
 
-fn item_rows(has_chunks: bool) -> ItemRows {
+fn output_item_rows(item_rows: ItemRows) -> usize {
+    if item_rows == ItemRows::UpTo64 { 8 } else { 1 }
+}
+
+/// Into items of how many rows segments are cut.
+fn item_rows(has_chunks: bool, segments: &[LoraSegment]) -> ItemRows {
+    let rows: usize = segments.iter().map(|segment| segment.num_rows as usize).sum();
     match has_chunks {
         true => ItemRows::UpTo64,
+        false if rows >= LONG_SEGMENT_ROWS * segments.len() => ItemRows::UpTo16,
         false => ItemRows::UpTo8,
     }
 }
@@ -83,7 +94,7 @@ impl StepShape {
 /// Places of the arrays that the forward pass reads. A function of the padded rows alone, so that a graph finds them again.
 #[derive(Clone, Copy)]
 pub(super) struct ForwardPlaces {
-    /// Items of the expand, of the shrink by group, of the gated expand, and of scales and biases.
+    /// Items of the expand, of the shrink by group, of those that cover every row, and of scales and biases.
     pub counts: Place<u32>,
     pub token_sources: Place<u32>,
     pub positions: Place<u32>,
@@ -93,7 +104,7 @@ pub(super) struct ForwardPlaces {
     pub context_lens: Place<u32>,
     pub block_table_starts: Place<u32>,
     pub expand_items: Place<LoraItem>,
-    pub gated_items: Place<LoraItem>,
+    pub covering_items: Place<LoraItem>,
     pub output_items: Place<LoraItem>,
     /// Last, since its length is the adapters'.
     pub shrink_items: Place<LoraItem>,
@@ -113,7 +124,7 @@ impl ForwardPlaces {
             context_lens: layout.place(rows),
             block_table_starts: layout.place(rows),
             expand_items: layout.place(rows),
-            gated_items: layout.place(rows),
+            covering_items: layout.place(rows),
             output_items: layout.place(rows),
             shrink_items: layout.place(max_shrink_items),
         };
@@ -134,12 +145,12 @@ pub(super) struct StepPlan {
     pub lora: LoraWork,
 }
 
-/// Items of every segment; those and items of the base rows between them for the gated expand; and of the shrink one for each 16 ranks, tile
-/// by tile, so that each group's are a prefix.
+/// Items of every segment; those and items of the base rows between them, for expands that do something else on the way; and of the shrink one
+/// for each 16 ranks, tile by tile, so that each group's are a prefix.
 #[derive(Default)]
 pub(super) struct LoraWork {
     pub expand_items: Vec<LoraItem>,
-    pub gated_items: Vec<LoraItem>,
+    pub covering_items: Vec<LoraItem>,
     pub shrink_items: Vec<LoraItem>,
     /// Of `shrink_items`, by group.
     pub num_shrink_items: [u32; 4],
@@ -174,16 +185,16 @@ impl StepPlan {
         plan.add_attention_work(batch, tile_rows);
         let has_chunks = !plan.prefill_tiles.is_empty();
         if !batch.lora_segments.is_empty() {
-            let max_rows = item_rows(has_chunks).max_rows();
+            let item_rows = item_rows(has_chunks, &batch.lora_segments);
+            let max_rows = item_rows.max_rows();
             plan.lora = LoraWork::new(&batch.lora_segments, adapters, max_rows, |resident| resident.rank_tiles);
             plan.lora.cover(rows as u32, max_rows as u32);
             let mut has_output_terms = [false; 4];
             for segment in &batch.lora_segments {
                 let resident = adapters.get(segment.adapter).expect("the batch was checked");
                 if resident.has_output_terms != [false; 4] {
-                    plan.lora
-                        .output_items
-                        .extend(items(segment, adapters.terms_address(resident, config), max_rows));
+                    let address = adapters.terms_address(resident, config);
+                    plan.lora.output_items.extend(items(segment, address, output_item_rows(item_rows)));
                 }
                 for (all, own) in has_output_terms.iter_mut().zip(resident.has_output_terms) {
                     *all |= own;
@@ -191,7 +202,7 @@ impl StepPlan {
             }
             let is_low_rank = !has_chunks || plan.lora.largest_tiles[Group::GateUp as usize] <= GATED_TILES;
             plan.shape.lora = Some(LoraShape {
-                has_chunks,
+                item_rows,
                 is_gated: is_low_rank && !has_output_terms[Group::GateUp as usize],
                 has_output_terms,
             });
@@ -236,7 +247,7 @@ impl StepPlan {
             self.lora.num_shrink_items[1],
             self.lora.num_shrink_items[2],
             self.lora.num_shrink_items[3],
-            self.lora.gated_items.len() as u32,
+            self.lora.covering_items.len() as u32,
             self.lora.output_items.len() as u32,
         ];
         to.write(places.counts, &counts, 0);
@@ -248,7 +259,7 @@ impl StepPlan {
         to.write(places.context_lens, &self.context_lens, 0);
         to.write(places.block_table_starts, &self.block_table_starts, 0);
         to.write(places.expand_items, &self.lora.expand_items, LoraItem::default());
-        to.write(places.gated_items, &self.lora.gated_items, LoraItem::default());
+        to.write(places.covering_items, &self.lora.covering_items, LoraItem::default());
         to.write(places.output_items, &self.lora.output_items, LoraItem::default());
         to.write(places.shrink_items, &self.lora.shrink_items, LoraItem::default());
     }
@@ -284,7 +295,7 @@ impl LoraWork {
         work
     }
 
-    /// Makes `gated_items` of the expand's, with items of base rows wherever there are none of adapters.
+    /// Makes `covering_items` of the expand's, with items of base rows wherever there are none of adapters.
     fn cover(&mut self, num_rows: u32, max_rows: u32) {
         let base = |from: u32, to: u32| {
             (from..to).step_by(max_rows as usize).map(move |row_start| LoraItem {
@@ -296,11 +307,11 @@ impl LoraWork {
         };
         let mut covered = 0;
         for item in &self.expand_items {
-            self.gated_items.extend(base(covered, item.row_start));
-            self.gated_items.push(*item);
+            self.covering_items.extend(base(covered, item.row_start));
+            self.covering_items.push(*item);
             covered = item.row_start + u32::from(item.num_rows);
         }
-        self.gated_items.extend(base(covered, num_rows));
+        self.covering_items.extend(base(covered, num_rows));
     }
 }
 
