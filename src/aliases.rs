@@ -28,6 +28,8 @@ use sha2::{Digest, Sha256};
 
 /// Most aliases: each has metrics of its own.
 pub const MAX_ALIASES: usize = 1024;
+/// What of a caller's key counts.
+const MAX_KEY_BYTES: usize = 1024;
 /// Most adapters of one alias.
 pub const MAX_TARGETS: usize = 16;
 
@@ -173,7 +175,8 @@ fn uniform(alias: &str, adapter: &str, key: &str) -> f64 {
         hash.update(part);
         hash.update([0]);
     }
-    hash.update(key);
+    // Whoever sends a megabyte is as different from others in its beginning.
+    hash.update(&key.as_bytes()[..key.len().min(MAX_KEY_BYTES)]);
     let digest = hash.finalize();
     let first = u64::from_be_bytes(std::array::from_fn(|index| digest[index]));
     ((first >> 11) as f64 + 0.5) / (1u64 << 53) as f64
@@ -233,6 +236,11 @@ impl Aliases {
     /// Every alias, by name.
     pub fn list(&self) -> Vec<Arc<Alias>> {
         self.state.read().by_name.values().cloned().collect()
+    }
+
+    /// The first names, at most so many.
+    pub fn first(&self, most: usize) -> Vec<Arc<str>> {
+        self.state.read().by_name.keys().take(most).cloned().collect()
     }
 
     /// Checks whether [`Self::set`] would work now.

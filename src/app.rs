@@ -11,7 +11,7 @@ use axum::{
     extract::{DefaultBodyLimit, MatchedPath, Request, State},
     http::{
         HeaderMap, HeaderName, HeaderValue, Method, Uri,
-        header::{AUTHORIZATION, CONTENT_LENGTH},
+        header::{AUTHORIZATION, CONTENT_LENGTH, RETRY_AFTER, TRANSFER_ENCODING},
     },
     middleware::{Next, from_fn, from_fn_with_state},
     response::{IntoResponse, Response},
@@ -24,7 +24,8 @@ use tower_http::{cors::CorsLayer, timeout::RequestBodyTimeoutLayer, trace::Trace
 
 use crate::{
     aliases::Aliases,
-    auth::{AdapterSources, Auth, Identity, RequestPermit},
+    auth::{AdapterSources, Auth, Identity, RATE_LIMIT_HEADERS, RequestPermit},
+    beside::LARGE_BYTES,
     error::{ApiError, NativeError},
     extract::BodyTime,
     lifecycle::{LoadingNames, NameLocks},
@@ -244,6 +245,8 @@ pub struct Caller {
     pub runs_on: RunsOn,
     /// Its place among its key's concurrent requests, once a route has asked for it.
     pub permit: Option<Arc<RequestPermit>>,
+    /// What is done with its body is better done [beside](crate::beside) the thread's other tasks.
+    pub is_large: bool,
 }
 
 impl Caller {
@@ -316,6 +319,7 @@ async fn authenticated(state: &Gateway, mut request: Request, next: Next) -> Res
         // The layer that counts is around this one.
         runs_on: request.extensions().get().cloned().unwrap_or_default(),
         permit: None,
+        is_large: is_large(request.headers()),
     };
     request.extensions_mut().insert(caller);
     request.extensions_mut().insert(BodyTime(state.limits.body_timeout));
@@ -369,6 +373,18 @@ pub async fn require_admin(caller: Caller, request: Request, next: Next) -> Resp
     match caller.identity.require_admin() {
         Ok(()) => next.run(request).await,
         Err(error) => ApiError::from(error).into_response(),
+    }
+}
+
+/// Whether the body is large, or may turn out to be.
+fn is_large(headers: &HeaderMap) -> bool {
+    match headers.get(CONTENT_LENGTH) {
+        Some(length) => length
+            .to_str()
+            .ok()
+            .and_then(|length| length.parse().ok())
+            .is_none_or(|length: usize| length > LARGE_BYTES),
+        None => headers.contains_key(TRANSFER_ENCODING),
     }
 }
 
@@ -457,7 +473,8 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
         origins if origins.iter().any(|origin| origin == "*") => AllowOrigin::any(),
         origins => AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok())),
     };
-    let exposed = ExposeHeaders::list([REQUEST_ID_HEADER, ADAPTER_HEADER]);
+    let limits = RATE_LIMIT_HEADERS.map(HeaderName::from_static);
+    let exposed = ExposeHeaders::list([REQUEST_ID_HEADER, ADAPTER_HEADER, RETRY_AFTER].into_iter().chain(limits));
     Some(
         CorsLayer::new()
             .allow_origin(origin)

@@ -149,6 +149,15 @@ const SERVER_ERROR: &str = "server_error";
 const QUEUE_FULL: &str = "queue_full";
 const STATE_NOT_SAVED: &str = "state_not_saved";
 
+/// What a client called something, short enough for a message.
+pub fn shown(name: &str) -> std::borrow::Cow<'_, str> {
+    const MOST_CHARS: usize = 256;
+    match name.char_indices().nth(MOST_CHARS) {
+        Some((end, _)) => format!("{}…", &name[..end]).into(),
+        None => name.into(),
+    }
+}
+
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> Self {
         Self {
@@ -177,14 +186,11 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, INVALID_REQUEST, Some("unsupported_parameter"), message).for_param(param)
     }
 
-    /// 404 for a model or an adapter; names what exists.
-    pub fn model_not_found(name: &str, param: &str, available: &[String]) -> Self {
-        const MOST: usize = 20;
-        let mut list = available.iter().take(MOST).cloned().collect::<Vec<_>>().join(", ");
-        if available.len() > MOST {
-            list.push_str(&format!(", and {} more (GET /v1/models lists all)", available.len() - MOST));
-        }
-        let message = format!("The model '{name}' does not exist. Available: {list}");
+    /// 404 for a model or an adapter; names what exists, or some of it.
+    pub fn model_not_found(name: &str, param: &str, available: &[String], are_all: bool) -> Self {
+        let list = available.join(", ");
+        let more = if are_all { "" } else { ", and more (GET /v1/models lists all)" };
+        let message = format!("The model '{}' does not exist. Available: {list}{more}", shown(name));
         Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, Some("model_not_found"), message).for_param(param)
     }
 

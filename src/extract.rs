@@ -10,7 +10,10 @@ use axum::{
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::error::{ApiError, NativeError};
+use crate::{
+    beside::{LARGE_BYTES, beside_if},
+    error::{ApiError, NativeError, shown},
+};
 
 /// How long a JSON body may take as a whole, in a request's extensions: who sends a byte now and then would have the connection for good.
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +45,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for ApiJson<T> {
             let status = if timed_out { StatusCode::REQUEST_TIMEOUT } else { rejection.status() };
             ApiError::bad_body(status, rejection.body_text())
         })?;
-        parse(&body).map(Self)
+        beside_if(body.len() > LARGE_BYTES, || parse(&body)).await.map(Self)
     }
 }
 
@@ -193,6 +196,9 @@ fn parse_strictly<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     let mut json = serde_json::Deserializer::from_slice(body);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();
+        if let Some(error) = other_tool(body, &path) {
+            return error;
+        }
         let error = error.into_inner();
         if error.classify() == serde_json::error::Category::Data {
             field_error(&path, &error.to_string())
@@ -203,6 +209,15 @@ fn parse_strictly<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     json.end()
         .map_err(|error| ApiError::bad_request(format!("We could not parse the JSON body of your request: {error}")))?;
     Ok(value)
+}
+
+/// A tool of another kind has other fields: what is wrong is its kind, not that they are not a function's.
+fn other_tool(body: &[u8], path: &str) -> Option<ApiError> {
+    let index: usize = path.strip_prefix("tools[")?.split(']').next()?.parse().ok()?;
+    let body: Value = serde_json::from_slice(body).ok()?;
+    let kind = body["tools"][index]["type"].as_str().filter(|kind| *kind != "function")?;
+    let why = format!("`{}` is not; only `function` is", shown(kind));
+    Some(ApiError::unsupported(&format!("tools[{index}].type"), &why))
 }
 
 fn field_error(path: &str, message: &str) -> ApiError {
@@ -312,6 +327,16 @@ mod tests {
             ),
             ("null", None, "null, expected an object"),
             (r#"{"model": "m", "messages": [], "stop": [1]}"#, Some("stop[0]"), "integer `1`"),
+            (
+                r#"{"model": "m", "messages": [], "tools": [{"type": "function", "function": {}}]}"#,
+                Some("tools[0].function.name"),
+                "Missing",
+            ),
+            (
+                r#"{"model": "m", "messages": [], "tools": [{"type": "web_search", "search_context_size": "low"}]}"#,
+                Some("tools[0].type"),
+                "`web_search` is not; only `function` is",
+            ),
             (
                 r#"{"model": "m", "messages": [], "stream_options": {"x": 1}}"#,
                 Some("stream_options.x"),

@@ -3,6 +3,7 @@
 pub mod aliases;
 pub mod app;
 pub mod auth;
+pub mod beside;
 pub mod chat_template;
 pub mod cli;
 pub mod config;

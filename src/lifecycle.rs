@@ -60,7 +60,15 @@ impl NameLocks {
 
 /// Names that are being loaded: until one is served, who asks for it is told to ask again.
 #[derive(Clone, Debug, Default)]
-pub struct LoadingNames(Arc<Mutex<HashMap<String, usize>>>);
+pub struct LoadingNames(Arc<Mutex<HashMap<String, Loads>>>);
+
+/// The loads of one name.
+#[derive(Debug)]
+struct Loads {
+    count: usize,
+    /// Where the first of them has it from.
+    source: String,
+}
 
 impl LoadingNames {
     /// Whether a load of this name is under way.
@@ -68,8 +76,27 @@ impl LoadingNames {
         self.0.lock().contains_key(name)
     }
 
-    fn enter(&self, name: &str) -> LoadingName {
-        *self.0.lock().entry(name.to_owned()).or_default() += 1;
+    /// Where a name that is being loaded comes from.
+    pub fn source(&self, name: &str) -> Option<String> {
+        self.0.lock().get(name).map(|loads| loads.source.clone())
+    }
+
+    /// Every such name, with where it comes from, by name.
+    pub fn list(&self) -> Vec<(String, String)> {
+        let names = self.0.lock();
+        let mut list: Vec<_> = names.iter().map(|(name, loads)| (name.clone(), loads.source.clone())).collect();
+        drop(names);
+        list.sort_unstable();
+        list
+    }
+
+    fn enter(&self, name: &str, source: &str) -> LoadingName {
+        let mut names = self.0.lock();
+        let loads = names.entry(name.to_owned()).or_insert_with(|| Loads {
+            count: 0,
+            source: source.to_owned(),
+        });
+        loads.count += 1;
         LoadingName {
             names: self.clone(),
             name: name.to_owned(),
@@ -88,8 +115,8 @@ impl Drop for LoadingName {
     fn drop(&mut self) {
         let mut names = self.names.0.lock();
         if let Some(loads) = names.get_mut(&self.name) {
-            *loads -= 1;
-            if *loads == 0 {
+            loads.count -= 1;
+            if loads.count == 0 {
                 names.remove(&self.name);
             }
         }
@@ -167,7 +194,8 @@ impl Gateway {
     /// As [`Self::load_adapter`].
     pub fn begin_load(&self, load: &Load) -> Result<LoadingName, ApiError> {
         self.check_load(load)?;
-        Ok(self.loading.enter(&load.name))
+        let source = if load.path.is_empty() { PUSHED_PREFIX } else { &load.path };
+        Ok(self.loading.enter(&load.name, source))
     }
 
     fn check_load(&self, load: &Load) -> Result<(), ApiError> {

@@ -10,8 +10,10 @@ use polylora_engine::{FileSource, files::SourceStamp};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokenizers::AddedToken;
+use tokio::sync::Semaphore;
 
 use crate::{
+    beside::beside_if,
     chat_template::{ChatInput, ChatTemplates, SpecialTokens, TemplateError},
     error::ApiError,
     tokenizer::{TextTokenizer, TokenizerError},
@@ -46,9 +48,14 @@ pub enum PromptError {
     /// See [`TokenizerError`].
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// See [`TemplateError`].
-    #[error(transparent)]
-    Template(#[from] TemplateError),
+    /// A chat template is no Jinja.
+    #[error("{file}: {error}")]
+    Template {
+        /// Where it stands.
+        file: &'static str,
+        /// See [`TemplateError`].
+        error: TemplateError,
+    },
 }
 
 impl PromptError {
@@ -59,7 +66,7 @@ impl PromptError {
             Self::Json { file, error } => (file, error.to_string()),
             Self::Tokenizer(TokenizerError::BadFile(reason)) => (TextFiles::TOKENIZER, reason.clone()),
             Self::Tokenizer(error) => (TextFiles::TOKENIZER, error.to_string()),
-            Self::Template(error) => (TextFiles::CONFIG, error.to_string()),
+            Self::Template { file, error } => (file, error.to_string()),
         }
     }
 }
@@ -84,6 +91,8 @@ pub struct SamplingDefaults {
 pub struct PromptProcessor {
     tokenizer: Arc<TextTokenizer>,
     templates: Option<Arc<ChatTemplates>>,
+    /// Of templates that came with an adapter: what they do is not known, and may take long. One rendering of one at a time.
+    foreign: Option<Arc<Semaphore>>,
     defaults: SamplingDefaults,
 }
 
@@ -92,6 +101,8 @@ pub struct PromptProcessor {
 pub struct TextFiles {
     /// Chat templates by name.
     pub templates: BTreeMap<String, String>,
+    /// The file that each of them stands in.
+    pub template_files: BTreeMap<String, &'static str>,
     /// What templates may name.
     pub special_tokens: SpecialTokens,
     /// Tokens that are said to be added, by id.
@@ -145,12 +156,18 @@ impl TextFiles {
     /// `Read`, `Json`.
     pub fn read(files: &FileSource) -> Result<Self, PromptError> {
         let config = read_json(files, Self::CONFIG)?.unwrap_or_default();
-        let mut templates = templates_of(&config);
+        let mut templates = BTreeMap::new();
+        let mut template_files = BTreeMap::new();
+        let mut found = |file, found: BTreeMap<String, String>| {
+            template_files.extend(found.keys().map(|name| (name.clone(), file)));
+            templates.extend(found);
+        };
+        found(Self::CONFIG, templates_of(&config));
         if let Some(json) = read_json(files, Self::TEMPLATE_JSON)? {
-            templates.extend(templates_of(&json));
+            found(Self::TEMPLATE_JSON, templates_of(&json));
         }
         if let Some(bytes) = read(files, Self::TEMPLATE)? {
-            templates.insert("default".into(), String::from_utf8_lossy(&bytes).into_owned());
+            found(Self::TEMPLATE, [("default".into(), String::from_utf8_lossy(&bytes).into_owned())].into());
         }
         let mut added = BTreeMap::new();
         let mut added_file = None;
@@ -167,10 +184,23 @@ impl TextFiles {
         }
         Ok(Self {
             templates,
+            template_files,
             special_tokens: special_tokens(&config, &read_json(files, Self::SPECIAL_TOKENS)?.unwrap_or_default()),
             added,
             added_file,
         })
+    }
+
+    /// What is wrong with one of the templates, with the file that it stands in.
+    pub fn template_error(&self, error: TemplateError) -> PromptError {
+        let file = match &error {
+            TemplateError::Syntax { name, .. } => self.template_files.get(name),
+            TemplateError::Render(_) | TemplateError::FinalMessageAltered => None,
+        };
+        PromptError::Template {
+            file: file.copied().unwrap_or(Self::CONFIG),
+            error,
+        }
     }
 
     /// Whether none of them says anything.
@@ -280,21 +310,20 @@ impl PromptProcessor {
     /// # Errors
     /// See [`PromptError`].
     pub fn from_files(files: &FileSource, chat_template: Option<&str>) -> Result<Self, PromptError> {
-        let TextFiles {
-            templates: mut sources,
-            special_tokens,
-            ..
-        } = TextFiles::read(files)?;
+        let mut text = TextFiles::read(files)?;
         let json = read(files, TextFiles::TOKENIZER)?.ok_or_else(|| PromptError::Read {
             file: TextFiles::TOKENIZER,
             error: std::io::ErrorKind::NotFound.into(),
         })?;
-        let bos = special_tokens.by_name.get("bos_token").map(String::as_str);
+        let bos = text.special_tokens.by_name.get("bos_token").map(String::as_str);
         let tokenizer = TextTokenizer::from_bytes(&json, bos)?;
         if let Some(given) = chat_template {
-            sources = [("default".to_owned(), given.to_owned())].into();
+            text.templates = [("default".to_owned(), given.to_owned())].into();
+            text.template_files = [("default".to_owned(), "--chat-template")].into();
         }
-        let templates = (!sources.is_empty()).then(|| ChatTemplates::new(sources, special_tokens)).transpose()?;
+        let compile = || ChatTemplates::new(text.templates.clone(), text.special_tokens.clone());
+        let templates = (!text.templates.is_empty()).then(compile).transpose();
+        let templates = templates.map_err(|error| text.template_error(error))?;
         let generation_config = read_json(files, "generation_config.json")?.unwrap_or_default();
         Ok(Self::new(tokenizer, templates, sampling_defaults(&generation_config)))
     }
@@ -304,13 +333,15 @@ impl PromptProcessor {
         Self {
             tokenizer: Arc::new(tokenizer),
             templates: templates.map(Arc::new),
+            foreign: None,
             defaults,
         }
     }
 
-    /// The same with another tokenizer, or with other templates.
+    /// The same with another tokenizer, or with an adapter's templates.
     pub fn with_own(&self, tokenizer: Option<Arc<TextTokenizer>>, templates: Option<Option<ChatTemplates>>) -> Self {
         Self {
+            foreign: templates.is_some().then(|| Arc::new(Semaphore::new(1))),
             tokenizer: tokenizer.unwrap_or_else(|| Arc::clone(&self.tokenizer)),
             templates: match templates {
                 Some(own) => own.map(Arc::new),
@@ -340,7 +371,17 @@ impl PromptProcessor {
         self.defaults = defaults;
     }
 
-    /// The text that the chat template makes of a conversation.
+    /// Does work in which conversations are rendered: beside the thread's other tasks if it is `large`, or if the template is an adapter's
+    /// own, which may be slow on purpose. One template has one such turn, so that others get theirs.
+    pub async fn rendering<T>(&self, large: bool, work: impl FnOnce() -> T) -> T {
+        let _turn = match &self.foreign {
+            Some(turn) => Some(turn.acquire().await.expect("nobody closes it")),
+            None => None,
+        };
+        beside_if(large || self.foreign.is_some(), work).await
+    }
+
+    /// The text that the chat template makes of a conversation. May take long: see [`Self::rendering`].
     ///
     /// # Errors
     /// 400 with the template's reason, or because there is none.
@@ -370,6 +411,20 @@ impl PromptProcessor {
     }
 }
 
+/// Token ids of several texts, each as its model reads it.
+///
+/// # Errors
+/// 400.
+#[tracing::instrument(name = "tokenize", level = "debug", skip_all, fields(texts = texts.len()))]
+pub async fn encode_all(texts: &[(&PromptProcessor, &str)], add_special_tokens: bool) -> Result<Vec<Vec<u32>>, ApiError> {
+    let bytes: usize = texts.iter().map(|(_, text)| text.len()).sum();
+    let encode = || {
+        let encoded = texts.iter().map(|(prompt, text)| prompt.tokenizer.encode(text, add_special_tokens));
+        encoded.collect::<Result<_, _>>()
+    };
+    Ok(beside_if(bytes >= BLOCKING_TEXT_BYTES, encode).await?)
+}
+
 /// The chat templates of `tokenizer_config.json`; `None` if it has none.
 ///
 /// # Errors
@@ -381,7 +436,9 @@ pub fn templates_from_config(tokenizer_config: &[u8]) -> Result<Option<ChatTempl
     })?;
     let sources = templates_of(&config);
     let special_tokens = special_tokens(&config, &Value::Null);
-    Ok((!sources.is_empty()).then(|| ChatTemplates::new(sources, special_tokens)).transpose()?)
+    let compiled = (!sources.is_empty()).then(|| ChatTemplates::new(sources, special_tokens));
+    let file = TextFiles::CONFIG;
+    compiled.transpose().map_err(|error| PromptError::Template { file, error })
 }
 
 fn read(files: &FileSource, name: &'static str) -> Result<Option<Vec<u8>>, PromptError> {
@@ -547,6 +604,82 @@ mod tests {
             ..SamplingDefaults::default()
         };
         assert_eq!(sampling_defaults(&config), expected);
+    }
+
+    #[test]
+    fn an_adapter_s_template_holds_up_no_other_task_and_has_one_turn() {
+        use std::{sync::mpsc, time::Duration};
+        /// Long enough for any machine.
+        const PATIENCE: Duration = Duration::from_secs(120);
+        let tokenizer = crate::tokenizer::tests::byte_level_json();
+        let (_directory, files) = directory(&[("tokenizer.json", &tokenizer)]);
+        let base = PromptProcessor::from_files(&files, None).unwrap();
+        let own = ChatTemplates::new([("default".into(), "own".into())].into(), SpecialTokens::default()).unwrap();
+        let own = base.with_own(None, Some(Some(own)));
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let (begun, has_begun) = mpsc::channel();
+        let (served, is_served) = mpsc::channel();
+        let first = {
+            let own = own.clone();
+            runtime.spawn(async move {
+                let render = move || {
+                    begun.send(()).unwrap();
+                    // Ends when the other task was served, which is on the same, only thread.
+                    is_served.recv_timeout(PATIENCE)
+                };
+                own.rendering(false, render).await
+            })
+        };
+        has_begun.recv_timeout(PATIENCE).unwrap();
+        // A second rendering of the same template waits for its turn, and holds nobody up meanwhile.
+        let second = {
+            let own = own.clone();
+            runtime.spawn(async move { own.rendering(false, || "second").await })
+        };
+        let other = runtime.spawn(async move {
+            assert_eq!(base.rendering(false, || "base").await, "base");
+            served.send(()).unwrap();
+        });
+        runtime.block_on(other).unwrap();
+        assert_eq!(runtime.block_on(first).unwrap(), Ok(()));
+        assert_eq!(runtime.block_on(second).unwrap(), "second");
+    }
+
+    #[test]
+    fn a_broken_template_is_reported_of_the_file_that_it_stands_in() {
+        let tokenizer = crate::tokenizer::tests::byte_level_json();
+        let config = json!({"chat_template": "fine"}).to_string();
+        let broken = json!({"chat_template": "{% if %}"}).to_string();
+        let error = |files: &[(&str, &str)], given| {
+            let (_directory, files) = directory(&[files, &[("tokenizer.json", tokenizer.as_str())]].concat());
+            PromptProcessor::from_files(&files, given).err().expect("a template is broken")
+        };
+        for (files, given, file) in [
+            (&[("tokenizer_config.json", broken.as_str())][..], None, "tokenizer_config.json"),
+            (
+                &[("tokenizer_config.json", config.as_str()), ("chat_template.jinja", "{% for %}")],
+                None,
+                "chat_template.jinja",
+            ),
+            (
+                &[("tokenizer_config.json", config.as_str()), ("chat_template.json", broken.as_str())],
+                None,
+                "chat_template.json",
+            ),
+            (&[], Some("{{"), "--chat-template"),
+        ] {
+            let error = error(files, given);
+            assert!(
+                matches!(&error, PromptError::Template { file: found, .. } if *found == file),
+                "{file}: {error}"
+            );
+            assert_eq!(error.file_and_reason().0, file);
+            assert!(error.to_string().starts_with(&format!("{file}: chat template \"default\": ")), "{error}");
+        }
     }
 
     #[test]

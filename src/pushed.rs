@@ -43,7 +43,12 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 
-use crate::{error::ApiError, extract::is_timeout, state_dir::sync_folder};
+use crate::{
+    beside::{LARGE_BYTES, beside_if},
+    error::ApiError,
+    extract::is_timeout,
+    state_dir::sync_folder,
+};
 
 /// Largest `weights`, if nobody says otherwise: rank 256 on every projection of an 8B model has 1.3 GB.
 pub const DEFAULT_MAX_PUSH_BYTES: u64 = 2 << 30;
@@ -318,7 +323,8 @@ impl Parts {
             return Ok(());
         }
         let index = tokio::fs::read(directory.join(INDEX_FILE)).await.map_err(storage_error)?;
-        let named: BTreeSet<String> = parse_index(&index).map_err(pushed_error)?.into_values().collect();
+        let parsed = beside_if(index.len() > LARGE_BYTES, || parse_index(&index)).await;
+        let named: BTreeSet<String> = parsed.map_err(pushed_error)?.into_values().collect();
         let sent: BTreeSet<String> = self.files.iter().filter(|file| is_shard_name(file)).cloned().collect();
         if let Some(file) = named.difference(&sent).next() {
             return Err(ApiError::invalid(

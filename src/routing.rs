@@ -1,11 +1,13 @@
 //! From the names in a request to the base model or an adapter; never the base model by accident.
 
+use std::sync::Arc;
+
 use polylora_engine::{AdapterError, AdapterLease, InferenceEngine, adapter::combine::parse_expression};
 
 use crate::{
     aliases::{Aliases, Names},
     auth::Identity,
-    error::ApiError,
+    error::{ApiError, shown},
     lifecycle::LoadingNames,
 };
 
@@ -87,14 +89,20 @@ pub struct Router<'a> {
 }
 
 impl Router<'_> {
-    /// What `model` and `lora_path` of an OpenAI request mean; an adapter in `model` wins.
+    /// What `model` and `lora_path` of an OpenAI request mean; both may name the same adapter.
     ///
     /// # Errors
-    /// 404 naming what exists; 503 for an adapter that is being loaded; 400 for an ill-formed combination.
+    /// 404 naming what exists; 503 for an adapter that is being loaded; 400 for an ill-formed combination, and for two adapters.
     pub fn target(&self, model: &str, lora_path: Option<&str>) -> Result<Target, ApiError> {
         match (self.served.read(model), lora_path) {
             (Target::Base, None) => Ok(Target::Base),
             (Target::Base, Some(name)) => self.adapter(name, "lora_path"),
+            (Target::Adapter(name), Some(path)) if name != path => {
+                self.find_target(model, name, "model")?;
+                let (model, path) = (shown(model), shown(path));
+                let message = format!("model ('{model}') and lora_path ('{path}') name two adapters: give one, or both the same");
+                Err(ApiError::invalid("lora_path", message))
+            }
             (Target::Adapter(name), _) => self.find_target(model, name, "model"),
         }
     }
@@ -121,7 +129,7 @@ impl Router<'_> {
     fn missing(&self, asked: &str, adapter: &str, param: &str) -> ApiError {
         match parse_expression(adapter, usize::MAX) {
             Err(error) => ApiError::from(error).for_param(param),
-            Ok(_) => ApiError::model_not_found(asked, param, &self.available()),
+            Ok(_) => self.not_found(asked, param),
         }
     }
 
@@ -172,20 +180,33 @@ impl Router<'_> {
     /// An adapter was unloaded since it was found; somebody may be loading it again, or have done so.
     fn gone(&self, name: &str) -> ApiError {
         match self.find(name) {
-            Found::Nothing => ApiError::model_not_found(name, "model", &self.available()),
+            Found::Nothing => self.not_found(name, "model"),
             Found::Loading | Found::Served => ApiError::adapter_loading(name, "model"),
         }
     }
 
-    /// Names that a request may use, base model first.
-    pub fn available(&self) -> Vec<String> {
+    /// 404, with names that a request may use, base model first.
+    pub fn not_found(&self, asked: &str, param: &str) -> ApiError {
         let base = self.served.name();
-        let adapters = self.engine.adapter_names().into_iter();
-        let aliases = self.aliases.list().into_iter().map(|alias| alias.name().clone());
-        let names = adapters.chain(aliases).filter(|name| self.identity.sees_adapter(name));
-        std::iter::once(base.to_owned())
-            .chain(names.map(|name| format!("{base}:{name}")))
-            .collect()
+        let (names, are_all) = self.some_adapters();
+        let names = names.iter().map(|name| format!("{base}:{name}"));
+        let available: Vec<String> = std::iter::once(base.to_owned()).chain(names).collect();
+        ApiError::model_not_found(asked, param, &available, are_all)
+    }
+
+    /// Aliases and adapters for a message, by name, and whether these are all that the caller may use. Not all of thousands are looked at,
+    /// however often somebody mistakes a name, and however few of them are his.
+    pub fn some_adapters(&self) -> (Vec<Arc<str>>, bool) {
+        const MOST: usize = 20;
+        const LOOKED_AT: usize = 1000;
+        let aliases = self.aliases.first(LOOKED_AT);
+        let adapters = self.engine.first_adapter_names(LOOKED_AT);
+        let mut are_all = aliases.len() < LOOKED_AT && adapters.len() < LOOKED_AT;
+        let seen = aliases.into_iter().chain(adapters).filter(|name| self.identity.sees_adapter(name));
+        let mut names: Vec<Arc<str>> = seen.take(MOST + 1).collect();
+        are_all &= names.len() <= MOST;
+        names.truncate(MOST);
+        (names, are_all)
     }
 
     /// Looks a name up, or every name of a combination. Who may use an alias may use what it stands for.

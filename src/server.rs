@@ -82,6 +82,9 @@ pub fn runtime() -> io::Result<Runtime> {
         .build()
 }
 
+/// Bytes of a request's head: its line and its headers. More is a 431.
+const MAX_HEAD_BYTES: usize = 64 << 10;
+
 /// Serves until `shutdown` resolves; then accepts no more, closes idle connections and waits for the others until `drained`
 /// resolves (or they have all ended).
 pub async fn serve(
@@ -143,10 +146,15 @@ async fn serve_connection(
     let _ = stream.set_nodelay(true);
     let stream = WriteTimeout::new(stream, settings.write_timeout);
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(settings.read_timeout);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(settings.read_timeout)
+        .max_buf_size(MAX_HEAD_BYTES);
     builder
         .http2()
         .timer(TokioTimer::new())
+        .max_header_list_size(MAX_HEAD_BYTES as u32)
         .keep_alive_interval(settings.read_timeout)
         .keep_alive_timeout(settings.read_timeout);
     let service = TowerToHyperService::new(router);
@@ -400,6 +408,25 @@ mod tests {
         let mut stream = TcpStream::connect(server.address).await.unwrap();
         stream.write_all(b"GET / HTTP/1.1\r\nHost:").await.unwrap();
         read_to_end(&mut stream).await;
+    }
+
+    #[tokio::test]
+    async fn a_head_that_is_too_large_reaches_no_route() {
+        let server = start(Router::new().route("/", get(|| async { "answered" })), settings()).await;
+        for (bytes, is_answered) in [(MAX_HEAD_BYTES / 2, true), (MAX_HEAD_BYTES + 1000, false)] {
+            let mut stream = TcpStream::connect(server.address).await.unwrap();
+            let head = format!("GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Large: {}\r\n\r\n", "x".repeat(bytes));
+            stream.write_all(head.as_bytes()).await.unwrap();
+            let mut answer = Vec::new();
+            // Closed with some of the head unread, the connection may be reset before the 431 is read.
+            let end = stream.read_to_end(&mut answer).await;
+            let answer = String::from_utf8_lossy(&answer);
+            if is_answered {
+                assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("answered"), "{answer}");
+            } else {
+                assert!(answer.starts_with("HTTP/1.1 431") || end.is_err(), "{answer}");
+            }
+        }
     }
 
     #[tokio::test]

@@ -243,7 +243,7 @@ impl BaseText {
                 bytes: ChatTemplates::memory_bytes(sources),
             });
             let compiled = (!sources.is_empty()).then(|| ChatTemplates::new(sources.clone(), special_tokens.clone()));
-            Some(compiled.transpose().map_err(|error| bad_file(error.into()))?)
+            Some(compiled.transpose().map_err(|error| bad_file(files.template_error(error)))?)
         } else {
             None
         };

@@ -290,6 +290,9 @@ impl ToolParser {
         let held = std::mem::take(&mut self.held);
         let opened = std::mem::take(&mut self.opened);
         let text = match &self.state {
+            // What began after a call is another that was cut off.
+            State::Call { .. } | State::BeforeCall { .. } if self.num_calls > 0 => String::new(),
+            State::Text | State::AfterCall { .. } if self.num_calls > 0 && self.open_tag().starts_with(held.trim()) => String::new(),
             State::Call { scanner, raw, .. } if !scanner.has_begun() => format!("{opened}{raw}{held}"),
             State::Call { .. } => String::new(),
             State::BeforeCall { in_list: false } => format!("{opened}{held}"),
@@ -765,6 +768,11 @@ mod tests {
         );
         check(hermes, "<tool_call>\n{\"na", "<tool_call>\n{\"na", &[]);
         check(hermes, "<tool_call>\n[1]</tool_call>", "<tool_call>\n[1]</tool_call>", &[]);
+        // After a call that is whole, what begins is another, of which nothing is known yet.
+        for cut in ["\n", "\n<tool_", "\n<tool_call>", "\n<tool_call>\n{\"na", "\n<tool_call>\n{\"name\": \"g"] {
+            let text = format!("<tool_call>\n{{\"name\": \"f\", \"arguments\": {{}}}}\n</tool_call>{cut}");
+            check(hermes, &text, "", &[("f", "{}")]);
+        }
     }
 
     #[test]

@@ -274,7 +274,15 @@ fn a_tokenizer_that_cannot_be_right_is_refused_by_file_and_ids() {
     };
     refused(&[("tokenizer.json", b"{".to_vec())], &["tokenizer.json"]);
     refused(&[("tokenizer_config.json", b"[1".to_vec())], &["tokenizer_config.json"]);
-    refused(&[("chat_template.jinja", b"{% if %}".to_vec())], &["chat template"]);
+    refused(
+        &[("chat_template.jinja", b"{% if %}".to_vec())],
+        &["chat_template.jinja", "chat template", "line 1"],
+    );
+    let folder = plain_adapter(&[("chat_template.jinja", b"{% if %}".to_vec())]);
+    let parts = [PARTS[0], PARTS[1], ("chat_template", "chat_template.jinja")];
+    let (status, answer) = server.push_files("plain", folder.path(), &parts).unwrap();
+    assert_eq!((status, &answer["error"]["param"]), (400, &json!("chat_template")), "{answer}");
+    assert!(answer["error"]["message"].as_str().unwrap().contains("chat_template.jinja"), "{answer}");
     let beyond = changed_tokenizer(|json| json["added_tokens"].as_array_mut().unwrap().push(added(256, "<pad>")));
     refused(
         &[("tokenizer.json", beyond)],

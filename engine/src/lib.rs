@@ -76,6 +76,13 @@ pub trait InferenceEngine: Send + Sync + 'static {
     fn adapter_names(&self) -> Vec<Arc<str>> {
         self.list_adapters().into_iter().map(|info| info.name).collect()
     }
+    /// The first of their names in alphabetical order, at most `most`: cheap, however many there are.
+    fn first_adapter_names(&self, most: usize) -> Vec<Arc<str>> {
+        let mut names = self.adapter_names();
+        names.sort_unstable();
+        names.truncate(most);
+        names
+    }
     /// One registered adapter.
     fn adapter_info(&self, name: &str) -> Option<AdapterInfo>;
 

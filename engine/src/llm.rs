@@ -345,6 +345,10 @@ impl InferenceEngine for LlmEngine {
         self.adapters.as_ref().map_or_else(Vec::new, |registry| registry.names())
     }
 
+    fn first_adapter_names(&self, most: usize) -> Vec<Arc<str>> {
+        self.adapters.as_ref().map_or_else(Vec::new, |registry| registry.first_names(most))
+    }
+
     fn adapter_info(&self, name: &str) -> Option<AdapterInfo> {
         self.adapters.as_ref()?.info(name)
     }

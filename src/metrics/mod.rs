@@ -157,10 +157,18 @@ pub struct Metrics {
     unloads: Counter,
     fetch_seconds: Mutex<polylora_engine::Histogram>,
     adapters: AdapterCounters,
+    output_rate: Mutex<OutputRate>,
     /// The long part, and when writing it began.
     long_part: Mutex<Option<(Instant, Bytes)>>,
     is_renewing: AtomicBool,
     observations: AtomicU64,
+}
+
+/// How many tokens were generated when this was looked at, and how fast since the time before.
+struct OutputRate {
+    measured_at: Instant,
+    output_tokens: u64,
+    tokens_per_second: f64,
 }
 
 struct Latency {
@@ -247,6 +255,11 @@ impl Metrics {
             server,
             adapters: AdapterCounters::new(config.max_adapter_labels),
             fetch_seconds: Mutex::new(polylora_engine::Histogram::new(polylora_engine::stats::LOAD_SECONDS_BOUNDS)),
+            output_rate: Mutex::new(OutputRate {
+                measured_at: Instant::now(),
+                output_tokens: 0,
+                tokens_per_second: 0.0,
+            }),
             long_part: Mutex::default(),
             is_renewing: AtomicBool::new(false),
             observations: AtomicU64::new(0),
@@ -279,6 +292,18 @@ impl Metrics {
             detokenizing: Duration::ZERO,
             finished: false,
         }
+    }
+
+    /// Tokens generated a second: since this was asked the last time, or if that was just now, then what it was.
+    pub fn gen_throughput(&self, output_tokens: u64, now: Instant) -> f64 {
+        let mut rate = self.output_rate.lock();
+        let seconds = now.saturating_duration_since(rate.measured_at).as_secs_f64();
+        if seconds >= 1.0 {
+            rate.tokens_per_second = output_tokens.saturating_sub(rate.output_tokens) as f64 / seconds;
+            rate.output_tokens = output_tokens;
+            rate.measured_at = now;
+        }
+        rate.tokens_per_second
     }
 
     /// Records the settings of one API call, once for all its sequences.
@@ -1157,6 +1182,19 @@ mod tests {
         assert!(!metrics.should_renew(), "it is new again");
         let text = metrics.text_from(&stats(), || panic!("it was written ahead"));
         assert_eq!(value(&text, "polylora_adapters{state=\"host\"}"), 1.0);
+    }
+
+    #[test]
+    fn throughput_is_of_the_time_since_it_was_asked_for() {
+        let metrics = metrics(8);
+        let begin = Instant::now();
+        let ask = |seconds, tokens| metrics.gen_throughput(tokens, begin + Duration::from_secs_f64(seconds));
+        let first = ask(10.0, 500);
+        assert!((first - 50.0).abs() < 1.0, "{first}");
+        assert_eq!(ask(10.1, 600), first, "too early for another");
+        let second = ask(12.0, 700);
+        assert!((second - 100.0).abs() < 1.0, "{second}");
+        assert_eq!(ask(14.0, 700), 0.0);
     }
 
     #[test]

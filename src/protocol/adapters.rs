@@ -155,7 +155,8 @@ pub struct AdapterEntry {
     pub name: String,
     /// The path or Hub id that it was loaded from; `pushed:…` if its files were sent.
     pub source: String,
-    /// `registered` (known by name), `host` (in memory) or `device` (usable at once).
+    /// `loading` (for the first time: requests for it are told to come again, and nothing else is known), `registered` (known by name), `host`
+    /// (in memory) or `device` (usable at once).
     #[schema(example = "device")]
     pub state: String,
     /// A hash of its configuration and weights; null before it is read.
@@ -188,7 +189,7 @@ pub struct AdapterEntryList {
     /// `list`.
     #[schema(example = "list")]
     pub object: String,
-    /// Last used last.
+    /// Those that are being loaded for the first time, then the others, last used last.
     pub data: Vec<AdapterEntry>,
 }
 

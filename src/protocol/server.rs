@@ -54,6 +54,22 @@ pub struct EngineLoad {
     pub utilization: f64,
     /// The most that may run.
     pub max_running_requests: usize,
+    /// Tokens generated a second, of late.
+    pub gen_throughput: f64,
+    /// Adapters; absent without LoRA.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraLoad>,
+}
+
+/// The adapters of an engine's load.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct LoraLoad {
+    /// Distinct adapters of the running requests.
+    pub slots_used: usize,
+    /// Distinct adapters that one batch may have.
+    pub slots_total: usize,
+    /// The one over the other, 0 to 1.
+    pub utilization: f64,
 }
 
 /// Totals.

@@ -1,16 +1,27 @@
 //! `/v1/adapters`: adapters as resources, polylora's own form: list, push, unload.
 
-use std::{collections::HashMap, time::Instant};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Instant,
+};
 
-use axum::{Json, body::Body, extract::State, http::HeaderMap};
+use axum::{
+    Json,
+    body::Body,
+    extract::State,
+    http::HeaderMap,
+    response::{IntoResponse, Response},
+};
 use polylora_engine::AdapterInfo;
 
 use super::{
     adapters::{drain_timeout, unload_mode},
-    models::{state_name, unix_time},
+    models::{LONG_LIST, state_name, unix_time},
 };
 use crate::{
     app::{AppState, Gateway},
+    beside::beside_if,
     error::ApiError,
     extract::{ApiPath, ApiQuery},
     lifecycle::Load,
@@ -28,16 +39,16 @@ fn aliases_by_adapter(state: &Gateway) -> HashMap<String, Vec<String>> {
     by_adapter
 }
 
-fn entry(info: AdapterInfo, aliases: &mut HashMap<String, Vec<String>>) -> AdapterEntry {
+fn entry(info: &AdapterInfo, aliases: &mut HashMap<String, Vec<String>>) -> AdapterEntry {
     AdapterEntry {
         object: "adapter".to_owned(),
         aliases: aliases.remove(&*info.name).unwrap_or_default(),
         name: info.name.to_string(),
-        source: info.source,
+        source: info.source.clone(),
         state: state_name(info.state).to_owned(),
-        version: info.version,
+        version: info.version.clone(),
         lora_rank: info.max_lora_rank,
-        target_modules: info.target_modules,
+        target_modules: info.target_modules.clone(),
         size_bytes: info.bytes,
         tokenizer_bytes: info.companion_bytes,
         pinned: info.pinned,
@@ -45,6 +56,27 @@ fn entry(info: AdapterInfo, aliases: &mut HashMap<String, Vec<String>>) -> Adapt
         requests_total: info.requests_total,
         hits_total: info.hits_total,
         last_used: info.last_used.map(unix_time),
+    }
+}
+
+/// One that is loaded for the first time: nothing is known of it yet.
+fn loading_entry(name: String, source: String) -> AdapterEntry {
+    AdapterEntry {
+        object: "adapter".to_owned(),
+        name,
+        source,
+        state: "loading".to_owned(),
+        version: None,
+        lora_rank: 0,
+        target_modules: Vec::new(),
+        size_bytes: 0,
+        tokenizer_bytes: 0,
+        pinned: false,
+        leases: 0,
+        requests_total: 0,
+        hits_total: 0,
+        last_used: None,
+        aliases: Vec::new(),
     }
 }
 
@@ -58,13 +90,20 @@ fn path_names(error: ApiError) -> ApiError {
     get, path = "/v1/adapters", operation_id = "list_adapters", tag = "Adapters",
     responses((status = 200, description = "Every adapter, last used last.", body = AdapterEntryList), crate::openapi::AdminReadErrors),
 )]
-pub async fn list(State(state): State<AppState>) -> Json<AdapterEntryList> {
-    let mut aliases = aliases_by_adapter(&state);
-    let adapters = state.engine.list_adapters().into_iter();
-    Json(AdapterEntryList {
-        object: "list".to_owned(),
-        data: adapters.map(|info| entry(info, &mut aliases)).collect(),
-    })
+pub async fn list(State(state): State<AppState>) -> Response {
+    // Asked first: what is loaded before the next look is found there.
+    let loading = state.loading.list();
+    let adapters = state.engine.list_adapters();
+    let write = || {
+        let mut aliases = aliases_by_adapter(&state);
+        let served: HashSet<Arc<str>> = adapters.iter().map(|info| Arc::clone(&info.name)).collect();
+        let loading = loading.into_iter().filter(|(name, _)| !served.contains(name.as_str()));
+        let mut data: Vec<AdapterEntry> = loading.map(|(name, source)| loading_entry(name, source)).collect();
+        data.extend(adapters.iter().map(|info| entry(info, &mut aliases)));
+        let object = "list".to_owned();
+        Json(AdapterEntryList { object, data }).into_response()
+    };
+    beside_if(adapters.len() > LONG_LIST, write).await
 }
 
 /// `GET /v1/adapters/{name}`: one adapter.
@@ -74,9 +113,12 @@ pub async fn list(State(state): State<AppState>) -> Json<AdapterEntryList> {
     responses((status = 200, description = "About it.", body = AdapterEntry), crate::openapi::AdminReadOneErrors),
 )]
 pub async fn get(State(state): State<AppState>, ApiPath(name): ApiPath<String>) -> Result<Json<AdapterEntry>, ApiError> {
-    match state.adapter_named(&name) {
-        Some(info) => Ok(Json(entry(info, &mut aliases_by_adapter(&state)))),
-        None => Err(ApiError::no_such_adapter(&name)),
+    // Asked first: what is loaded before the next look is found there.
+    let loading = state.loading.source(&name);
+    match (state.adapter_named(&name), loading) {
+        (Some(info), _) => Ok(Json(entry(&info, &mut aliases_by_adapter(&state)))),
+        (None, Some(source)) => Ok(Json(loading_entry(name, source))),
+        (None, None) => Err(ApiError::no_such_adapter(&name)),
     }
 }
 
@@ -117,7 +159,7 @@ pub async fn push(
     let info = state.push_adapter(load, upload, began).await.map_err(path_names)?;
     let report = info.report.as_ref().and_then(|report| serde_json::to_value(&**report).ok());
     Ok(Json(AdapterPushed {
-        adapter: entry(info, &mut aliases_by_adapter(&state)),
+        adapter: entry(&info, &mut aliases_by_adapter(&state)),
         report,
     }))
 }

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::with_adapter_header;
 use crate::{
     app::{AppState, Caller, Gateway, unix_seconds},
+    beside::beside_if,
     chat_template::ChatInput,
     constraint::{GrammarSpec, form_of_answer, guided_schema},
     conversation::template_messages,
@@ -65,14 +66,14 @@ pub(super) struct Started {
 /// Checks a request and starts it.
 pub(super) async fn start(state: &AppState, caller: &Caller, request: ChatRequest) -> Result<Started, ApiError> {
     refuse_unsupported(&request)?;
-    let tools = Tools::read(state, &request)?;
+    let tools = beside_if(caller.is_large, || Tools::read(state, &request)).await?;
     let target = state.router(&caller.identity).target(&request.model, request.lora_path.as_deref())?;
     let users = [request.user.as_deref(), request.safety_identifier.as_deref()];
     let target = state.resolve(caller, target, caller.sticky_key(users, &caller.request_id))?;
     // What the adapter brings may be another template and other tokens.
     let lease = state.lease(caller, &target).await?;
     let text = state.text(lease.as_ref());
-    let prompt = prompt_text(&text, &request, &tools)?;
+    let prompt = text.prompt.rendering(caller.is_large, || prompt_text(&text, &request, &tools)).await?;
     let thoughts = match (request.include_reasoning, request.stream_reasoning) {
         (Some(false), _) => Thoughts::LeftOut,
         (_, Some(false)) => Thoughts::InOnePiece,
@@ -89,7 +90,7 @@ pub(super) async fn start(state: &AppState, caller: &Caller, request: ChatReques
             "with logprobs only true is: they would tell what was left out",
         ));
     }
-    let grammar = grammar(state, &text, &request, &tools, reasoning.as_ref()).await?;
+    let grammar = grammar(state, caller, &text, &request, &tools, reasoning.as_ref()).await?;
     let most = max_tokens_field(&request);
     let parser = parser(&text, &tools, reasoning).with_thoughts(thoughts);
     // The template wrote the special tokens.
@@ -259,12 +260,14 @@ fn prompt_text(text: &TextSide, request: &ChatRequest, tools: &Tools) -> Result<
 /// the schemas of strict functions where the model calls one. A model that reasons does so first.
 async fn grammar(
     state: &Gateway,
+    caller: &Caller,
     text: &TextSide,
     request: &ChatRequest,
     tools: &Tools,
     reasoning: Option<&ReasoningSplitter>,
 ) -> Result<Option<Arc<dyn Grammar>>, ApiError> {
-    let Some((mut spec, param)) = grammar_of_answer(text, request, tools)? else {
+    let asked_for = beside_if(caller.is_large, || grammar_of_answer(text, request, tools)).await?;
+    let Some((mut spec, param)) = asked_for else {
         return Ok(None);
     };
     if let Some(reasoning) = reasoning {

@@ -12,11 +12,13 @@ use polylora_engine::{AdapterLease, LogprobsParams, PromptLogprobsParams, TokenL
 use super::{chat_completions::PRIORITY, with_adapter_header};
 use crate::{
     app::{AppState, Caller, Gateway, unix_seconds},
+    beside::beside_if,
     constraint::{GrammarSpec, form_of_answer},
     error::ApiError,
     extract::ApiJson,
     generation::{Grammar, Job, MaxTokens, SamplingFields, new_id},
     logprobs::CompletionLogprobsBuilder,
+    prompt::encode_all,
     protocol::{
         OneOrMany, Prompts, StreamOptions, Usage,
         completions::{CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse},
@@ -43,7 +45,7 @@ pub async fn completions(State(state): State<AppState>, caller: Caller, ApiJson(
     let targets = targets(&state, &caller, &request, num_prompts)?;
     let leases = state.leases(&caller, &targets).await?;
     let sides: Vec<TextSide> = leases.iter().map(|lease| state.text(lease.as_ref())).collect();
-    let prompts = prompts(&request, &sides).await?;
+    let prompts = prompts(&caller, &request, &sides).await?;
     let streaming = request.stream.unwrap_or(false);
     let options = request.stream_options.clone().unwrap_or_default();
     let answer = Answer::new(&state, &request, &prompts, &sides, leases.first().and_then(Option::as_ref));
@@ -122,24 +124,40 @@ fn empty_prompt() -> ApiError {
 }
 
 /// The prompts, each as its model reads it.
-async fn prompts(request: &CompletionRequest, sides: &[TextSide]) -> Result<Vec<Prompt>, ApiError> {
+async fn prompts(caller: &Caller, request: &CompletionRequest, sides: &[TextSide]) -> Result<Vec<Prompt>, ApiError> {
     let echo = request.echo.unwrap_or(false);
-    let mut prompts = Vec::new();
     let (texts, ids) = match &request.prompt {
-        Prompts::Text(text) => (vec![text.clone()], Vec::new()),
-        Prompts::Texts(texts) => (texts.clone(), Vec::new()),
-        Prompts::Ids(ids) => (Vec::new(), vec![ids.clone()]),
-        Prompts::ListsOfIds(lists) => (Vec::new(), lists.clone()),
+        Prompts::Text(text) => (std::slice::from_ref(text), &[][..]),
+        Prompts::Texts(texts) => (&texts[..], &[][..]),
+        Prompts::Ids(ids) => (&[][..], std::slice::from_ref(ids)),
+        Prompts::ListsOfIds(lists) => (&[][..], &lists[..]),
     };
-    for (text, side) in texts.into_iter().zip(sides) {
-        let echoed = if echo { text.clone() } else { String::new() };
-        let tokens = side.prompt.encode(text, request.add_special_tokens.unwrap_or(true)).await?;
-        prompts.push(Prompt { echoed, tokens });
+    let mut prompts = match texts {
+        // Nearly always.
+        [text] => vec![sides[0].prompt.encode(text.clone(), request.add_special_tokens.unwrap_or(true)).await?],
+        _ => {
+            let texts: Vec<_> = texts.iter().zip(sides).map(|(text, side)| (&*side.prompt, text.as_str())).collect();
+            encode_all(&texts, request.add_special_tokens.unwrap_or(true)).await?
+        }
+    };
+    let mut echoed: Vec<String> = if echo { texts.to_vec() } else { Vec::new() };
+    prompts.extend_from_slice(ids);
+    if echo {
+        let texts = || {
+            ids.iter()
+                .zip(sides)
+                .map(|(tokens, side)| side.tokenizer().decode(tokens, true))
+                .collect()
+        };
+        let texts: Result<Vec<String>, _> = beside_if(caller.is_large, texts).await;
+        echoed.extend(texts?);
     }
-    for (tokens, side) in ids.into_iter().zip(sides) {
-        let echoed = if echo { side.tokenizer().decode(&tokens, true)? } else { String::new() };
-        prompts.push(Prompt { echoed, tokens });
-    }
+    echoed.resize(prompts.len(), String::new());
+    let prompts: Vec<Prompt> = prompts
+        .into_iter()
+        .zip(echoed)
+        .map(|(tokens, echoed)| Prompt { echoed, tokens })
+        .collect();
     if prompts.iter().any(|prompt| prompt.tokens.is_empty()) {
         return Err(empty_prompt());
     }

@@ -13,12 +13,13 @@ use polylora_engine::{AdapterLease, LogprobsParams, PromptLogprobsParams, TokenL
 use super::{completions::check_count, with_adapter_header};
 use crate::{
     app::{AppState, Caller, Gateway},
+    beside::beside_if,
     constraint::form_of_answer,
-    error::{ApiError, NativeError},
+    error::{ApiError, NativeError, shown},
     extract::NativeJson,
     generation::{Grammar, Job, MaxTokens, SamplingFields, new_id},
     logprobs::{top_triples, triple},
-    prompt::SamplingDefaults,
+    prompt::{SamplingDefaults, encode_all},
     protocol::{
         OneOrMany,
         generate::{GenerateRequest, GenerateResponse, GenerateResponses, InputIds, MetaInfo, NativeFinishReason, NativeSamplingParams},
@@ -46,7 +47,7 @@ pub async fn generate(
 ) -> Result<Response, NativeError> {
     refuse_unsupported(&state, &request)?;
     let streaming = request.stream.unwrap_or(false);
-    let mut batch = Batch::read(&state, request)?;
+    let mut batch = beside_if(caller.is_large, || Batch::read(&state, request)).await?;
     let leases = leases(&state, &caller, &batch.prompts).await?;
     batch.encode(&state, &leases).await?;
     let outputs = batch.outputs(&state, &caller, &leases);
@@ -132,20 +133,13 @@ async fn leases(state: &Gateway, caller: &Caller, prompts: &[PromptPart]) -> Res
 }
 
 fn never_loaded(state: &Gateway, caller: &Caller, name: &str) -> ApiError {
-    const MOST: usize = 20;
-    let adapters = state.engine.adapter_names().into_iter();
-    let mut loaded: Vec<String> = adapters
-        .filter(|name| caller.identity.sees_adapter(name))
-        .map(|name| name.to_string())
-        .collect();
-    loaded.sort();
-    if loaded.len() > MOST {
-        let more = loaded.len() - MOST;
-        loaded.truncate(MOST);
-        loaded.push(format!("and {more} more"));
+    let (mut loaded, are_all) = state.router(&caller.identity).some_adapters();
+    if !are_all {
+        loaded.push("and more".into());
     }
     let message = format!(
-        "Got LoRA adapter that has never been loaded: {name}\nAll loaded adapters: {}",
+        "Got LoRA adapter that has never been loaded: {}\nAll loaded adapters: {}",
+        shown(name),
         loaded.join(", ")
     );
     ApiError::invalid("lora_path", message)
@@ -242,11 +236,20 @@ impl Batch {
 
     /// Makes tokens of the texts and constraints of the grammars, each as its model reads it.
     async fn encode(&mut self, state: &Gateway, leases: &[Option<AdapterLease>]) -> Result<(), ApiError> {
-        for (prompt, lease) in self.prompts.iter_mut().zip(leases) {
+        let mut texts = Vec::new();
+        let mut places = Vec::new();
+        for (place, (prompt, lease)) in self.prompts.iter_mut().zip(leases).enumerate() {
             prompt.side = state.text(lease.as_ref());
             if let Some(text) = prompt.text.take() {
-                prompt.tokens = prompt.side.prompt.encode(text, true).await?;
+                texts.push((Arc::clone(&prompt.side.prompt), text));
+                places.push(place);
             }
+        }
+        let texts: Vec<_> = texts.iter().map(|(prompt, text)| (&**prompt, text.as_str())).collect();
+        for (place, tokens) in places.into_iter().zip(encode_all(&texts, true).await?) {
+            self.prompts[place].tokens = tokens;
+        }
+        for prompt in &mut self.prompts {
             if prompt.tokens.is_empty() {
                 return Err(ApiError::invalid(self.param, "Prompt cannot be empty"));
             }

@@ -2,17 +2,25 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use axum::{Json, extract::State};
+use axum::{
+    Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
 use polylora_engine::{AdapterInfo, adapter::AdapterState};
 
 use crate::{
     aliases::Alias,
     app::{AppState, Caller, Gateway},
+    beside::beside_if,
     error::ApiError,
     extract::ApiPath,
     protocol::models::{AdapterCard, ModelCard, ModelList},
     routing::Target,
 };
+
+/// A longer list of adapters takes a millisecond to write.
+pub(super) const LONG_LIST: usize = 500;
 
 fn base_card(state: &Gateway, name: &str) -> ModelCard {
     ModelCard {
@@ -87,18 +95,21 @@ fn alias_card(state: &Gateway, alias: &Alias) -> ModelCard {
     get, path = "/v1/models", operation_id = "list_models", tag = "OpenAI",
     responses((status = 200, description = "The base model's names, then the adapters, last used last, then the aliases.", body = ModelList), crate::openapi::ReadErrors),
 )]
-pub async fn list(State(state): State<AppState>, caller: Caller) -> Json<ModelList> {
+pub async fn list(State(state): State<AppState>, caller: Caller) -> Response {
     let mut adapters = state.engine.list_adapters();
     adapters.retain(|info| caller.identity.sees_adapter(&info.name));
     let mut aliases = state.aliases.list();
     aliases.retain(|alias| caller.identity.sees_adapter(alias.name()));
-    let bases = state.served.names.iter().map(|name| base_card(&state, name));
-    let adapters = adapters.into_iter().map(|info| adapter_card(&state, info));
-    let aliases = aliases.iter().map(|alias| alias_card(&state, alias));
-    Json(ModelList {
-        object: "list".to_owned(),
-        data: bases.chain(adapters).chain(aliases).collect(),
-    })
+    let is_long = adapters.len() + aliases.len() > LONG_LIST;
+    let write = || {
+        let bases = state.served.names.iter().map(|name| base_card(&state, name));
+        let adapters = adapters.into_iter().map(|info| adapter_card(&state, info));
+        let aliases = aliases.iter().map(|alias| alias_card(&state, alias));
+        let data = bases.chain(adapters).chain(aliases).collect();
+        let object = "list".to_owned();
+        Json(ModelList { object, data }).into_response()
+    };
+    beside_if(is_long, write).await
 }
 
 /// `GET /v1/models/{id}`: whatever `model` of a request may be.
@@ -114,7 +125,7 @@ pub async fn one(State(state): State<AppState>, caller: Caller, ApiPath(id): Api
         Target::Adapter(name) => match (state.aliases.get(&name), state.engine.adapter_info(&name)) {
             (Some(alias), _) => alias_card(&state, &alias),
             (None, Some(info)) => adapter_card(&state, info),
-            (None, None) => return Err(ApiError::model_not_found(&id, "model", &router.available())),
+            (None, None) => return Err(router.not_found(&id, "model")),
         },
     };
     Ok(Json(card))

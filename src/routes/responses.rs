@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     app::{AppState, Caller, unix_seconds},
+    beside::beside_if,
     error::ApiError,
     extract::ApiJson,
     generation::new_id,
@@ -45,8 +46,8 @@ use crate::{
 pub async fn responses(State(state): State<AppState>, caller: Caller, ApiJson(request): ApiJson<ResponsesRequest>) -> Result<Response, ApiError> {
     refuse_unsupported(&request)?;
     let streaming = request.stream.unwrap_or(false);
-    let object = object(&request);
-    let started = start(&state, &caller, chat_request(request)?).await;
+    let (object, request) = beside_if(caller.is_large, || (object(&request), chat_request(request))).await;
+    let started = start(&state, &caller, request?).await;
     let Started { lease, envelope, streams } = started.map_err(own_names)?;
     let mut merged = MergedStream::new(streams);
     merged.wait_for_first().await?;

@@ -1,6 +1,6 @@
 //! What routers and operators ask a server about itself, and what they tell it.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use axum::{
     Json,
@@ -12,7 +12,7 @@ use crate::{
     app::{AppState, Caller, Gateway},
     error::{ApiError, NativeError, NativeErrorBody},
     extract::NativeJson,
-    protocol::server::{AbortRequest, AbortResponse, AggregateLoad, EngineLoad, Loads, ModelInfo, ServerInfo, ServerLoad, Version},
+    protocol::server::{AbortRequest, AbortResponse, AggregateLoad, EngineLoad, Loads, LoraLoad, ModelInfo, ServerInfo, ServerLoad, Version},
 };
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -76,6 +76,12 @@ fn engine_load(state: &Gateway) -> EngineLoad {
         cache_hit_rate: ratio(stats.cached_tokens_total, stats.prompt_tokens_total),
         utilization: ratio(stats.running as u64, description.max_running_requests as u64),
         max_running_requests: description.max_running_requests,
+        gen_throughput: state.metrics.gen_throughput(stats.output_tokens_total, Instant::now()),
+        lora: description.lora_enabled.then(|| LoraLoad {
+            slots_used: stats.running_adapters.len(),
+            slots_total: description.max_loras_per_batch,
+            utilization: ratio(stats.running_adapters.len() as u64, description.max_loras_per_batch as u64),
+        }),
     }
 }
 

@@ -5,6 +5,7 @@ use axum::{Json, extract::State};
 use super::chat_completions::template_text;
 use crate::{
     app::{AppState, Caller},
+    beside::beside_if,
     error::ApiError,
     extract::ApiJson,
     protocol::tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse},
@@ -26,12 +27,10 @@ pub async fn tokenize(
     let (text, add_special_tokens) = match (request.prompt.or(request.text), request.messages) {
         (Some(prompt), None) => (prompt, request.add_special_tokens.unwrap_or(true)),
         (None, Some(messages)) => {
-            let text = template_text(
-                &side,
-                &messages,
-                request.add_generation_prompt.unwrap_or(true),
-                request.chat_template_kwargs.as_ref(),
-            )?;
+            let add_generation_prompt = request.add_generation_prompt.unwrap_or(true);
+            let kwargs = request.chat_template_kwargs.as_ref();
+            let render = || template_text(&side, &messages, add_generation_prompt, kwargs);
+            let text = side.prompt.rendering(caller.is_large, render).await?;
             (text, request.add_special_tokens.unwrap_or(false))
         }
         _ => return Err(ApiError::invalid("prompt", "Give exactly one of prompt and messages.")),
@@ -78,7 +77,8 @@ pub async fn detokenize(
         let message = format!("token id {bad} is outside the vocabulary of {}", tokenizer.vocab_size());
         return Err(ApiError::invalid("tokens", message));
     }
-    let text = tokenizer.decode(&request.tokens, request.skip_special_tokens.unwrap_or(false))?;
+    let decode = || tokenizer.decode(&request.tokens, request.skip_special_tokens.unwrap_or(false));
+    let text = beside_if(caller.is_large, decode).await?;
     Ok(Json(DetokenizeResponse {
         text: text.clone(),
         prompt: text,

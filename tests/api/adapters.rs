@@ -398,6 +398,15 @@ async fn an_adapter_that_is_being_loaded_is_a_503_that_says_so_and_no_404() {
             ("/detokenize", json!({"model": model, "tokens": [97]})),
         ]
     };
+    let seen = server.get("/v1/adapters/new").await.json(200).await;
+    assert_eq!((&seen["state"], &seen["source"]), (&json!("loading"), &json!(folder())), "{seen}");
+    let states = async || {
+        let list = server.get("/v1/adapters").await.json(200).await;
+        let states = list["data"].as_array().unwrap().iter().filter(|entry| entry["name"] == "new");
+        states.map(|entry| entry["state"].clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(states().await, ["loading"]);
+    server.get("/v1/adapters/other").await.error(404).await;
     for model in ["new", "new*0.5", "sql+new"] {
         for (path, body) in requests(model) {
             let mut answer = server.post(path, body).await;
@@ -432,6 +441,8 @@ async fn an_adapter_that_is_being_loaded_is_a_503_that_says_so_and_no_404() {
     }
     gate.open();
     assert_eq!(load.await.unwrap().unwrap().status(), 200);
+    assert_eq!(states().await, ["host"], "it is there once");
+    assert_eq!(server.get("/v1/adapters/new").await.json(200).await["state"], "host");
     server
         .post("/v1/completions", json!({"model": "new", "prompt": "a"}))
         .await

@@ -39,6 +39,49 @@ async fn an_answer_has_openai_s_shape() {
     assert_eq!(recorded.sampling.max_tokens, 16, "OpenAI's default");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn large_bodies_are_answered_as_small_ones_are() {
+    let server = Server::with(
+        |engine| {
+            engine
+                .describe(|description| (description.context_length, description.min_blocks) = (1 << 20, 1 << 16))
+                .reply(|_| says("Hello"))
+        },
+        |_| {},
+    );
+    let sizes = [3000, 20, 90_000];
+    let texts: Vec<String> = sizes.iter().map(|size| "ab".repeat(size / 2)).collect();
+    let ids: Vec<Vec<u32>> = texts.iter().map(|text| tokens(text).collect()).collect();
+    let usage = async |path, body| server.post(path, body).await.json(200).await["usage"]["prompt_tokens"].clone();
+    let all: usize = sizes.iter().sum();
+    assert_eq!(usage(PATH, complete(json!({"prompt": texts}))).await, all + 3, "one beginning token each");
+    assert_eq!(usage(PATH, complete(json!({"prompt": ids}))).await, all);
+    let echoed = server.post(PATH, complete(json!({"prompt": ids, "echo": true}))).await.json(200).await;
+    for (choice, text) in echoed["choices"].as_array().unwrap().iter().zip(&texts) {
+        assert_eq!(choice["text"].as_str().unwrap(), format!("{text}Hello"));
+    }
+    let text = server.post("/generate", json!({"text": texts})).await.json(200).await;
+    let counted: Vec<&Value> = text
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|output| &output["meta_info"]["prompt_tokens"])
+        .collect();
+    assert_eq!(counted, [3001, 21, 90_001]);
+    let chat = json!({"model": BASE, "messages": [{"role": "user", "content": texts[2]}]});
+    assert_eq!(usage("/v1/chat/completions", chat).await, 1 + "<user>;<assistant>".len() + 90_000);
+    let counted = server.post("/tokenize", json!({"prompt": texts[2]})).await.json(200).await;
+    assert_eq!(counted["count"], 90_001);
+    let text = server.post("/detokenize", json!({"tokens": ids[2]})).await.json(200).await;
+    assert_eq!(text["text"], texts[2]);
+    let responses = server
+        .post("/v1/responses", json!({"model": BASE, "input": texts[2]}))
+        .await
+        .json(200)
+        .await;
+    assert_eq!(responses["usage"]["input_tokens"], 1 + "<user>;<assistant>".len() + 90_000);
+}
+
 #[tokio::test]
 async fn every_form_of_prompt_is_taken() {
     let server = Server::new();

@@ -115,6 +115,8 @@ async fn routers_find_what_they_ask_for() {
         (&loads["loads"][0]["num_total_reqs"], &loads["aggregate"]["total_tokens"]),
         (&json!(0), &json!(0))
     );
+    let lora = json!({"slots_used": 0, "slots_total": 8, "utilization": 0.0});
+    assert_eq!((&loads["loads"][0]["lora"], &loads["loads"][0]["gen_throughput"]), (&lora, &json!(0.0)));
     let mut metrics = server.get("/metrics").await;
     assert!(metrics.text().await.contains("vllm:num_requests_waiting"));
     assert_eq!(server.post("/flush_cache", json!({})).await.status, 200);
@@ -186,7 +188,12 @@ async fn ask(server: &Server) -> Answer {
 async fn browsers_are_answered_only_where_configured() {
     assert_eq!(ask(&Server::new()).await.header("access-control-allow-origin"), None);
     let open = Server::with(|engine| engine, |gateway| gateway.cors_origins = vec!["https://a.example".into()]);
-    assert_eq!(ask(&open).await.header("access-control-allow-origin"), Some("https://a.example"));
+    let answer = ask(&open).await;
+    assert_eq!(answer.header("access-control-allow-origin"), Some("https://a.example"));
+    let exposed = answer.header("access-control-expose-headers").unwrap();
+    for name in ["x-request-id", "x-polylora-adapter", "retry-after", "x-ratelimit-remaining-tokens"] {
+        assert!(exposed.split(',').any(|other| other == name), "{name}: {exposed}");
+    }
     let closed = Server::with(|engine| engine, |gateway| gateway.cors_origins = vec!["https://b.example".into()]);
     assert_eq!(ask(&closed).await.header("access-control-allow-origin"), None);
 }

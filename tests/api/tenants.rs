@@ -103,6 +103,35 @@ async fn adapters_of_others_do_not_exist() {
 }
 
 #[tokio::test]
+async fn an_unknown_name_is_answered_with_a_few_of_thousands() {
+    let mut ann = key("ann", Role::User);
+    ann.adapters = Some(vec!["n-*".into()]);
+    let server = server(vec![ann, key("bob", Role::User)]);
+    for index in 0..3000 {
+        server.engine.add_adapter(&format!("{}-{index:04}", ["m", "n"][index % 2]));
+    }
+    let message = async |name: &'static str, path: &'static str, body: Value| {
+        let body = post(&server, name, path, body).await.text().await;
+        let body: Value = serde_json::from_str(&body).unwrap();
+        body["error"]["message"].as_str().unwrap().to_owned()
+    };
+    let completion = |model: &str| json!({"model": model, "prompt": "a"});
+    let of_bob = message("bob", "/v1/completions", completion("x")).await;
+    assert!(
+        of_bob.contains("json, ") && of_bob.contains("m-0000, ") && of_bob.contains("and more"),
+        "{of_bob}"
+    );
+    let native = message("bob", "/generate", json!({"text": "a", "lora_path": "x"})).await;
+    assert!(native.contains("m-0000, ") && native.ends_with("and more"), "{native}");
+    let of_ann = message("ann", "/v1/completions", completion("x")).await;
+    assert!(!of_ann.contains("m-") && of_ann.contains("and more"), "{of_ann}");
+    let long = message("bob", "/v1/completions", completion(&"ü".repeat(100_000))).await;
+    for message in [of_bob, native, of_ann, long] {
+        assert!(message.len() < 2000, "{message}");
+    }
+}
+
+#[tokio::test]
 async fn requests_a_minute_are_limited_and_told() {
     let mut ann = key("ann", Role::User);
     ann.requests_per_minute = Some(2);

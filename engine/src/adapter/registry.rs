@@ -9,7 +9,7 @@
 //! completely or not at all.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     sync::{
         Arc, Weak,
         atomic::{AtomicUsize, Ordering},
@@ -363,6 +363,8 @@ fn list_order(entry: &Entry) -> (u64, u64) {
 #[derive(Default)]
 struct State {
     entries: HashMap<Arc<str>, Entry>,
+    /// The names of `entries` in their order: errors tell the first few, and must not look at all of thousands for that.
+    names: BTreeSet<Arc<str>>,
     /// Weights by content, as long as anything holds them.
     versions: HashMap<VersionId, Weak<HostAdapter>>,
     /// What folders held when they were read, as long as the weights are anywhere: such a folder is not read again.
@@ -898,6 +900,11 @@ impl AdapterRegistry {
         names.into_iter().map(|(_, name)| name).collect()
     }
 
+    /// The first names in alphabetical order.
+    pub fn first_names(&self, most: usize) -> Vec<Arc<str>> {
+        self.shared.state.lock().names.iter().take(most).cloned().collect()
+    }
+
     /// One registered adapter; an expression (see `acquire`) is described by its parts, if there are all of them.
     pub fn info(&self, name: &str) -> Option<AdapterInfo> {
         if let Some(entry) = self.shared.state.lock().entries.get(name) {
@@ -1055,6 +1062,7 @@ impl State {
             hits_total: 0,
             failure: None,
         };
+        self.names.insert(Arc::clone(&name));
         self.entries.insert(name, entry);
     }
 
@@ -1226,14 +1234,8 @@ impl Shared {
     }
 
     fn unknown(&self, state: &State, name: &str) -> AdapterError {
-        let mut names: Vec<&Arc<str>> = state.entries.keys().collect();
-        let more = names.len().saturating_sub(NAMES_IN_ERROR);
-        if more > 0 {
-            names.select_nth_unstable(NAMES_IN_ERROR);
-            names.truncate(NAMES_IN_ERROR);
-        }
-        names.sort();
-        let mut loaded: Vec<String> = names.into_iter().map(|name| name.to_string()).collect();
+        let mut loaded: Vec<String> = state.names.iter().take(NAMES_IN_ERROR).map(|name| name.to_string()).collect();
+        let more = state.names.len() - loaded.len();
         if more > 0 {
             loaded.push(format!("and {more} more"));
         }
@@ -1383,6 +1385,7 @@ impl Shared {
             let Some(entry) = state.entries.remove(name) else {
                 return Err(self.unknown(&state, name));
             };
+            state.names.remove(name);
             if let Tier::Host(weights) = &entry.tier {
                 state.leave_host(name, weights);
             }
@@ -3265,6 +3268,11 @@ mod tests {
         let error = acquire(&registry, "nobody").unwrap_err().to_string();
         assert!(error.contains("and 9968 more"), "{error}");
         assert!(error.len() < 2000);
+        let first = || registry.first_names(3).iter().map(|name| name.to_string()).collect::<Vec<_>>();
+        assert_eq!(first(), ["adapter-0", "adapter-1", "adapter-10"]);
+        unload(&registry, "adapter-1").unwrap();
+        assert_eq!(first(), ["adapter-0", "adapter-10", "adapter-100"]);
+        assert_eq!(registry.first_names(20_000).len(), 9_999);
     }
 
     #[test]
