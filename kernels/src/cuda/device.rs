@@ -54,6 +54,13 @@ pub enum CudaError {
     NoDevice(String),
 }
 
+impl CudaError {
+    /// Whether a capture came to nothing because of something else that the process does. Nothing was enqueued then.
+    pub fn is_lost_capture(&self) -> bool {
+        matches!(self, Self::Driver { name, .. } if name == "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
+    }
+}
+
 pub(super) fn check(call: &'static str, result: CUresult) -> Result<(), CudaError> {
     if result == CUresult::CUDA_SUCCESS {
         return Ok(());
@@ -713,6 +720,12 @@ impl Stream {
         let mut graph = std::ptr::null_mut();
         // Also after an error: else the stream would stay in capture.
         let ended = driver!(cuStreamEndCapture(self.stream, &mut graph));
+        // The reason for whatever error `enqueue` then had.
+        if let Err(error) = &ended
+            && error.is_lost_capture()
+        {
+            return Err(error.clone().into());
+        }
         enqueued?;
         ended?;
         let mut executable = std::ptr::null_mut();

@@ -500,7 +500,15 @@ impl CudaBackend {
         }
         let graph = match graphs.entry(plan.shape) {
             Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(stream.capture(|| forward.layers(gemm, &plan.shape, &views))?),
+            Entry::Vacant(entry) => match stream.capture(|| forward.layers(gemm, &plan.shape, &views)) {
+                Ok(graph) => entry.insert(graph),
+                // The driver drops a capture for what other threads do at the time; the next step of this shape tries again.
+                Err(error) if error.is_lost_capture() => {
+                    tracing::debug!(%error, "a step runs without a graph");
+                    return forward.layers(gemm, &plan.shape, &views);
+                }
+                Err(error) => return Err(error),
+            },
         };
         stream.launch_graph(graph)
     }
