@@ -7,7 +7,7 @@ use polylora_engine::{AdapterError, AdapterLease, InferenceEngine, adapter::comb
 use crate::{
     aliases::{Aliases, Names},
     auth::Identity,
-    error::{ApiError, shown},
+    error::ApiError,
     lifecycle::LoadingNames,
 };
 
@@ -89,20 +89,14 @@ pub struct Router<'a> {
 }
 
 impl Router<'_> {
-    /// What `model` and `lora_path` of an OpenAI request mean; both may name the same adapter.
+    /// What `model` and `lora_path` of an OpenAI request mean; an adapter in `model` wins.
     ///
     /// # Errors
-    /// 404 naming what exists; 503 for an adapter that is being loaded; 400 for an ill-formed combination, and for two adapters.
+    /// 404 naming what exists; 503 for an adapter that is being loaded; 400 for an ill-formed combination.
     pub fn target(&self, model: &str, lora_path: Option<&str>) -> Result<Target, ApiError> {
         match (self.served.read(model), lora_path) {
             (Target::Base, None) => Ok(Target::Base),
             (Target::Base, Some(name)) => self.adapter(name, "lora_path"),
-            (Target::Adapter(name), Some(path)) if name != path => {
-                self.find_target(model, name, "model")?;
-                let (model, path) = (shown(model), shown(path));
-                let message = format!("model ('{model}') and lora_path ('{path}') name two adapters: give one, or both the same");
-                Err(ApiError::invalid("lora_path", message))
-            }
             (Target::Adapter(name), _) => self.find_target(model, name, "model"),
         }
     }

@@ -403,7 +403,7 @@ fn random_adapter(config: &DecoderConfig, rank: usize, dora: bool, seed: u64) ->
         version: VersionId(std::array::from_fn(|byte| (seed >> (8 * (byte % 8))) as u8)),
         dtype: PackedDtype::Bf16,
         modules,
-        blob,
+        blob: Arc::new(blob),
         max_lora_rank: rank as u32,
         replaced: Vec::new(),
         token_rows: Vec::new(),

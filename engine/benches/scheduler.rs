@@ -135,7 +135,7 @@ fn host_adapter(number: u32) -> Arc<HostAdapter> {
         token_rows: Vec::new(),
         resized_vocab: None,
         companion: None,
-        blob: AlignedBytes::zeroed(64),
+        blob: Arc::new(AlignedBytes::zeroed(64)),
         max_lora_rank: 16,
     })
 }

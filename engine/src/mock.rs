@@ -408,7 +408,7 @@ impl MockEngine {
                 token_rows: Vec::new(),
                 resized_vocab: None,
                 companion: None,
-                blob: AlignedBytes::zeroed(0),
+                blob: Arc::new(AlignedBytes::zeroed(0)),
                 max_lora_rank: 8,
             }),
             hold: Arc::default(),

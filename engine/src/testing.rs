@@ -73,7 +73,7 @@ pub fn host_adapter(number: u32, bytes: usize) -> Arc<HostAdapter> {
         token_rows: Vec::new(),
         resized_vocab: None,
         companion: None,
-        blob: AlignedBytes::zeroed(bytes),
+        blob: Arc::new(AlignedBytes::zeroed(bytes)),
         max_lora_rank: 8,
     })
 }

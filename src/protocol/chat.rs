@@ -123,7 +123,7 @@ pub struct ChatRequest {
     pub include_stop_str_in_output: Option<bool>,
     /// Extension. Special tokens are left out of the text; the default is yes.
     pub skip_special_tokens: Option<bool>,
-    /// Extension. An adapter's name; if `model` names one, too, it must be the same.
+    /// Extension. An adapter's name; one in `model` wins.
     pub lora_path: Option<String>,
     /// Extension. Handed to the chat template.
     #[schema(value_type = Option<Object>)]

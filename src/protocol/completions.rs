@@ -82,7 +82,7 @@ pub struct CompletionRequest {
     pub skip_special_tokens: Option<bool>,
     /// Extension. The tokenizer adds its beginning-of-sequence token to texts; the default is yes.
     pub add_special_tokens: Option<bool>,
-    /// Extension. An adapter's name, or one for each prompt with null for the base model; if `model` names one, too, it must be the same.
+    /// Extension. An adapter's name, or one for each prompt with null for the base model; one in `model` wins.
     pub lora_path: Option<OneOrMany<Option<String>>>,
     /// Extension. Text, any JSON object, or JSON of a schema.
     pub response_format: Option<ResponseFormat>,

@@ -71,7 +71,7 @@ pub struct ResponsesRequest {
     pub service_tier: Option<String>,
     /// Extension. The same seed and request give the same tokens.
     pub seed: Option<i64>,
-    /// Extension. An adapter's name; if `model` names one, too, it must be the same.
+    /// Extension. An adapter's name; one in `model` wins.
     pub lora_path: Option<String>,
     /// Extension. Only the `top_k` likeliest tokens; 0 and -1 are all.
     #[schema(minimum = -1)]

@@ -3,6 +3,8 @@
 //! A combination is an adapter of its own, whose delta is the weighted sum of the others' deltas: the A's below each other, the Bᵀ's
 //! likewise, scaled. It needs nothing from a backend, has a version that follows from its parts', and costs the sum of their ranks.
 
+use std::sync::Arc;
+
 use sha2::{Digest, Sha256};
 
 use super::{
@@ -119,25 +121,24 @@ pub fn combine(parts: &[(&HostAdapter, f32)], max_rank: Option<u32>) -> Result<H
             "the combination has lora_rank {largest}, the sum of its parts'; at most {max} on this device (--max-lora-rank)"
         ));
     }
-    let mut combined = HostAdapter {
+    let mut blob = AlignedBytes::zeroed(bytes);
+    for (module, members) in modules.iter().zip(&members) {
+        match dtype {
+            PackedDtype::F32 => write::<f32>(&mut blob, module, members)?,
+            PackedDtype::Bf16 => write::<half::bf16>(&mut blob, module, members)?,
+        }
+    }
+    Ok(HostAdapter {
         version: combined_version(parts),
         dtype,
         modules,
-        blob: AlignedBytes::zeroed(bytes),
+        blob: Arc::new(blob),
         max_lora_rank: largest,
         replaced: Vec::new(),
         token_rows: Vec::new(),
         resized_vocab: None,
         companion: parts[0].0.companion.clone(),
-    };
-    for (index, members) in members.iter().enumerate() {
-        let module = combined.modules[index];
-        match dtype {
-            PackedDtype::F32 => write::<f32>(&mut combined.blob, &module, members)?,
-            PackedDtype::Bf16 => write::<half::bf16>(&mut combined.blob, &module, members)?,
-        }
-    }
-    Ok(combined)
+    })
 }
 
 /// One part's pair on one module.

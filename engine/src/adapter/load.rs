@@ -1128,7 +1128,7 @@ impl<'a> Loader<'a> {
             version,
             dtype: self.limits.dtype,
             modules,
-            blob,
+            blob: Arc::new(blob),
             max_lora_rank,
             replaced,
             token_rows,

@@ -216,8 +216,8 @@ pub struct HostAdapter {
     /// Sorted by `id`: layer by layer in [`Projection::ALL`]'s order, then `EmbedTokens`, then `LmHead`.
     /// The A's of q, k, v (and of gate, up) of a layer are neighbours in `blob`.
     pub modules: Vec<PackedModule>,
-    /// All weights; 64-byte aligned.
-    pub blob: AlignedBytes,
+    /// All weights; 64-byte aligned. Shared with a device that uses host memory.
+    pub blob: Arc<AlignedBytes>,
     /// Largest `lora_rank`.
     pub max_lora_rank: u32,
     /// Weights used in place of the base model's; sorted by `id`. A module in here that is in `modules`, too, has its pair on top of it:
@@ -248,6 +248,22 @@ impl HostAdapter {
     /// Bytes of its weights, on the host and on a device alike.
     pub fn bytes(&self) -> usize {
         self.blob.as_bytes().len()
+    }
+
+    /// The same weights without what else came with them, for a device that uses host memory: that outlives the host's own hold, and a
+    /// tokenizer can be far larger than an adapter.
+    pub fn weights_alone(self: &Arc<Self>) -> Arc<Self> {
+        match &self.companion {
+            None => self.clone(),
+            Some(_) => Arc::new(Self {
+                companion: None,
+                modules: self.modules.clone(),
+                blob: self.blob.clone(),
+                replaced: self.replaced.clone(),
+                token_rows: self.token_rows.clone(),
+                ..**self
+            }),
+        }
     }
 
     /// All that it keeps in host memory: its weights, and the parts of its companion.

@@ -1253,7 +1253,7 @@ pub fn random_adapter(config: &DecoderConfig, shape: &AdapterShape<'_>, seed: u6
         version: VersionId(version),
         dtype,
         modules,
-        blob,
+        blob: Arc::new(blob),
         max_lora_rank: shape.lora_rank,
         replaced,
         token_rows,

@@ -374,7 +374,11 @@ impl Backend for CpuBackend {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::conformance::{self, Agreement};
+    use crate::{
+        adapter::{Companion, HostPart},
+        backend::conformance::{self, Agreement},
+        testing,
+    };
 
     fn options(dtype: ComputeDtype, num_threads: usize) -> CpuOptions {
         let capacity = conformance::capacity();
@@ -396,6 +400,34 @@ mod tests {
     #[test]
     fn conforms_in_float32() {
         conformance::run_all(&mut backend(ComputeDtype::Float32, 2), Agreement::Bits);
+    }
+
+    #[test]
+    fn a_resident_adapter_keeps_no_tokenizer() {
+        struct Tokenizer;
+        impl Companion for Tokenizer {
+            fn digest(&self) -> [u8; 32] {
+                [7; 32]
+            }
+            fn parts(&self) -> Vec<HostPart> {
+                Vec::new()
+            }
+        }
+        let mut backend = backend(ComputeDtype::Float32, 1);
+        let tokenizer: Arc<dyn Companion> = Arc::new(Tokenizer);
+        let mut adapter = Arc::into_inner(testing::host_adapter(1, 64)).unwrap();
+        adapter.companion = Some(tokenizer.clone());
+        let (adapter, weights) = (Arc::new(adapter), testing::host_adapter(2, 64));
+        let handles = [&adapter, &weights].map(|adapter| backend.begin_upload(adapter).unwrap());
+        assert_eq!(Arc::strong_count(&weights), 2, "without a tokenizer nothing is copied");
+        drop(adapter);
+        assert_eq!(
+            Arc::strong_count(&tokenizer),
+            1,
+            "the host has let go of it, and the device has it no more"
+        );
+        handles.into_iter().for_each(|handle| backend.free_adapter(handle));
+        assert_eq!(Arc::strong_count(&weights), 1);
     }
 
     #[test]

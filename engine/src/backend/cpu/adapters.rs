@@ -77,7 +77,7 @@ impl Adapters {
                 available_bytes,
             });
         }
-        let resident = Resident::new(pool, host, config)?;
+        let resident = Resident::new(pool, &host.weights_alone(), config)?;
         while self.resident.contains_key(&AdapterHandle(self.next_handle)) {
             self.next_handle = self.next_handle.wrapping_add(1);
         }
