@@ -151,13 +151,18 @@ const NOT_OFFERED: [&str; 52] = [
     "watermark",
 ];
 
-fn asks_for_nothing(value: &Value) -> bool {
+/// Of [`NOT_OFFERED`], those whose 0 is the first of a range or of several machines. Elsewhere it is a number like others: `prompt_logprobs` 0 asks
+/// for the log-probabilities of the prompt.
+const FROM_ZERO: [&str; 3] = ["data_parallel_rank", "routed_dp_rank", "routed_experts_start_len"];
+
+fn asks_for_nothing(name: &str, value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
-        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::Number(number) => number.as_f64() == Some(0.0) && FROM_ZERO.contains(&name),
         Value::String(text) => text.is_empty(),
         Value::Array(values) => values.is_empty(),
-        Value::Object(fields) => fields.is_empty(),
+        // An empty schema asks for any JSON.
+        Value::Object(fields) => fields.is_empty() && !["guided_json", "structured_outputs"].contains(&name),
         Value::Bool(true) => false,
     }
 }
@@ -168,7 +173,7 @@ fn without_idle_fields(body: &[u8]) -> Option<Value> {
     let mut num_idle = 0;
     let mut clean = |fields: &mut serde_json::Map<String, Value>| {
         let before = fields.len();
-        fields.retain(|name, value| NOT_OFFERED.binary_search(&name.as_str()).is_err() || !asks_for_nothing(value));
+        fields.retain(|name, value| NOT_OFFERED.binary_search(&name.as_str()).is_err() || !asks_for_nothing(name, value));
         num_idle += before - fields.len();
     };
     let fields = body.as_object_mut()?;
@@ -290,6 +295,8 @@ mod tests {
                 "return_routed_experts",
             ),
             (r#"{"text": "Hello", "image_data": ["x"]}"#, "image_data"),
+            (r#"{"text": "Hello", "prompt_logprobs": 0}"#, "prompt_logprobs"),
+            (r#"{"text": "Hello", "guided_json": {}}"#, "guided_json"),
             (r#"{"text": "Hello", "watermark": {}, "foo": null}"#, "foo"),
             (
                 r#"{"text": "Hello", "sampling_params": {"stop_regex": "a+"}}"#,

@@ -8,7 +8,11 @@
 //! grows into next, so it makes none of them wait. A KV cache that runs out of blocks has adapters evicted that nobody uses, the one used
 //! longest ago first. Whether that helps is worked out before anything is given up.
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Instant,
+};
 
 use crate::{
     adapter::{HostAdapter, VersionId, registry::ResidentSet},
@@ -91,6 +95,9 @@ struct Entry {
     asked_in_pass: u64,
 }
 
+/// Most sizes that are kept.
+const MAX_SIZES: usize = 1 << 16;
+
 /// The adapters on one backend. See the module.
 pub struct DeviceResidency {
     capacity: Capacity,
@@ -98,6 +105,8 @@ pub struct DeviceResidency {
     entries: BTreeMap<VersionId, Entry>,
     pinned: Vec<Arc<HostAdapter>>,
     used_bytes: usize,
+    /// What the backend said of adapters that were asked for: each step asks for all that wait.
+    sizes: HashMap<VersionId, usize>,
     clock: u64,
     pass: u64,
     evictions: u64,
@@ -118,6 +127,7 @@ impl DeviceResidency {
             used_bytes: 0,
             clock: 0,
             pass: 0,
+            sizes: HashMap::new(),
             evictions: 0,
             uploads: 0,
             upload_seconds: Histogram::new(LOAD_SECONDS_BOUNDS),
@@ -199,11 +209,19 @@ impl DeviceResidency {
                 Residency::Uploading
             });
         }
-        let bytes = match backend.adapter_bytes(adapter) {
-            Ok(bytes) => bytes,
-            // This adapter can't be there, which is no fault of the device's.
-            Err(BackendError::BadBatch(reason)) => return Ok(Residency::Impossible(reason)),
-            Err(error) => return Err(error),
+        let bytes = match self.sizes.get(&adapter.version) {
+            Some(bytes) => *bytes,
+            None => match backend.adapter_bytes(adapter) {
+                Ok(bytes) => {
+                    if self.sizes.len() >= MAX_SIZES {
+                        self.sizes.clear();
+                    }
+                    *self.sizes.entry(adapter.version).or_insert(bytes)
+                }
+                // This adapter can't be there, which is no fault of the device's.
+                Err(BackendError::BadBatch(reason)) => return Ok(Residency::Impossible(reason)),
+                Err(error) => return Err(error),
+            },
         };
         if let Some(reason) = self.never_fits(bytes) {
             return Ok(Residency::Impossible(reason));

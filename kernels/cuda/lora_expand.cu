@@ -524,6 +524,8 @@ DEVICE void expand_norm(const ExpandArgs& args, const NormArgs& norm) {
     }
   }
   if (!waited) wait_for_previous_kernel();
+  // The barrier is for whole warps, and the rows and columns above part them.
+  __syncwarp();
   // No block leaves while another one reads its sums.
   cluster_barrier();
 }

@@ -229,7 +229,12 @@ async fn measure(args: &BenchArgs) -> anyhow::Result<Results> {
     let mut random = Random(args.seed);
     for &batch in &args.batch_size {
         let num_requests = args.num_requests.unwrap_or(batch);
-        let adapters = args.workload.assign(num_requests, args.base_rows, num_adapters, &mut random);
+        ensure!(num_requests >= batch, "--num-requests {num_requests} is less than --batch-size {batch}");
+        let mut adapters = Vec::new();
+        while adapters.len() < num_requests {
+            adapters.extend(args.workload.assign(batch, args.base_rows, num_adapters, &mut random));
+        }
+        adapters.truncate(num_requests);
         let mut runs = Vec::new();
         for repeat in 0..=args.repeat {
             let leases = adapters.iter().map(|adapter| adapter.map(|index| leases[index].clone())).collect();

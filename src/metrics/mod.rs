@@ -347,6 +347,12 @@ impl Metrics {
         [text.into(), long_part]
     }
 
+    /// Whether the next scrape writes the long part itself, which takes long where there are many adapters.
+    pub fn is_stale(&self) -> bool {
+        let is_fresh = |(written, _): &(Instant, Bytes)| written.elapsed() < self.config.refresh;
+        !self.long_part.lock().as_ref().is_some_and(is_fresh)
+    }
+
     /// Whether somebody should call [`Self::renew`] now: whoever scrapes often then finds the long part written, before it is too old.
     /// True once for each time that it is.
     pub fn should_renew(&self) -> bool {
@@ -362,7 +368,12 @@ impl Metrics {
     fn renew_from(&self, report: impl FnOnce() -> AdapterReport) {
         let asked_at = Instant::now();
         let written = self.write_long_part(&report(), asked_at);
-        *self.long_part.lock() = Some((asked_at, written));
+        let mut long_part = self.long_part.lock();
+        // A scrape may have written it since, if this took long: counters must not fall.
+        if long_part.as_ref().is_none_or(|(written_at, _)| *written_at < asked_at) {
+            *long_part = Some((asked_at, written));
+        }
+        drop(long_part);
         self.is_renewing.store(false, Relaxed);
     }
 

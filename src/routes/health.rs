@@ -16,6 +16,7 @@ use polylora_engine::{LogprobsParams, SamplingParams};
 
 use crate::{
     app::{AppState, Caller},
+    beside::beside_if,
     error::ApiError,
     error::NativeError,
     generation::{Job, MaxTokens, new_id},
@@ -94,7 +95,8 @@ pub async fn health_generate(State(state): State<AppState>, caller: Caller) -> R
     security(()),
 )]
 pub async fn metrics(State(state): State<AppState>) -> Response {
-    let pieces = state.metrics.render(state.engine.as_ref(), &state.aliases);
+    let render = || state.metrics.render(state.engine.as_ref(), &state.aliases);
+    let pieces = beside_if(state.metrics.is_stale(), render).await;
     if state.metrics.should_renew() {
         // Nobody waits for it.
         drop(tokio::task::spawn_blocking(move || {

@@ -326,11 +326,11 @@ impl Backend for CpuBackend {
         &self.capacity
     }
 
-    /// Keeps the host's buffer: nothing is copied, but for a head of the adapter's own, which is packed.
     fn adapter_bytes(&self, adapter: &HostAdapter) -> Result<usize, BackendError> {
         Ok(adapters::resident_bytes(adapter, &self.config))
     }
 
+    /// Keeps the host's buffer: nothing is copied, but for a head of the adapter's own, which is packed.
     fn begin_upload(&mut self, adapter: &Arc<HostAdapter>) -> Result<AdapterHandle, BackendError> {
         self.adapters.insert(&self.pool, adapter, &self.config)
     }

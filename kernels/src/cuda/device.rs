@@ -709,11 +709,25 @@ impl Stream {
         })
     }
 
-    /// Records what `enqueue` puts on this stream (and on streams that wait for it and that it waits for) instead of running it.
+    /// Records what `enqueue` puts on this stream (and on streams that wait for it and that it waits for) instead of running it. A capture that
+    /// the driver drops for what else the process does is tried again a few times.
     ///
     /// # Errors
     /// `enqueue`'s, or the driver's.
-    pub fn capture<E: From<CudaError>>(&self, enqueue: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
+    pub fn capture<E: From<CudaError>>(&self, mut enqueue: impl FnMut() -> Result<(), E>) -> Result<Graph, E> {
+        const TRIES: usize = 4;
+        let mut captured = self.capture_once(&mut enqueue)?;
+        for _ in 1..TRIES {
+            match captured {
+                Err(_) => captured = self.capture_once(&mut enqueue)?,
+                Ok(graph) => return Ok(graph),
+            }
+        }
+        captured.map_err(E::from)
+    }
+
+    /// Inside, the error of a [lost](CudaError::is_lost_capture) capture.
+    fn capture_once<E: From<CudaError>>(&self, enqueue: &mut impl FnMut() -> Result<(), E>) -> Result<Result<Graph, CudaError>, E> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         driver!(cuStreamBeginCapture_v2(self.stream, mode))?;
         let enqueued = enqueue();
@@ -724,7 +738,7 @@ impl Stream {
         if let Err(error) = &ended
             && error.is_lost_capture()
         {
-            return Err(error.clone().into());
+            return Ok(Err(error.clone()));
         }
         enqueued?;
         ended?;
@@ -733,10 +747,10 @@ impl Stream {
         let destroyed = driver!(cuGraphDestroy(graph));
         instantiated?;
         destroyed?;
-        Ok(Graph {
+        Ok(Ok(Graph {
             executable,
             device: self.device.clone(),
-        })
+        }))
     }
 
     /// Runs a graph.

@@ -627,7 +627,8 @@ fn time(
     run: impl Fn(&GemmArgs<'_>) -> Result<(), CudaError>,
 ) -> Result<f32, CudaError> {
     const ROUNDS: usize = 8;
-    // Loads the kernel, which a capture may not.
+    // Loads the kernels, which a capture may not.
+    before()?;
     run(args)?;
     let graph = stream.capture(|| {
         (0..ROUNDS).try_for_each(|round| {

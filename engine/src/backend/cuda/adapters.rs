@@ -379,9 +379,8 @@ impl Adapters {
             .filter(|(_, resident)| matches!(resident.upload.result.get(), Some(Ok(()))))
             .map(|(handle, _)| handle.0)
             .collect();
-        // Those of the last time, long ago.
-        tables_copied.synchronize()?;
         let mut written = 0;
+        let mut is_free = false;
         region.compact(
             stream,
             |id| ready.contains(&id),
@@ -394,6 +393,11 @@ impl Adapters {
                     stream.copy_to_device(to, &table)?;
                     return stream.synchronize();
                 }
+                if !is_free {
+                    // Those of the last time, nearly always long ago.
+                    tables_copied.synchronize()?;
+                    is_free = true;
+                }
                 if written + table.len() > moved_tables.len() {
                     stream.synchronize()?;
                     written = 0;
@@ -404,7 +408,7 @@ impl Adapters {
                 stream.copy_to_device(to, stage)
             },
         )?;
-        tables_copied.record(stream)
+        if is_free { tables_copied.record(stream) } else { Ok(()) }
     }
 }
 

@@ -9,6 +9,9 @@ use polylora_kernels::cuda::{CudaError, DeviceBuffer, Event, Stream, View};
 use super::arena::{ALIGNMENT, Arena, Move};
 use crate::block_pool::BlockMove;
 
+/// Of [`Region::between`].
+const BETWEEN_BYTES: usize = 8 << 20;
+
 /// See the module.
 pub(super) struct Region {
     memory: DeviceBuffer<u8>,
@@ -17,6 +20,8 @@ pub(super) struct Region {
     kv_blocks: usize,
     /// Counted from the top down: its offset 0 is the memory's end.
     arena: Arena,
+    /// For moves by less than its length, which would otherwise take very many copies.
+    between: DeviceBuffer<u8>,
     /// Bytes that work on the stream may still read or write for whom they were before, and the end of that work.
     left: Range<usize>,
     left_until: Arc<Event>,
@@ -31,6 +36,7 @@ impl Region {
             block_bytes,
             kv_blocks,
             arena: Arena::new(bytes - kv_blocks * block_bytes),
+            between: DeviceBuffer::zeroed(stream, BETWEEN_BYTES)?,
             left: 0..0,
             left_until: Arc::new(Event::new(stream.device(), false)?),
         })
@@ -77,13 +83,20 @@ impl Region {
         tracing::debug!(moves = moves.len(), "moving adapters to make one free run");
         for &Move { id, from, to, len } in &moves {
             let (from, to) = (self.offset_from_bottom(from, len), self.offset_from_bottom(to, len));
-            // A copy must not overlap itself: in pieces as long as the way up, the upper ones first.
+            // A copy must not overlap itself: in pieces as long as the way up, the upper ones first. Where that is short, over a place between.
             let way = to - from;
+            let is_short = way < self.between.len();
             let mut end = len;
             while end > 0 {
-                let piece = end.saturating_sub(way)..end;
+                let piece = end.saturating_sub(way.max(self.between.len()))..end;
                 let at = |offset: usize| self.view(offset + piece.start..offset + piece.end);
-                stream.copy_on_device(at(to), at(from))?;
+                if is_short {
+                    let between = self.between.view().first(piece.len());
+                    stream.copy_on_device(between, at(from))?;
+                    stream.copy_on_device(at(to), between)?;
+                } else {
+                    stream.copy_on_device(at(to), at(from))?;
+                }
                 end = piece.start;
             }
             moved(self, id, to)?;
