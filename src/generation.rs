@@ -308,12 +308,7 @@ impl Gateway {
                 mix(sampling.seed ^ u64::from(output))
             };
             let adapter = job.lease.as_ref().map(|lease| lease.label());
-            let held = Held {
-                metrics: self.metrics.begin_request(adapter.map(|name| &**name), job.prompt_tokens.len()),
-                reservation: Arc::clone(reservation),
-                permit: Arc::clone(permit),
-                running: self.running.enter(Arc::clone(&job.rid), caller.identity.name()),
-            };
+            let running = self.running.enter(Arc::clone(&job.rid), caller.identity.name());
             let tokens = self.engine.submit(GenerationRequest {
                 prompt_tokens: job.prompt_tokens.clone(),
                 sampling,
@@ -322,6 +317,13 @@ impl Gateway {
                 constraint: job.grammar.as_ref().map(|grammar| grammar.constraint()),
                 fairness_key: Arc::clone(&caller.fairness_key),
             })?;
+            let held = Held {
+                // What the engine refuses, as a full queue does, has no sequence that could end.
+                metrics: self.metrics.begin_request(adapter.map(|name| &**name), job.prompt_tokens.len()),
+                reservation: Arc::clone(reservation),
+                permit: Arc::clone(permit),
+                running,
+            };
             let tokenizer = Arc::clone(text.tokenizer());
             streams.push(TextStream::new(tokens, tokenizer, job.text.clone(), held));
         }

@@ -1112,9 +1112,9 @@ mod tests {
         assert_eq!(value(&text, "polylora_alias_share{alias=\"alias\",adapter=\"(other)\"}"), 0.5);
         assert_eq!(value(&text, "polylora_adapter_leases{adapter=\"(other)\"}"), 2.0);
 
-        write(61);
+        write(600);
         ask("busy");
-        let text = write(62);
+        let text = write(601);
         assert!(!text.contains("\"idle\""), "{text}");
         let counted = ["busy", "(other)", "(former)"].map(|label| requests(&text, label));
         assert_eq!(counted, [1.0, 9.0, 1.0]);
@@ -1129,7 +1129,7 @@ mod tests {
         assert_eq!(value(&text, loaded), 1.0);
 
         aliases.remove("alias").unwrap();
-        assert!(!write(63).contains("alias=\"alias\""), "the series of an alias end with it");
+        assert!(!write(602).contains("alias=\"alias\""), "the series of an alias end with it");
     }
 
     #[test]
@@ -1198,7 +1198,7 @@ mod tests {
     #[test]
     fn throughput_is_of_the_time_since_it_was_asked_for() {
         let metrics = metrics(8);
-        let begin = Instant::now();
+        let begin = metrics.output_rate.lock().measured_at;
         let ask = |seconds, tokens| metrics.gen_throughput(tokens, begin + Duration::from_secs_f64(seconds));
         let first = ask(10.0, 500);
         assert!((first - 50.0).abs() < 1.0, "{first}");

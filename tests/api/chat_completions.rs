@@ -364,6 +364,18 @@ async fn a_failure_before_the_first_token_is_a_status() {
 }
 
 #[tokio::test]
+async fn a_request_that_found_no_room_is_no_sequence_that_was_aborted() {
+    let server = Server::new();
+    server.engine.fail_next_submit(SubmitError::QueueFull { waiting: 4, limit: 4 });
+    server.post(PATH, chat(json!({"model": "sql"}))).await.error(503).await;
+    let metrics = server.get("/metrics").await.text().await;
+    let ended = |line: &&str| line.starts_with("polylora_requests_total{adapter=\"sql\"") && !line.ends_with(" 0");
+    assert_eq!(metrics.lines().find(ended), None);
+    let answered = |line: &&str| line.starts_with("polylora_http_requests_total{") && line.contains("\"sql\",status=\"503\"} 1");
+    assert!(metrics.lines().any(|line| answered(&line)), "it counts as an HTTP request:\n{metrics}");
+}
+
+#[tokio::test]
 async fn n_choices_start_together_or_not_at_all() {
     let server = Server::new();
     let gate = Gate::new();
