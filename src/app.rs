@@ -473,7 +473,7 @@ fn cors(origins: &[String]) -> Option<CorsLayer> {
         origins if origins.iter().any(|origin| origin == "*") => AllowOrigin::any(),
         origins => AllowOrigin::list(origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok())),
     };
-    let limits = RATE_LIMIT_HEADERS.map(HeaderName::from_static);
+    let limits = RATE_LIMIT_HEADERS.into_iter().flatten().map(HeaderName::from_static);
     let exposed = ExposeHeaders::list([REQUEST_ID_HEADER, ADAPTER_HEADER, RETRY_AFTER].into_iter().chain(limits));
     Some(
         CorsLayer::new()

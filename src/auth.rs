@@ -27,14 +27,14 @@ pub enum Role {
     Admin,
 }
 
-/// OpenAI's headers that tell how a key's limits stand: of requests, then of tokens.
-pub const RATE_LIMIT_HEADERS: [&str; 6] = [
-    "x-ratelimit-limit-requests",
-    "x-ratelimit-remaining-requests",
-    "x-ratelimit-reset-requests",
-    "x-ratelimit-limit-tokens",
-    "x-ratelimit-remaining-tokens",
-    "x-ratelimit-reset-tokens",
+/// OpenAI's headers that tell how a key's limits stand (limit, remaining, reset): of requests, then of tokens.
+pub const RATE_LIMIT_HEADERS: [[&str; 3]; 2] = [
+    [
+        "x-ratelimit-limit-requests",
+        "x-ratelimit-remaining-requests",
+        "x-ratelimit-reset-requests",
+    ],
+    ["x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"],
 ];
 
 /// One `[[keys]]` entry of the keys file.
@@ -397,8 +397,7 @@ impl Identity {
     pub fn rate_limit_headers(&self, now: Instant) -> Vec<(&'static str, String)> {
         let Some(key) = &self.key else { return Vec::new() };
         let mut headers = Vec::new();
-        let [requests, tokens] = [0, 3].map(|first| [0, 1, 2].map(|next| RATE_LIMIT_HEADERS[first + next]));
-        for (bucket, [limit, remaining, reset]) in [(&key.requests, requests), (&key.tokens, tokens)] {
+        for (bucket, [limit, remaining, reset]) in [&key.requests, &key.tokens].into_iter().zip(RATE_LIMIT_HEADERS) {
             if let Some(bucket) = bucket {
                 let (left, until_full) = bucket.state(now);
                 headers.push((limit, bucket.limit.to_string()));

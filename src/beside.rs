@@ -1,8 +1,8 @@
 //! Work that takes long enough to hold up others: it is done beside the threads that serve connections and streams.
 //!
-//! Those threads answer many requests in turn, so nothing on one may compute for more than about a millisecond. What does (a large body, a long
-//! text, another's chat template) gets a thread of its own, for as long as there are [turns](TURNS): the engine needs the cores, too, and who
-//! sends much waits for others who do, not for those who don't.
+//! Those threads answer many requests in turn, so nothing on one may compute for more than about a millisecond. What does (a large body, many
+//! texts, another's chat template) gets a thread of its own, for as long as there are [turns](TURNS): the engine needs the cores, too. One text
+//! alone is tokenized without a turn, on a thread of the runtime's that may block.
 
 use std::{num::NonZero, sync::LazyLock};
 
@@ -38,21 +38,23 @@ pub fn blocking<T>(work: impl FnOnce() -> T) -> T {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::{sync::mpsc, time::Duration};
 
     use super::*;
 
     /// Long enough for any machine.
-    const PATIENCE: Duration = Duration::from_secs(120);
+    pub const PATIENCE: Duration = Duration::from_secs(120);
+
+    /// What is beside a task of this runtime is on another thread than its only one.
+    pub fn one_worker() -> tokio::runtime::Runtime {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        builder.worker_threads(1).enable_all().build().unwrap()
+    }
 
     #[test]
     fn what_is_slow_holds_up_no_other_task_of_its_thread() {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime = one_worker();
         let (begun, has_begun) = mpsc::channel();
         let (served, is_served) = mpsc::channel();
         let slow = runtime.spawn(beside(move || {

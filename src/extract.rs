@@ -151,8 +151,8 @@ const NOT_OFFERED: [&str; 52] = [
     "watermark",
 ];
 
-/// Of [`NOT_OFFERED`], those whose 0 is the first of a range or of several machines. Elsewhere it is a number like others: `prompt_logprobs` 0 asks
-/// for the log-probabilities of the prompt.
+/// Of [`NOT_OFFERED`], those whose 0 is the first of a range or of several machines. Elsewhere it is a number like others: `prompt_logprobs` 0
+/// asks for the log-probabilities of the prompt.
 const FROM_ZERO: [&str; 3] = ["data_parallel_rank", "routed_dp_rank", "routed_experts_start_len"];
 
 fn asks_for_nothing(name: &str, value: &Value) -> bool {

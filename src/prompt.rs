@@ -305,7 +305,8 @@ pub fn digest<const N: usize>(parts: [&[u8]; N]) -> [u8; 32] {
 }
 
 impl PromptProcessor {
-    /// Reads `tokenizer.json`, `generation_config.json` and what [`TextFiles`] are; all but the first may be missing. `chat_template`, if given, is used instead of the model's.
+    /// Reads `tokenizer.json`, `generation_config.json` and what [`TextFiles`] are; all but the first may be missing. `chat_template`, if given,
+    /// is used instead of the model's.
     ///
     /// # Errors
     /// See [`PromptError`].
@@ -608,19 +609,15 @@ mod tests {
 
     #[test]
     fn an_adapter_s_template_holds_up_no_other_task_and_has_one_turn() {
-        use std::{sync::mpsc, time::Duration};
-        /// Long enough for any machine.
-        const PATIENCE: Duration = Duration::from_secs(120);
+        use std::sync::mpsc;
+
+        use crate::beside::tests::{PATIENCE, one_worker};
         let tokenizer = crate::tokenizer::tests::byte_level_json();
         let (_directory, files) = directory(&[("tokenizer.json", &tokenizer)]);
         let base = PromptProcessor::from_files(&files, None).unwrap();
         let own = ChatTemplates::new([("default".into(), "own".into())].into(), SpecialTokens::default()).unwrap();
         let own = base.with_own(None, Some(Some(own)));
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime = one_worker();
         let (begun, has_begun) = mpsc::channel();
         let (served, is_served) = mpsc::channel();
         let first = {

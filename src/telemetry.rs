@@ -2,8 +2,8 @@
 //!
 //! A request is a span, `request`, and its stages are spans in it: `adapter` (a lease on it, which may wait for its load and comes first, since
 //! the adapter may have a tokenizer of its own), `render` (chat template), `tokenize`, `grammar` (compiling one), and for each output the
-//! engine's [`polylora_engine::stages`]: `queue`, `prefill` and `decode`, which begin and end when they do there. The stages are at level `debug`: without a collector, and at the usual log level, they cost
-//! nothing.
+//! engine's [`polylora_engine::stages`]: `queue`, `prefill` and `decode`, which begin and end when they do there. The stages are at level
+//! `debug`: without a collector, and at the usual log level, they cost nothing.
 
 use std::io::IsTerminal;
 

@@ -209,19 +209,11 @@ impl DeviceResidency {
                 Residency::Uploading
             });
         }
-        let bytes = match self.sizes.get(&adapter.version) {
-            Some(bytes) => *bytes,
-            None => match backend.adapter_bytes(adapter) {
-                Ok(bytes) => {
-                    if self.sizes.len() >= MAX_SIZES {
-                        self.sizes.clear();
-                    }
-                    *self.sizes.entry(adapter.version).or_insert(bytes)
-                }
-                // This adapter can't be there, which is no fault of the device's.
-                Err(BackendError::BadBatch(reason)) => return Ok(Residency::Impossible(reason)),
-                Err(error) => return Err(error),
-            },
+        let bytes = match self.bytes_of(backend, adapter) {
+            Ok(bytes) => bytes,
+            // This adapter can't be there, which is no fault of the device's.
+            Err(BackendError::BadBatch(reason)) => return Ok(Residency::Impossible(reason)),
+            Err(error) => return Err(error),
         };
         if let Some(reason) = self.never_fits(bytes) {
             return Ok(Residency::Impossible(reason));
@@ -251,6 +243,18 @@ impl DeviceResidency {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    fn bytes_of(&mut self, backend: &dyn Backend, adapter: &HostAdapter) -> Result<usize, BackendError> {
+        if let Some(bytes) = self.sizes.get(&adapter.version) {
+            return Ok(*bytes);
+        }
+        let bytes = backend.adapter_bytes(adapter)?;
+        if self.sizes.len() >= MAX_SIZES {
+            self.sizes.clear();
+        }
+        self.sizes.insert(adapter.version, bytes);
+        Ok(bytes)
     }
 
     fn insert(&mut self, adapter: Arc<ResidentAdapter>, bytes: usize, began: Instant, ready: bool) {

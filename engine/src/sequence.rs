@@ -166,10 +166,8 @@ impl Sequence {
         }
         let num_shared = self.blocks.len();
         let num_missing = self.tokens.len().div_ceil(block_size) - num_shared;
-        if let Some(missing) = (num_missing + rules.reserve)
-            .checked_sub(pool.num_available())
-            .filter(|missing| *missing > 0)
-        {
+        let missing = (num_missing + rules.reserve).saturating_sub(pool.num_available());
+        if missing > 0 {
             pool.release_all(self.blocks.drain(..));
             return Start::TooFewBlocks { missing };
         }
@@ -190,10 +188,12 @@ impl Sequence {
     /// Takes the blocks that `num_rows` more rows need. `Err`, and nothing taken, when there are too few: how many more it takes.
     pub fn try_grow(&mut self, pool: &mut BlockPool, block_size: usize, num_rows: usize) -> Result<(), usize> {
         let num_needed = (self.num_computed + self.num_in_flight + num_rows).div_ceil(block_size);
-        let Some(num_missing) = num_needed.checked_sub(self.blocks.len()).filter(|missing| *missing > 0) else {
+        let num_missing = num_needed.saturating_sub(self.blocks.len());
+        if num_missing == 0 {
             return Ok(());
-        };
-        if let Some(missing) = num_missing.checked_sub(pool.num_available()).filter(|missing| *missing > 0) {
+        }
+        let missing = num_missing.saturating_sub(pool.num_available());
+        if missing > 0 {
             return Err(missing);
         }
         self.blocks.extend((0..num_missing).map_while(|_| pool.try_allocate()));

@@ -107,7 +107,8 @@ DEVICE float load_in_cluster(uint32_t address) {
 
 // Programmatic dependent launch (sm_90): a kernel starts while the one before it still runs. Everything before `wait_for_previous_kernel`
 // may read only what no earlier kernel of the step writes (weights, the step's metadata). Every kernel calls both, whatever path it takes,
-// so that "the previous kernel is complete" implies that all earlier ones are.
+// so that "the previous kernel is complete" implies that all earlier ones are. lora_shrink.cu beside a GEMM is the exception: there, all blocks but
+// one go on with an x that the kernel before the GEMM has finished.
 DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

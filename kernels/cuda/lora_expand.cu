@@ -47,6 +47,11 @@ DEVICE void load_v(uint32_t (&a)[4], const bf16* v, int v_stride, int row, int n
   }
 }
 
+// 8 columns of Bᵀ from `column` on, of rank r: zeros where there is no such rank or column.
+DEVICE uint4 load_b(const bf16* b_t, int r, int lora_rank, int column, int d_out) {
+  return column < d_out && r < lora_rank ? load_16(b_t + (int64_t)r * d_out + column) : zero_16();
+}
+
 // The rotary embedding that follows the expand of q, k, v, as in rope_kv.cu.
 struct RopeArgs {
   const uint32_t* positions;
@@ -220,8 +225,8 @@ DEVICE void expand_rows8(Y* y, const ExpandArgs& args, const RopeArgs& rope) {
 #pragma unroll
       for (int c = 0; c < 4; c++) {
         const int column = column0 + c * 32, r = k0 + g;
-        low[c] = column < d_out && r < lora_rank ? load_16(unit.b_t + (int64_t)r * d_out + column) : zero_16();
-        high[c] = column < d_out && r + 8 < lora_rank ? load_16(unit.b_t + (int64_t)(r + 8) * d_out + column) : zero_16();
+        low[c] = load_b(unit.b_t, r, lora_rank, column, d_out);
+        high[c] = load_b(unit.b_t, r + 8, lora_rank, column, d_out);
       }
       if (!waited) {
         wait_for_previous_kernel();
@@ -306,7 +311,7 @@ DEVICE void expand_rows64(Y* y, const ExpandArgs& args, const RopeArgs& rope) {
       copy_async_commit();
     };
     uint32_t b[4][4][2];
-    auto load_b = [&](int k0) {
+    auto load_next_b = [&](int k0) {
 #pragma unroll
       for (int c = 0; c < 4; c++) {
         const int column = column0 + c * 32, r = k0 + g;
@@ -320,7 +325,7 @@ DEVICE void expand_rows64(Y* y, const ExpandArgs& args, const RopeArgs& rope) {
 #pragma unroll
       for (int i = 0; i < 32; i++) b[i / 8][i / 2 % 4][i % 2] = transpose_8x8(b[i / 8][i / 2 % 4][i % 2]);
     };
-    load_b(0);
+    load_next_b(0);
     if (!waited) {
       wait_for_previous_kernel();
       waited = true;
@@ -337,7 +342,7 @@ DEVICE void expand_rows64(Y* y, const ExpandArgs& args, const RopeArgs& rope) {
         const bool last = k0 + 16 >= lora_rank;
         load_v<false>(next_a, v, args.v_stride, (last ? turn + 1 : turn) * 16 + g, num_rows, last ? 0 : k0 + 16, lora_rank, t);
         if (!one_chunk) {
-          if (turn > 0 || k0 > 0) load_b(k0);
+          if (turn > 0 || k0 > 0) load_next_b(k0);
           transpose_b();
         }
 #pragma unroll
@@ -437,8 +442,8 @@ DEVICE void expand_norm(const ExpandArgs& args, const NormArgs& norm) {
 #pragma unroll
       for (int c = 0; c < 4; c++) {
         const int column = column0 + c * 32, r = k0 + g;
-        low[c] = column < hidden && r < lora_rank ? load_16(b_t + (int64_t)r * hidden + column) : zero_16();
-        high[c] = column < hidden && r + 8 < lora_rank ? load_16(b_t + (int64_t)(r + 8) * hidden + column) : zero_16();
+        low[c] = load_b(b_t, r, lora_rank, column, hidden);
+        high[c] = load_b(b_t, r + 8, lora_rank, column, hidden);
       }
       if (!waited) {
         wait_for_previous_kernel();
@@ -669,7 +674,7 @@ DEVICE void expand_gated_rows64(const bf16* gate_up, bf16* y, const ExpandArgs& 
       copy_async_commit();
     };
     uint32_t b[2][2][4][2];
-    auto load_b = [&](int k0) {
+    auto load_next_b = [&](int k0) {
 #pragma unroll
       for (int slice = 0; slice < 2; slice++) {
 #pragma unroll
@@ -692,7 +697,7 @@ DEVICE void expand_gated_rows64(const bf16* gate_up, bf16* y, const ExpandArgs& 
         pair[1] = transpose_8x8(pair[1]);
       }
     };
-    load_b(0);
+    load_next_b(0);
     if (!waited) {
       wait_for_previous_kernel();
       waited = true;
@@ -717,7 +722,7 @@ DEVICE void expand_gated_rows64(const bf16* gate_up, bf16* y, const ExpandArgs& 
         const bool last = k0 + 16 >= max_rank;
         load_next(last ? turn + 1 : turn, last ? 0 : k0 + 16);
         if (!one_chunk) {
-          if (turn > 0 || k0 > 0) load_b(k0);
+          if (turn > 0 || k0 > 0) load_next_b(k0);
           transpose_b();
         }
 #pragma unroll

@@ -190,9 +190,11 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         ("--batch-size", args.batch_size.iter().copied().min().unwrap_or(0)),
         ("--prompt-tokens", args.prompt_tokens),
         ("--repeat", args.repeat),
-        ("--num-requests", args.num_requests.unwrap_or(1)),
     ] {
         ensure!(value > 0, "{flag} must be at least 1");
+    }
+    if let (Some(requests), Some(batch)) = (args.num_requests, args.batch_size.iter().max()) {
+        ensure!(requests >= *batch, "--num-requests {requests} is less than --batch-size {batch}");
     }
     ensure!(args.output_tokens > 1, "--output-tokens must be at least 2: the first comes from prefill");
     ensure!(
@@ -229,7 +231,6 @@ async fn measure(args: &BenchArgs) -> anyhow::Result<Results> {
     let mut random = Random(args.seed);
     for &batch in &args.batch_size {
         let num_requests = args.num_requests.unwrap_or(batch);
-        ensure!(num_requests >= batch, "--num-requests {num_requests} is less than --batch-size {batch}");
         let mut adapters = Vec::new();
         while adapters.len() < num_requests {
             adapters.extend(args.workload.assign(batch, args.base_rows, num_adapters, &mut random));

@@ -349,8 +349,12 @@ impl Metrics {
 
     /// Whether the next scrape writes the long part itself, which takes long where there are many adapters.
     pub fn is_stale(&self) -> bool {
-        let is_fresh = |(written, _): &(Instant, Bytes)| written.elapsed() < self.config.refresh;
-        !self.long_part.lock().as_ref().is_some_and(is_fresh)
+        self.fresh(&self.long_part.lock()).is_none()
+    }
+
+    fn fresh(&self, long_part: &Option<(Instant, Bytes)>) -> Option<Bytes> {
+        let (written_at, bytes) = long_part.as_ref()?;
+        (written_at.elapsed() < self.config.refresh).then(|| bytes.clone())
     }
 
     /// Whether somebody should call [`Self::renew`] now: whoever scrapes often then finds the long part written, before it is too old.
@@ -380,15 +384,12 @@ impl Metrics {
     fn render_from(&self, stats: &EngineStats, report: impl FnOnce() -> AdapterReport) -> (String, Bytes) {
         let text = self.engine_text(stats);
         let mut long_part = self.long_part.lock();
-        let bytes = match &*long_part {
-            Some((written, bytes)) if written.elapsed() < self.config.refresh => bytes.clone(),
-            _ => {
-                let asked_at = Instant::now();
-                let bytes = self.write_long_part(&report(), asked_at);
-                *long_part = Some((asked_at, bytes.clone()));
-                bytes
-            }
-        };
+        let bytes = self.fresh(&long_part).unwrap_or_else(|| {
+            let asked_at = Instant::now();
+            let bytes = self.write_long_part(&report(), asked_at);
+            *long_part = Some((asked_at, bytes.clone()));
+            bytes
+        });
         (text, bytes)
     }
 

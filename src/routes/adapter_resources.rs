@@ -88,7 +88,7 @@ fn path_names(error: ApiError) -> ApiError {
 /// `GET /v1/adapters`: every adapter, with all that is known of it.
 #[utoipa::path(
     get, path = "/v1/adapters", operation_id = "list_adapters", tag = "Adapters",
-    responses((status = 200, description = "Every adapter, last used last.", body = AdapterEntryList), crate::openapi::AdminReadErrors),
+    responses((status = 200, description = "Every adapter: those that are being loaded for the first time, then the others, last used last.", body = AdapterEntryList), crate::openapi::AdminReadErrors),
 )]
 pub async fn list(State(state): State<AppState>) -> Response {
     // Asked first: what is loaded before the next look is found there.

@@ -277,6 +277,12 @@ impl HostAdapter {
         parts
     }
 
+    /// Bytes of those of its [`Self::host_parts`] that are not in host memory yet.
+    pub fn missing_bytes(&self, is_there: impl Fn(&[u8; 32]) -> bool) -> usize {
+        let parts = self.host_parts();
+        parts.iter().filter(|part| !is_there(&part.id)).map(|part| part.bytes).sum()
+    }
+
     /// The pair of a module, if the adapter has one.
     pub fn module(&self, id: ModuleId) -> Option<&PackedModule> {
         self.modules

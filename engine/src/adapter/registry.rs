@@ -1013,12 +1013,7 @@ impl Staying {
 
     /// Bytes that these weights need beside it.
     fn missing_bytes(&self, weights: &HostAdapter) -> usize {
-        let parts = weights.host_parts();
-        parts
-            .iter()
-            .filter(|part| !self.parts.contains_key(&part.id))
-            .map(|part| part.bytes)
-            .sum()
+        weights.missing_bytes(|id| self.parts.contains_key(id))
     }
 }
 
@@ -1112,8 +1107,7 @@ impl State {
 
     /// Bytes that these weights would add to the tier as it is.
     fn missing_bytes(&self, weights: &HostAdapter) -> usize {
-        let parts = weights.host_parts();
-        parts.iter().filter(|part| !self.tier.contains_key(&part.id)).map(|part| part.bytes).sum()
+        weights.missing_bytes(|id| self.tier.contains_key(id))
     }
 
     /// What a folder in this state holds, if that is known and still in memory.

@@ -303,10 +303,11 @@ fn capacity(config: &DecoderConfig, options: &CpuOptions) -> Result<Capacity, Lo
     let num_blocks = match options.kv_cache {
         KvBudget::Blocks(blocks) => in_range("kv_cache blocks", blocks, 1, max_blocks)?,
         KvBudget::Bytes(bytes) => in_range("kv_cache bytes", bytes, block_bytes, isize::MAX as usize)? / block_bytes,
-    };
+    }
+    .min(max_blocks);
     Ok(Capacity {
-        num_blocks: num_blocks.min(max_blocks),
-        min_blocks: num_blocks.min(max_blocks),
+        num_blocks,
+        min_blocks: num_blocks,
         block_size,
         kv_block_bytes: block_bytes,
         max_batch_tokens: in_range("max_batch_tokens", options.max_batch_tokens, 1, 1 << 20)?,

@@ -716,14 +716,12 @@ impl Stream {
     /// `enqueue`'s, or the driver's.
     pub fn capture<E: From<CudaError>>(&self, mut enqueue: impl FnMut() -> Result<(), E>) -> Result<Graph, E> {
         const TRIES: usize = 4;
-        let mut captured = self.capture_once(&mut enqueue)?;
         for _ in 1..TRIES {
-            match captured {
-                Err(_) => captured = self.capture_once(&mut enqueue)?,
-                Ok(graph) => return Ok(graph),
+            if let Ok(graph) = self.capture_once(&mut enqueue)? {
+                return Ok(graph);
             }
         }
-        captured.map_err(E::from)
+        self.capture_once(&mut enqueue)?.map_err(E::from)
     }
 
     /// Inside, the error of a [lost](CudaError::is_lost_capture) capture.

@@ -121,6 +121,17 @@ pub(super) enum Choice {
     Stream(StreamCut),
 }
 
+impl Choice {
+    /// The kernel of our own that it is.
+    fn own(&self) -> Option<OwnGemm> {
+        match self {
+            Self::Cublas(_) => None,
+            Self::Skinny => Some(OwnGemm::Skinny),
+            Self::Stream(cut) => Some(OwnGemm::Stream(*cut)),
+        }
+    }
+}
+
 /// Arguments of a GEMM.
 #[derive(Clone, Copy)]
 pub struct GemmArgs<'a> {
@@ -361,40 +372,29 @@ impl Gemm {
         Ok(Tuned { measured: 1, known: 0 })
     }
 
-    /// Takes a choice that was made before; false if it can't be, which leaves things as they are.
+    /// Takes choices that were made before, for the shape alone and beside a shrink; false if they can't be, which leaves things as they are.
     fn adopt(&mut self, args: &GemmArgs<'_>, choice: Choice) -> Result<bool, CudaError> {
         let key = args.key();
         let beside = Key { beside: true, ..key };
-        self.own.remove(&beside);
-        let own_beside = match self.tuning.0.get(&beside) {
-            Some(Choice::Skinny) => Some(OwnGemm::Skinny),
-            Some(&Choice::Stream(cut)) => Some(OwnGemm::Stream(cut)),
-            Some(Choice::Cublas(_)) | None => None,
-        };
-        if let Some(own) = own_beside {
-            if !self.own_candidates(args).contains(&own) {
-                return Ok(false);
-            }
-            self.own.insert(beside, own);
-        }
-        let own = match choice {
-            Choice::Cublas(data) => {
-                let mut plan = new_plan(key)?;
-                plan.algorithm = sys::cublasLtMatmulAlgo_t { data };
-                if self.can_run(&plan) {
-                    self.own.remove(&key);
-                    self.plans.insert(key, plan);
-                    return Ok(true);
-                }
-                return Ok(false);
-            }
-            Choice::Skinny => OwnGemm::Skinny,
-            Choice::Stream(cut) => OwnGemm::Stream(cut),
-        };
-        if !self.own_candidates(args).contains(&own) {
+        let own = [(key, choice.own()), (beside, self.tuning.0.get(&beside).and_then(Choice::own))];
+        let candidates = self.own_candidates(args);
+        if own.iter().filter_map(|(_, own)| *own).any(|own| !candidates.contains(&own)) {
             return Ok(false);
         }
-        self.own.insert(key, own);
+        if let Choice::Cublas(data) = choice {
+            let mut plan = new_plan(key)?;
+            plan.algorithm = sys::cublasLtMatmulAlgo_t { data };
+            if !self.can_run(&plan) {
+                return Ok(false);
+            }
+            self.plans.insert(key, plan);
+        }
+        for (key, own) in own {
+            match own {
+                Some(own) => self.own.insert(key, own),
+                None => self.own.remove(&key),
+            };
+        }
         Ok(true)
     }
 

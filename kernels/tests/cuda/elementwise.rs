@@ -5,7 +5,7 @@ use half::bf16;
 use polylora_kernels::{
     cuda::{
         activation::Gate,
-        embedding::{EmbeddingAdapter, EmbeddingArgs, FROM_CHOSEN},
+        embedding::{EmbeddingAdapter, FROM_CHOSEN},
         rms_norm::RmsNormArgs,
         rope_kv::{HeadShape, NO_SLOT, RopeKvArgs},
     },
@@ -127,19 +127,7 @@ fn embedding_looks_up_and_adds_adapters() {
     let tokens = [7usize, 49, 0, 31, 12, 7, 49, 48];
     let with_adapter = [None, Some(0), None, None, Some(1), Some(2), Some(3), Some(1)];
     let addresses = with_adapter.map(|adapter: Option<usize>| adapter.map_or(0, |adapter| device_adapters[adapter].view().address()));
-    let (device_sources, device_chosen) = (gpu.stream.upload(&sources).unwrap(), gpu.stream.upload(&chosen).unwrap());
-    let device_addresses = gpu.stream.upload(&addresses).unwrap();
-    let out = gpu.stream.upload(&vec![f32::NAN; sources.len() * hidden]).unwrap();
-    let args = EmbeddingArgs {
-        out: out.view(),
-        table: device_table.view(),
-        token_sources: device_sources.view(),
-        chosen: device_chosen.view(),
-        adapters: device_addresses.view(),
-        rows: sources.len(),
-        hidden,
-    };
-    gpu.kernels.embedding.launch(&gpu.stream, &args).unwrap();
+    let got = gpu.embedding(device_table.view(), hidden, &sources, &chosen, &addresses);
     let mut expected = Vec::new();
     for (&token, adapter) in tokens.iter().zip(with_adapter) {
         for column in 0..hidden {
@@ -154,7 +142,7 @@ fn embedding_looks_up_and_adds_adapters() {
             });
         }
     }
-    assert_close("embedding", &gpu.stream.download(out.view()).unwrap(), &expected, 1e-6);
+    assert_close("embedding", &got, &expected, 1e-6);
 }
 
 #[test]

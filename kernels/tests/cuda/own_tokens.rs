@@ -4,7 +4,7 @@ use bytemuck::bytes_of;
 use half::bf16;
 use polylora_kernels::{
     cuda::{
-        embedding::{EmbeddingAdapter, EmbeddingArgs, FROM_CHOSEN},
+        embedding::{EmbeddingAdapter, FROM_CHOSEN},
         own_logits::{LogitsCopy, TokenRowsItem},
         sampling::{MAX_TOP, SampleEdit, SampleParams, SampleResult, SamplingArgs, flags},
     },
@@ -63,19 +63,8 @@ fn embedding_reads_rows_of_an_adapters_own() {
         let sources: Vec<u32> = tokens.iter().enumerate().map(source).collect();
         let mut addresses = vec![device_adapter.view().address(); own_vocab];
         addresses.resize(tokens.len(), 0);
-        let (device_sources, device_chosen) = (gpu.stream.upload(&sources).unwrap(), gpu.stream.upload(&chosen).unwrap());
-        let device_addresses = gpu.stream.upload(&addresses).unwrap();
-        let out = gpu.stream.upload(&vec![f32::NAN; tokens.len() * hidden]).unwrap();
-        let args = EmbeddingArgs {
-            out: out.view(),
-            table: device_table.view(),
-            token_sources: device_sources.view(),
-            chosen: device_chosen.view(),
-            adapters: device_addresses.view(),
-            rows: tokens.len(),
-            hidden,
-        };
-        gpu.kernels.embedding.launch(&gpu.stream, &args).unwrap();
+        let look_up = |sources: &[u32]| gpu.embedding(device_table.view(), hidden, sources, &chosen, &addresses);
+        let got = look_up(&sources);
         let mut expected = Vec::new();
         for (row, &token) in tokens.iter().enumerate() {
             let is_own = row < own_vocab;
@@ -91,16 +80,9 @@ fn embedding_reads_rows_of_an_adapters_own() {
                 expected.push(value.to_f32() + 0.75 * delta);
             }
         }
-        let got = gpu.stream.download(out.view()).unwrap();
         assert_close(&format!("embedding of {own_vocab} tokens"), &got, &expected, 1e-6);
         // One that the adapter has not reads its last: nothing outside.
-        let beyond = gpu.stream.upload(&vec![9999u32; tokens.len()]).unwrap();
-        let args = EmbeddingArgs {
-            token_sources: beyond.view(),
-            ..args
-        };
-        gpu.kernels.embedding.launch(&gpu.stream, &args).unwrap();
-        let clamped = gpu.stream.download(out.view()).unwrap();
+        let clamped = look_up(&vec![9999u32; tokens.len()]);
         let last = |row: usize| row * hidden..(row + 1) * hidden;
         assert_eq!(clamped[last(0)], got[last(own_vocab - 1)]);
         assert_eq!(clamped[last(own_vocab)], got[last(tokens.len() - 1)]);

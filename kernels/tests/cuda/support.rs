@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use half::bf16;
-use polylora_kernels::cuda::{Device, Kernels, Stream};
+use polylora_kernels::cuda::{Device, Kernels, Stream, View, embedding::EmbeddingArgs};
 
 /// With the feature and without a device a test fails and says so: a GPU test never vanishes.
 pub struct Gpu {
@@ -17,6 +17,26 @@ pub fn gpu() -> Gpu {
     let stream = Stream::new(&device).expect("a stream");
     let kernels = Kernels::load(&device).expect("the kernels load");
     Gpu { device, stream, kernels }
+}
+
+impl Gpu {
+    /// Rows of `table` by `sources`, each under the adapter at its address (0: none), into memory that holds no number before.
+    pub fn embedding(&self, table: View<'_, bf16>, hidden: usize, sources: &[u32], chosen: &[u32], adapters: &[u64]) -> Vec<f32> {
+        let (token_sources, chosen) = (self.stream.upload(sources).unwrap(), self.stream.upload(chosen).unwrap());
+        let adapters = self.stream.upload(adapters).unwrap();
+        let out = self.stream.upload(&vec![f32::NAN; sources.len() * hidden]).unwrap();
+        let args = EmbeddingArgs {
+            out: out.view(),
+            table,
+            token_sources: token_sources.view(),
+            chosen: chosen.view(),
+            adapters: adapters.view(),
+            rows: sources.len(),
+            hidden,
+        };
+        self.kernels.embedding.launch(&self.stream, &args).unwrap();
+        self.stream.download(out.view()).unwrap()
+    }
 }
 
 /// SplitMix64.

@@ -36,7 +36,7 @@ const MOVED_TABLE_BYTES: usize = 1 << 20;
 /// Lines of an [`EmbeddingAdapter`].
 const EMBEDDING_LINES: usize = 2;
 /// Kernels take rows of so many columns, or twice as many, and so on: narrower ones are padded.
-const COLUMNS: usize = 8;
+pub(super) const COLUMNS: usize = 8;
 
 /// Projections that share their input, in the order of an adapter's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -258,7 +258,7 @@ impl Adapters {
     /// Tokens of rows under an adapter; `None` for one that is not ready.
     pub fn vocab_size(&self, handle: AdapterHandle) -> Option<usize> {
         let resident = self.residents.get(&handle)?;
-        matches!(resident.upload.result.get(), Some(Ok(()))).then_some(resident.vocab_size)
+        resident.is_ready().then_some(resident.vocab_size)
     }
 
     /// Where an adapter's table begins.
@@ -376,7 +376,7 @@ impl Adapters {
         } = self;
         let ready: HashSet<u32> = residents
             .iter()
-            .filter(|(_, resident)| matches!(resident.upload.result.get(), Some(Ok(()))))
+            .filter(|(_, resident)| resident.is_ready())
             .map(|(handle, _)| handle.0)
             .collect();
         let mut written = 0;
@@ -428,6 +428,11 @@ impl Resident {
             offset,
             upload,
         }
+    }
+
+    /// Whether its last byte has arrived.
+    fn is_ready(&self) -> bool {
+        matches!(self.upload.result.get(), Some(Ok(())))
     }
 }
 

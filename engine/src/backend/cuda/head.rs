@@ -13,7 +13,7 @@ use polylora_kernels::cuda::{
 };
 
 use super::{
-    adapters::{Adapters, Resident},
+    adapters::{Adapters, COLUMNS, Resident},
     plan::{self, LoraWork},
 };
 use crate::{
@@ -22,8 +22,6 @@ use crate::{
     decoder::DecoderConfig,
 };
 
-/// Widths of rows with logits of their own.
-const COLUMNS: usize = 8;
 /// Rows of the widest adapter that the buffer takes at once, at least.
 const MIN_OWN_ROWS: usize = 8;
 
