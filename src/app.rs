@@ -106,7 +106,7 @@ pub struct Gateway {
     /// Adapters that clients sent.
     pub pushed: Arc<PushedAdapters>,
     /// One change of a name at a time.
-    pub name_locks: NameLocks,
+    pub name_locks: Arc<NameLocks>,
     /// Names that are being loaded.
     pub loading: LoadingNames,
     /// Bounds.
@@ -147,7 +147,7 @@ impl Gateway {
             aliases: Arc::default(),
             runtime: Arc::default(),
             pushed: Arc::new(PushedAdapters::temporary(PushLimits::default())),
-            name_locks: NameLocks::default(),
+            name_locks: Arc::default(),
             loading: LoadingNames::default(),
             limits: Limits::default(),
             metrics,

@@ -166,8 +166,8 @@ struct ServeArgs {
     /// An adapter that can't be loaded stops the start.
     #[arg(long, num_args = 1.., value_name = "ADAPTER", help_heading = "LoRA")]
     lora_paths: Vec<LoraPath>,
-    /// A folder of adapters; repeatable. Each subfolder is one, under its own name, read at its first use; new subfolders are noticed
-    /// while serving.
+    /// A folder of adapters; repeatable. Each subfolder is one, under its own name, read at its first use; what comes and goes is noticed
+    /// while serving, within seconds.
     #[arg(long, value_name = "DIR", help_heading = "LoRA")]
     lora_dir: Vec<PathBuf>,
     /// A folder that keeps what is changed at run time: adapters that were loaded or pushed, pins, aliases. They are there again after a

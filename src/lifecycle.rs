@@ -10,6 +10,7 @@ use std::{
 
 use parking_lot::Mutex;
 use polylora_engine::{AdapterError, AdapterInfo, FileSource, LoadRequest, UnloadMode, UnloadReport, adapter::registry::check_adapter_name};
+use tokio::sync::OwnedMutexGuard;
 
 use crate::{
     aliases::{Alias, AliasDefinition, AliasError},
@@ -43,18 +44,24 @@ pub struct Load {
 pub struct NameLocks(Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>);
 
 impl NameLocks {
-    async fn lock(&self, name: &str) -> tokio::sync::OwnedMutexGuard<()> {
-        let lock = {
-            let mut locks = self.0.lock();
-            locks.retain(|_, lock| lock.strong_count() > 0);
-            let kept = locks.get(name).and_then(Weak::upgrade);
-            kept.unwrap_or_else(|| {
-                let lock = Arc::default();
-                locks.insert(name.to_owned(), Arc::downgrade(&lock));
-                lock
-            })
-        };
-        lock.lock_owned().await
+    async fn lock(&self, name: &str) -> OwnedMutexGuard<()> {
+        self.of(name).lock_owned().await
+    }
+
+    /// The right to change a name, if nobody else is changing it.
+    pub fn try_lock(&self, name: &str) -> Option<OwnedMutexGuard<()>> {
+        self.of(name).try_lock_owned().ok()
+    }
+
+    fn of(&self, name: &str) -> Arc<tokio::sync::Mutex<()>> {
+        let mut locks = self.0.lock();
+        locks.retain(|_, lock| lock.strong_count() > 0);
+        let kept = locks.get(name).and_then(Weak::upgrade);
+        kept.unwrap_or_else(|| {
+            let lock = Arc::default();
+            locks.insert(name.to_owned(), Arc::downgrade(&lock));
+            lock
+        })
     }
 }
 

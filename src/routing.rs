@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use futures::FutureExt;
 use polylora_engine::{AdapterError, AdapterLease, InferenceEngine, adapter::combine::parse_expression};
 
 use crate::{
     aliases::{Aliases, Names},
     auth::Identity,
-    error::ApiError,
+    error::{ApiError, shown},
     lifecycle::LoadingNames,
 };
 
@@ -137,7 +138,7 @@ impl Router<'_> {
             Target::Adapter(name) => match self.engine.acquire_adapter(name).await {
                 Ok(lease) => Ok(Some(lease)),
                 Err(AdapterError::Unknown { .. }) => Err(self.gone(name)),
-                Err(error) => Err(error.into()),
+                Err(error) => Err(self.cannot_be_served(&[name], error)),
             },
         }
     }
@@ -161,7 +162,7 @@ impl Router<'_> {
         let leases = match self.engine.acquire_adapters(&names).await {
             Ok(leases) => leases,
             Err(AdapterError::Unknown { name, .. }) => return Err(self.gone(&name)),
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(self.cannot_be_served(&names, error)),
         };
         let mut leases = leases.into_iter();
         let lease = |target: &Target| match target {
@@ -169,6 +170,25 @@ impl Router<'_> {
             Target::Adapter(_) => leases.next(),
         };
         Ok(targets.iter().map(lease).collect())
+    }
+
+    /// Says which adapter it is whose files are bad: the request named it, and perhaps others, and nothing of its files.
+    fn cannot_be_served(&self, names: &[&str], error: AdapterError) -> ApiError {
+        use AdapterError::{BadFile, Incompatible, Unsupported};
+        if !matches!(error, BadFile { .. } | Incompatible { .. } | Unsupported { .. }) {
+            return error.into();
+        }
+        // Until it is tried again, it gives its error at once.
+        let fails = |name: &&&str| matches!(self.engine.acquire_adapter(name).now_or_never(), Some(Err(other)) if other == error);
+        let name = match names {
+            [name] => Some(*name),
+            several => several.iter().find(fails).copied(),
+        };
+        let said = ApiError::from(error).for_param("model");
+        match name {
+            Some(name) => said.with_message(|message| format!("adapter '{}': {message}", shown(name))),
+            None => said,
+        }
     }
 
     /// An adapter was unloaded since it was found; somebody may be loading it again, or have done so.

@@ -239,7 +239,7 @@ fn adapters_outside_the_limits_are_refused_at_start_and_at_first_use() {
     );
 
     let folder = std::path::Path::new(&adapter_path("json")).parent().unwrap().display().to_string();
-    let server = Server::start(&[
+    let mut server = Server::start(&[
         "--model-path",
         &base_path(),
         "--lora-dir",
@@ -248,11 +248,31 @@ fn adapters_outside_the_limits_are_refused_at_start_and_at_first_use() {
         "q_proj",
         "v_proj",
     ]);
-    let (status, answer) = server.post("/generate", &json!({"text": LIST_3, "lora_path": "json", "sampling_params": greedy()}));
-    assert_eq!(status, 400, "{answer}");
-    assert!(answer.to_string().contains("incompatible"), "{answer}");
+    // Alone and beside others: the error says which it is, and where the request names it.
+    let generate = |lora_path: Value| json!({"text": vec![LIST_3; 2], "lora_path": lora_path, "sampling_params": greedy()});
+    for (path, body, param) in [
+        ("/generate", generate(json!("json")), "lora_path"),
+        ("/generate", generate(json!(["lines", "json"])), "lora_path"),
+        ("/v1/completions", json!({"model": "base:json", "prompt": LIST_3}), "model"),
+    ] {
+        let (status, answer) = server.post(path, &body);
+        assert_eq!((status, &answer["error"]["param"]), (400, &json!(param)), "{answer}");
+        let message = answer["error"]["message"].as_str().unwrap();
+        assert!(message.starts_with("adapter 'json': LoRA adapter is incompatible"), "{message}");
+    }
     check(&server, &[LIST_3], &[Some("lines")], &[Some("lines")]);
-    server.stop();
+    let (_, card) = server.get("/v1/adapters/json");
+    assert!(
+        card["requests_total"].as_u64().unwrap() >= 3,
+        "those that were not tried again count, too: {card}"
+    );
+    server.signal("TERM");
+    assert!(server.wait().success());
+    assert!(
+        server.log().contains("a registered adapter can't be loaded name=json"),
+        "{}",
+        server.log()
+    );
 }
 
 #[test]
@@ -925,7 +945,8 @@ fn the_command_line_manages_a_running_server() {
         format!("loaded mine from {}\n", adapter_path("table"))
     );
     check(&server, &[LIST_3], &[Some("table")], &[Some("mine")]);
-    let list = stdout(&run(&["list"]));
+    let list = stdout(&run(&[]));
+    assert_eq!(list, stdout(&run(&["list"])), "what it does without a word");
     let row = list.lines().find(|line| line.starts_with("mine ")).unwrap_or_else(|| panic!("{list}"));
     assert!(row.contains("adapter") && row.ends_with(&adapter_path("table")), "{row}");
     let json: Value = serde_json::from_str(&stdout(&run(&["list", "--json"]))).unwrap();
@@ -1066,6 +1087,34 @@ fn a_key_is_hashed_for_the_keys_file() {
     let output = process.wait_with_output().unwrap();
     let hash = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad\n";
     assert_eq!(String::from_utf8(output.stdout).unwrap(), hash);
+}
+
+#[test]
+fn what_comes_into_the_folder_of_adapters_and_what_goes_is_noticed_while_serving() {
+    let folder = tempfile::TempDir::new().unwrap();
+    copy_adapter("table", folder.path());
+    let server = Server::start(&["--lora-dir", folder.path().to_str().unwrap(), "--model-path", &base_path()]);
+    let wait_for = |names: &[&str]| {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(120);
+        loop {
+            let list = server.get("/v1/adapters").1;
+            if ids(&list, "name").into_iter().collect::<std::collections::BTreeSet<_>>() == names.iter().copied().collect() {
+                break;
+            }
+            assert!(std::time::Instant::now() < deadline, "{list}");
+            server.generate(&[LIST_3], &[None]);
+        }
+    };
+    check(&server, &[LIST_3], &[Some("table")], &[Some("table")]);
+    copy_adapter("json", folder.path());
+    wait_for(&["json", "table"]);
+    check(&server, &[LIST_3, LIST_3], &[Some("json"), Some("table")], &[Some("json"), Some("table")]);
+    std::fs::remove_dir_all(folder.path().join("table")).unwrap();
+    wait_for(&["json"]);
+    let (status, answer) = server.post("/v1/completions", &json!({"model": "table", "prompt": LIST_3}));
+    assert_eq!((status, &answer["error"]["code"]), (404, &json!("model_not_found")));
+    check(&server, &[LIST_3], &[Some("json")], &[Some("json")]);
+    server.stop();
 }
 
 /// Puts a copy of a demo adapter into a folder of adapters.

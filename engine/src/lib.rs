@@ -100,6 +100,9 @@ pub trait InferenceEngine: Send + Sync + 'static {
     fn flush_cache(&self) -> BoxFuture<'_, bool>;
     /// Ends every request with `FinishReason::Aborted`.
     fn abort_all(&self);
+    /// Resolves when the device has failed, with the reason; never while the engine is well. Every request has ended, or is about to, with an
+    /// error.
+    fn failed(&self) -> BoxFuture<'_, String>;
     /// Stops taking requests, waits for the running ones up to `timeout`, then ends the rest with `ShuttingDown`.
     fn shutdown(&self, timeout: std::time::Duration) -> BoxFuture<'_, ()>;
 }

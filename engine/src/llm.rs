@@ -277,7 +277,7 @@ impl InferenceEngine for LlmEngine {
     }
 
     fn submit(&self, mut request: GenerationRequest) -> Result<TokenStream, SubmitError> {
-        if let Some(reason) = self.shared.failure.get() {
+        if let Some(reason) = &*self.shared.failure.borrow() {
             return Err(SubmitError::Unhealthy(reason.clone()));
         }
         if !self.shared.accepting.load(SeqCst) {
@@ -383,6 +383,14 @@ impl InferenceEngine for LlmEngine {
 
     fn abort_all(&self) {
         self.commands.send(Command::AbortAll).ok();
+    }
+
+    fn failed(&self) -> BoxFuture<'_, String> {
+        let mut failure = self.shared.failure.subscribe();
+        Box::pin(async move {
+            let reason = failure.wait_for(Option::is_some).await.expect("`self` keeps the sender");
+            reason.clone().unwrap_or_default()
+        })
     }
 
     fn shutdown(&self, timeout: Duration) -> BoxFuture<'_, ()> {
@@ -1040,6 +1048,7 @@ mod tests {
                 }
             }
             assert!(!engine.stats().healthy);
+            assert!(!block_on(engine.failed()).is_empty());
             assert_eq!(leases.get(), 0);
             assert_empty(&engine);
             assert!(matches!(engine.submit(ask(1)), Err(SubmitError::Unhealthy(_))));

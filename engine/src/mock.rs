@@ -13,7 +13,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::{mpsc::UnboundedSender, watch};
 
 use crate::{
     AdapterError, AdapterInfo, AdapterLease, BoxFuture, EngineDescription, EngineStats, FinishReason, GenerationRequest, InferenceEngine,
@@ -26,6 +26,9 @@ use crate::{
     request::Constraint,
     stages::Stages,
 };
+
+/// Why the mock has failed.
+const TOLD_TO_FAIL: &str = "the mock was told to be unhealthy";
 
 /// One instruction of a script.
 #[derive(Clone, Debug)]
@@ -191,7 +194,7 @@ impl MockEngineBuilder {
             load_errors: Mutex::default(),
             load_gate: Mutex::default(),
             acquire_errors: Mutex::default(),
-            healthy: AtomicBool::new(true),
+            healthy: watch::Sender::new(true),
             shutting_down: AtomicBool::new(false),
             next_version: AtomicU64::new(1),
         }
@@ -213,7 +216,7 @@ pub struct MockEngine {
     load_errors: Mutex<VecDeque<AdapterError>>,
     load_gate: Mutex<Option<Gate>>,
     acquire_errors: Mutex<VecDeque<AdapterError>>,
-    healthy: AtomicBool,
+    healthy: watch::Sender<bool>,
     shutting_down: AtomicBool,
     next_version: AtomicU64,
 }
@@ -320,7 +323,7 @@ impl MockEngine {
 
     /// Marks the device as failed, or well again.
     pub fn set_healthy(&self, healthy: bool) {
-        self.healthy.store(healthy, Ordering::SeqCst);
+        self.healthy.send_replace(healthy);
     }
 
     /// Every request so far, in order of submission.
@@ -450,8 +453,8 @@ impl MockEngine {
         if self.shutting_down.load(Ordering::SeqCst) {
             return Err(SubmitError::ShuttingDown);
         }
-        if !self.healthy.load(Ordering::SeqCst) {
-            return Err(SubmitError::Unhealthy("the mock was told to be".into()));
+        if !*self.healthy.borrow() {
+            return Err(SubmitError::Unhealthy(TOLD_TO_FAIL.into()));
         }
         let context_length = self.description.context_length;
         let vocab_size = request.vocab_size(self.description.vocab_size);
@@ -760,7 +763,7 @@ impl InferenceEngine for MockEngine {
         running_adapters.sort();
         running_adapters.dedup();
         EngineStats {
-            healthy: self.healthy.load(Ordering::SeqCst),
+            healthy: *self.healthy.borrow(),
             running,
             total_blocks: self.description.num_blocks,
             prompt_tokens_total: requests.iter().map(|live| live.recorded.prompt_tokens.len() as u64).sum(),
@@ -780,6 +783,14 @@ impl InferenceEngine for MockEngine {
             let reason = FinishReason::Aborted;
             live.run.lock().end(Some(TokenEvent::Finished { reason }));
         }
+    }
+
+    fn failed(&self) -> BoxFuture<'_, String> {
+        let mut healthy = self.healthy.subscribe();
+        Box::pin(async move {
+            healthy.wait_for(|healthy| !healthy).await.expect("`self` keeps the sender");
+            TOLD_TO_FAIL.to_owned()
+        })
     }
 
     fn shutdown(&self, _timeout: Duration) -> BoxFuture<'_, ()> {

@@ -10,7 +10,7 @@ use std::{
     collections::HashMap,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, OnceLock, Weak,
+        Arc, Weak,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst},
         mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError},
     },
@@ -18,7 +18,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::sync::{mpsc::UnboundedSender, oneshot};
+use tokio::sync::{mpsc::UnboundedSender, oneshot, watch};
 
 use crate::{
     EngineStats, Histogram,
@@ -75,7 +75,8 @@ pub(crate) struct NewRequest {
 pub(crate) struct Shared {
     pub accepting: AtomicBool,
     pub in_flight: AtomicUsize,
-    pub failure: OnceLock<String>,
+    /// Why the engine is done for good; `None` while it is well.
+    pub failure: watch::Sender<Option<String>>,
     pub stats: Mutex<Arc<EngineStats>>,
     pub adapters: AdapterTable,
 }
@@ -85,7 +86,7 @@ impl Shared {
         Self {
             accepting: AtomicBool::new(true),
             in_flight: AtomicUsize::new(0),
-            failure: OnceLock::new(),
+            failure: watch::Sender::new(None),
             stats: Mutex::default(),
             adapters: AdapterTable::default(),
         }
@@ -683,7 +684,7 @@ impl Worker {
             ..
         } = self;
         tracing::error!(reason, "the engine failed");
-        shared.failure.set(reason.to_owned()).ok();
+        shared.failure.send_replace(Some(reason.to_owned()));
         stats.healthy = false;
         stats.running = 0;
         stats.waiting = 0;

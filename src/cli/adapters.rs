@@ -33,8 +33,9 @@ use crate::{
 /// `polylora adapters …`
 #[derive(Args, Debug)]
 pub struct AdaptersArgs {
+    /// Without one: list.
     #[command(subcommand)]
-    command: AdaptersCommand,
+    command: Option<AdaptersCommand>,
     /// The server.
     #[arg(long, global = true, env = "POLYLORA_URL", default_value = "http://127.0.0.1:30000", value_name = "URL")]
     url: String,
@@ -135,7 +136,8 @@ enum AdaptersCommand {
 pub fn run(args: &AdaptersArgs) -> anyhow::Result<()> {
     let client = Client::new(&args.url, args.api_key.as_deref());
     let mut out = std::io::stdout();
-    let (answer, text) = match &args.command {
+    let command = args.command.as_ref().unwrap_or(&AdaptersCommand::List);
+    let (answer, text) = match command {
         AdaptersCommand::List => {
             let answer = client.get("/v1/models")?;
             let table = models_table(&answer)?;
@@ -171,7 +173,7 @@ pub fn run(args: &AdaptersArgs) -> anyhow::Result<()> {
             (answer, text)
         }
         AdaptersCommand::Pin { name } | AdaptersCommand::Unpin { name } => {
-            let pinned = matches!(args.command, AdaptersCommand::Pin { .. });
+            let pinned = matches!(command, AdaptersCommand::Pin { .. });
             let answer = client.post("/pin_lora_adapter", &json!({"lora_name": name, "pinned": pinned}))?;
             (answer, format!("{} {name}\n", if pinned { "pinned" } else { "unpinned" }))
         }

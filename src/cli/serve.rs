@@ -8,8 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, anyhow};
-use futures::{StreamExt, TryStreamExt, stream};
+use anyhow::{Context, anyhow, bail};
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use polylora_engine::{
     FileSource, InferenceEngine, LoadRequest,
     weights::{Dtype as StoredDtype, ModelWeights},
@@ -28,6 +28,7 @@ use crate::{
     config::{Config, Dtype, LoadFormat, LoraPath, ModelSource},
     demo,
     hub::{Hub, HubId},
+    lifecycle::NameLocks,
     metrics::{Metrics, MetricsConfig},
     prompt::PromptProcessor,
     pushed::{PushLimits, PushedAdapters, remove_abandoned},
@@ -42,11 +43,14 @@ use crate::{
 const LOADS_AT_ONCE: usize = 16;
 /// How long connections may take to send their last bytes once every request has ended.
 const LAST_BYTES: Duration = Duration::from_secs(5);
+/// How long a server goes on after its device has failed: requests are told, and whoever looks every few seconds finds /health red. Then it
+/// ends, so that whoever watches over it starts another.
+const RED: Duration = Duration::from_secs(10);
 
 /// Serves until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// What stopped the start; after it nothing is an error.
+/// What stopped the start; after it, that the device failed.
 pub fn run(config: Config) -> anyhow::Result<()> {
     // Dropped last: what was traced to the very end is sent then.
     let telemetry = telemetry::start(&config.log_level, config.log_format, config.otlp.as_ref())?;
@@ -75,8 +79,7 @@ async fn run_server(config: Config, traces: bool) -> anyhow::Result<()> {
         read_timeout: loaded.http.read_timeout,
         write_timeout: loaded.http.write_timeout,
     };
-    serve_until_signal(loaded, listener, settings, signals).await;
-    Ok(())
+    serve_until_signal(loaded, listener, settings, signals, RED).await
 }
 
 /// Everything that serving needs.
@@ -169,14 +172,15 @@ async fn load(config: Config, traces: bool) -> anyhow::Result<Loaded> {
     let loads = load_adapters(built.engine.as_ref(), adapters).await?;
     let mut names: Vec<String> = lora_paths.into_iter().map(|path| path.name).collect();
     let aliases = Arc::new(Aliases::default());
+    let name_locks = Arc::new(NameLocks::default());
     let lora_dirs = match built.engine.adapters() {
         Some(registry) => {
-            let mut dirs = LoraDirs::new(Arc::clone(registry), Arc::clone(&aliases), directories);
+            let mut dirs = LoraDirs::new(Arc::clone(registry), Arc::clone(&aliases), Arc::clone(&name_locks), directories);
             let (registry, sources, runtime) = (Arc::clone(registry), Arc::clone(&sources), Arc::clone(&runtime));
             let (aliases, base_names) = (Arc::clone(&aliases), served.names.clone());
             let (dirs, added) = blocking(move || {
                 let mut added = restore_adapters(&registry, &changes, &sources, runtime.pushed_adapters().as_deref());
-                added.extend(dirs.scan());
+                added.extend(dirs.scan().added);
                 restore_pins(&registry, &changes);
                 let names = RegisteredNames {
                     registry: &registry,
@@ -217,6 +221,7 @@ async fn load(config: Config, traces: bool) -> anyhow::Result<Loaded> {
     gateway.traces = traces;
     gateway.auth = auth;
     gateway.aliases = aliases;
+    gateway.name_locks = name_locks;
     gateway.runtime = runtime;
     gateway.pushed = Arc::new(pushed);
     gateway.cors_origins = cors_origins;
@@ -357,8 +362,17 @@ async fn load_adapters(engine: &dyn InferenceEngine, adapters: Vec<AdapterAtStar
     stream::iter(loads).buffered(LOADS_AT_ONCE).try_collect().await
 }
 
-/// Serves; after the first signal drains, after the second gives up at once.
-async fn serve_until_signal(loaded: Loaded, listener: TcpListener, settings: ServerSettings, mut signals: Signals) {
+/// Serves; after the first signal drains, after the second gives up at once. When the device fails it goes on for `red`.
+///
+/// # Errors
+/// The device failed.
+async fn serve_until_signal(
+    loaded: Loaded,
+    listener: TcpListener,
+    settings: ServerSettings,
+    mut signals: Signals,
+    red: Duration,
+) -> anyhow::Result<()> {
     let engine = Arc::clone(&loaded.gateway.engine);
     let drain_timeout = loaded.http.drain_timeout;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -387,13 +401,28 @@ async fn serve_until_signal(loaded: Loaded, listener: TcpListener, settings: Ser
             None => std::future::pending().await,
         }
     };
+    let failure = async {
+        let reason = engine.failed().await;
+        tracing::error!(
+            reason,
+            seconds = red.as_secs_f64(),
+            "the device has failed: /health is red, and the server ends"
+        );
+        tokio::time::sleep(red).await;
+    };
     let mut server = std::pin::pin!(server);
     tokio::select! {
         () = &mut server => {}
         () = drain => server.await,
         () = watch => {}
+        () = failure => {}
+    }
+    // Also if it failed while the last requests were waited for.
+    if let Some(reason) = engine.failed().now_or_never() {
+        bail!("the device has failed: {reason}");
     }
     tracing::info!("stopped");
+    Ok(())
 }
 
 /// SIGTERM and SIGINT.
@@ -477,4 +506,52 @@ fn greeting(loaded: &Loaded, url: &str, took: Duration) -> String {
         "\n  curl{insecure} {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'\n\n"
     ));
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use polylora_engine::MockEngine;
+
+    use super::*;
+    use crate::config::{Command, Environment};
+
+    /// The demo's server on a free port, over an engine that fails when it is told to.
+    async fn start(red: Duration) -> (Arc<MockEngine>, String, tokio::task::JoinHandle<anyhow::Result<()>>) {
+        let flags = ["polylora", "serve", "--port", "0", "--num-threads", "1"].map(Into::into);
+        let Ok(Command::Serve(config)) = crate::config::parse(flags, &Environment::default()) else {
+            panic!("not serve")
+        };
+        let mut loaded = load(*config, false).await.unwrap();
+        let engine = Arc::new(MockEngine::default());
+        Arc::get_mut(&mut loaded.gateway).unwrap().engine = engine.clone();
+        let settings = ServerSettings {
+            tls: None,
+            read_timeout: loaded.http.read_timeout,
+            write_timeout: loaded.http.write_timeout,
+        };
+        let (listener, address) = bind("127.0.0.1", 0).await.unwrap().listen().unwrap();
+        let signals = Signals::listen().unwrap();
+        let server = tokio::spawn(serve_until_signal(loaded, listener, settings, signals, red));
+        (engine, format!("http://{address}/health"), server)
+    }
+
+    #[tokio::test]
+    async fn a_failed_device_turns_health_red_and_ends_the_server_with_an_error() {
+        let (engine, health, server) = start(Duration::from_secs(3600)).await;
+        assert_eq!(reqwest::get(&health).await.unwrap().status(), 200);
+        engine.set_healthy(false);
+        for _ in 0..3 {
+            let answer = reqwest::get(&health).await.unwrap();
+            assert_eq!(answer.status(), 503);
+            assert!(answer.text().await.unwrap().contains("the engine has failed"));
+        }
+        assert!(!server.is_finished(), "it is red for a while");
+        server.abort();
+
+        let (engine, health, server) = start(Duration::ZERO).await;
+        assert_eq!(reqwest::get(&health).await.unwrap().status(), 200);
+        engine.set_healthy(false);
+        let error = server.await.unwrap().unwrap_err().to_string();
+        assert!(error.starts_with("the device has failed: "), "{error}");
+    }
 }

@@ -1312,13 +1312,13 @@ impl Shared {
             return Err(self.unknown(&state, name));
         };
         let key = key.clone();
-        let (sender, receiver) = oneshot::channel();
-        self.fetch(&mut state, &key, Some(sender))?;
-        state.misses_total += 1;
         if let Some(entry) = state.entries.get_mut(name) {
             entry.requests_total += 1;
             entry.last_used_time = Some(SystemTime::now());
         }
+        let (sender, receiver) = oneshot::channel();
+        self.fetch(&mut state, &key, Some(sender))?;
+        state.misses_total += 1;
         Ok(Acquired::Loading(receiver))
     }
 
@@ -1778,6 +1778,7 @@ impl Shared {
             Err(error) => {
                 // A full tier is no fault of the adapter's: the next request may try at once.
                 if !is_no_room(&error) {
+                    tracing::warn!(%name, source = %entry.source, %error, "a registered adapter can't be loaded");
                     let back_off = entry
                         .failure
                         .take()
