@@ -8,7 +8,6 @@ use std::{
 use parking_lot::Mutex;
 use polylora_engine::{FileSource, files::SourceStamp};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 use tokenizers::AddedToken;
 use tokio::sync::Semaphore;
 
@@ -235,7 +234,7 @@ pub struct TokenizerFile {
 impl TokenizerFile {
     fn new(content: Vec<u8>) -> Self {
         Self {
-            digest: Sha256::digest(&content).into(),
+            digest: blake3::hash(&content).into(),
             content: Some(content),
         }
     }
@@ -296,9 +295,9 @@ impl TokenizerHashes {
 
 /// A hash of parts, each with its length.
 pub fn digest<const N: usize>(parts: [&[u8]; N]) -> [u8; 32] {
-    let mut hash = Sha256::new();
+    let mut hash = blake3::Hasher::new();
     for part in parts {
-        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(&(part.len() as u64).to_le_bytes());
         hash.update(part);
     }
     hash.finalize().into()

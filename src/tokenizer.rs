@@ -8,7 +8,6 @@ use std::sync::Arc;
 
 use std::collections::BTreeMap;
 
-use sha2::{Digest, Sha256};
 use tokenizers::{AddedToken, Tokenizer};
 
 /// Bytes of memory that a tokenizer takes for each byte of its tokenizer.json (merges), for each of its tokens (three tables), and for what
@@ -235,7 +234,7 @@ impl TextTokenizer {
     pub fn canonical_digest(&self) -> [u8; 32] {
         // What can't be written is like nothing else.
         let text = self.tokenizer.to_string(false).unwrap_or_else(|error| error.to_string());
-        Sha256::digest(text).into()
+        blake3::hash(text.as_bytes()).into()
     }
 
     /// Whether a token is special (a control token that is no text).

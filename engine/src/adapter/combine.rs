@@ -5,8 +5,6 @@
 
 use std::sync::Arc;
 
-use sha2::{Digest, Sha256};
-
 use super::{
     AdapterError, AlignedBytes, HostAdapter, ModuleId, PackedDtype, PackedModule, VersionId,
     load::{Packed, group},
@@ -72,11 +70,11 @@ pub fn parse_expression(expression: &str, max_parts: usize) -> Result<Option<Vec
 pub fn combined_version(parts: &[(&HostAdapter, f32)]) -> VersionId {
     let mut sorted: Vec<(VersionId, f32)> = parts.iter().map(|(adapter, weight)| (adapter.version, *weight)).collect();
     sorted.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-    let mut hash = Sha256::new();
-    hash.update(b"polylora combination 1");
+    let mut hash = blake3::Hasher::new();
+    hash.update(b"polylora combination 2");
     for (version, weight) in sorted {
-        hash.update(version.0);
-        hash.update(weight.to_bits().to_le_bytes());
+        hash.update(&version.0);
+        hash.update(&weight.to_bits().to_le_bytes());
     }
     VersionId(hash.finalize().into())
 }

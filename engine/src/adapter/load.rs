@@ -10,7 +10,6 @@ use std::{
 
 use half::bf16;
 use safetensors::{Dtype, tensor::TensorView};
-use sha2::{Digest, Sha256};
 
 use super::{
     AdapterError, AlignedBytes, BaseWeights, CompanionReader, HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, ReplacedWeight,
@@ -229,10 +228,10 @@ pub fn load_adapter(files: &FileSource, decoder: &DecoderConfig, limits: &LoraLi
     if let Some(read) = &limits.companion
         && let Some(companion) = read(files, &adapter)?
     {
-        let mut hash = Sha256::new();
-        hash.update(b"polylora adapter with files 1");
-        hash.update(adapter.version.0);
-        hash.update(companion.digest());
+        let mut hash = blake3::Hasher::new();
+        hash.update(b"polylora adapter with files 2");
+        hash.update(&adapter.version.0);
+        hash.update(&companion.digest());
         adapter.version = VersionId(hash.finalize().into());
         adapter.companion = Some(companion);
     }
@@ -1231,7 +1230,7 @@ fn fill(pieces: &[Piece<'_>], blob: &mut AlignedBytes, dtype: PackedDtype, threa
         run.into_iter()
             .map(|(piece, bytes)| {
                 write_source(&piece.source, bytes, dtype)?;
-                Ok(Sha256::digest(&*bytes).into())
+                Ok(blake3::hash(bytes).into())
             })
             .collect()
     };
@@ -1375,7 +1374,7 @@ fn copy_elements<P: Packed>(from: &[u8], to: &mut [P]) -> bool {
     })
 }
 
-/// SHA-256 over what the adapter does: shapes and scalings of its modules, and a digest of each run of packed weights. File names,
+/// BLAKE3 over what the adapter does: shapes and scalings of its modules, and a digest of each run of packed weights. File names,
 /// adapter names, tensor order, the file's dtype and keys without effect leave it as it is.
 fn version(
     modules: &[PackedModule],
@@ -1388,7 +1387,7 @@ fn version(
     use std::fmt::Write;
     let by_offset: BTreeMap<usize, &[u8; 32]> = pieces.iter().map(|piece| piece.offset).zip(digests).collect();
     // The fixed part is hashed as text: unambiguous, and independent of how the structs lie in memory.
-    let mut shapes = format!("polylora adapter 1, {} bytes an element\n", dtype.size_bytes());
+    let mut shapes = format!("polylora adapter 2, {} bytes an element\n", dtype.size_bytes());
     let mut offsets = Vec::new();
     for module in modules {
         let _ = writeln!(
@@ -1419,14 +1418,14 @@ fn version(
     if let Some(vocab_size) = resized_vocab {
         let _ = writeln!(shapes, "{vocab_size} tokens");
     }
-    let mut hash = Sha256::new();
-    hash.update((shapes.len() as u64).to_le_bytes());
+    let mut hash = blake3::Hasher::new();
+    hash.update(&(shapes.len() as u64).to_le_bytes());
     hash.update(shapes.as_bytes());
     for offset in offsets {
         match offset.and_then(|offset| by_offset.get(&offset)) {
-            Some(digest) => hash.update(digest.as_slice()),
-            None => hash.update([0u8; 32]),
-        }
+            Some(digest) => hash.update(&digest[..]),
+            None => hash.update(&[0; 32]),
+        };
     }
     VersionId(hash.finalize().into())
 }
@@ -1807,7 +1806,7 @@ mod tests {
                 assert_eq!(adapter.modules.len(), 6, "the weights are packed");
                 let read = |name: &str| read_file(files, name, 64);
                 match files.contains("tokenizer.json") {
-                    true => Ok(Some(Arc::new(Files(Sha256::digest(read("tokenizer.json")?).into())))),
+                    true => Ok(Some(Arc::new(Files(blake3::hash(&read("tokenizer.json")?).into())))),
                     false => Ok(None),
                 }
             })),

@@ -24,7 +24,7 @@ pub use lease::{AdapterLease, UnloadMode, UnloadReport, Unloading};
 pub use load::{CoverageReport, LoraFeatures, LoraLimits, ModuleCoverage, load_adapter};
 pub use registry::{AdapterInfo, AdapterRegistry, AdapterState, LoadRequest, RegistryConfig, RegistryStats, ResidentSet};
 
-/// Content identity of an adapter: SHA-256 over its effective configuration and its tensors. Equal bytes, equal version.
+/// Content identity of an adapter: BLAKE3 over its effective configuration and its tensors. Equal bytes, equal version.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct VersionId(pub [u8; 32]);
 
