@@ -207,6 +207,7 @@ DEVICE void stream_gemm(const TensorMap& w_map, const TensorMap& x_map, const St
     }
     __syncwarp();
     wait_for_previous_kernel();
+    __syncthreads();
   } else {
     float acc[PARTS][ROWS / 2] = {};
     const int warpgroup = warp / 4;
@@ -235,8 +236,9 @@ DEVICE void stream_gemm(const TensorMap& w_map, const TensorMap& x_map, const St
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     wait_for_previous_kernel();
-    // Every stage has been read once all have come here.
-    asm volatile("bar.sync 1, %0;" ::"n"(32 * COPIER) : "memory");
+    // Every stage has been read once all have come here. The copier has no part in it and comes all the same, at no cost since it has long
+    // been done: where it had passed a barrier less than the others, racecheck took its reads of the sums below for unordered.
+    __syncthreads();
     // acc[part][4j..]: columns g and g + 8 of the warp's 16, rows 8j + 2t and the next.
     float* sums = reinterpret_cast<float*>(stages);
     const int g = lane / 4, t = lane % 4;

@@ -7,7 +7,7 @@ use std::{
     ffi::{CStr, CString, c_void},
     marker::PhantomData,
     ops::Range,
-    sync::Arc,
+    sync::{Arc, PoisonError, RwLock, RwLockWriteGuard},
     time::Duration,
 };
 
@@ -81,6 +81,15 @@ macro_rules! driver {
         // SAFETY: handles are live (their owners keep them), pointers are to locals or to memory whose length the caller checked.
         $crate::cuda::device::check(stringify!($function), unsafe { sys::$function($($argument),*) })
     };
+}
+
+/// Captures share it; what waits for a whole context has it alone. CUDA allows no such wait while a stream of the context is being captured, whatever
+/// thread does either: in driver 580.159 the two meeting is a null pointer inside the driver.
+static CAPTURES: RwLock<()> = RwLock::new(());
+
+/// While it is held no stream of the process is being captured.
+pub(super) fn between_captures() -> RwLockWriteGuard<'static, ()> {
+    CAPTURES.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What is known of a device before it is opened.
@@ -240,14 +249,6 @@ impl Device {
         let (mut free, mut total) = (0, 0);
         driver!(cuMemGetInfo_v2(&mut free, &mut total))?;
         Ok(free)
-    }
-
-    /// Waits for all work of the device.
-    ///
-    /// # Errors
-    /// The driver's, also those of earlier work.
-    pub fn synchronize(&self) -> Result<(), CudaError> {
-        driver!(cuCtxSynchronize())
     }
 }
 
@@ -727,11 +728,13 @@ impl Stream {
     /// Inside, the error of a [lost](CudaError::is_lost_capture) capture.
     fn capture_once<E: From<CudaError>>(&self, enqueue: &mut impl FnMut() -> Result<(), E>) -> Result<Result<Graph, CudaError>, E> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        let shared = CAPTURES.read().unwrap_or_else(PoisonError::into_inner);
         driver!(cuStreamBeginCapture_v2(self.stream, mode))?;
         let enqueued = enqueue();
         let mut graph = std::ptr::null_mut();
         // Also after an error: else the stream would stay in capture.
         let ended = driver!(cuStreamEndCapture(self.stream, &mut graph));
+        drop(shared);
         // The reason for whatever error `enqueue` then had.
         if let Err(error) = &ended
             && error.is_lost_capture()

@@ -12,7 +12,7 @@ use half::bf16;
 
 use super::{
     CudaError, Device, DeviceBuffer, Event, LaunchConfig, Stream, View, arguments,
-    device::{Kernel, Module, driver_version},
+    device::{Kernel, Module, between_captures, driver_version},
     dimension, images, require, require_len,
     stream_gemm::{StreamCut, StreamGemm},
     tuning::{TunedFor, Tuning},
@@ -596,6 +596,8 @@ impl Gemm {
 impl Drop for Gemm {
     fn drop(&mut self) {
         self.plans.clear();
+        // It waits for the whole context.
+        let _alone = between_captures();
         let _ = cublas!(cublasLtDestroy(self.handle));
     }
 }

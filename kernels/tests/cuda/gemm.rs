@@ -1,5 +1,7 @@
 //! cuBLASLt's GEMMs as the engine calls them.
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
 use polylora_kernels::{
     cuda::{
         View,
@@ -190,4 +192,35 @@ fn wrong_lengths_are_refused() {
     };
     let error = gemm.launch(&gpu.stream, &args).unwrap_err().to_string();
     assert_eq!(error, "gemm: x has 64 elements, 128 are needed");
+}
+
+/// cuBLASLt waits for the whole context when it is closed, which nobody may while another thread captures: the driver crashes.
+#[test]
+#[ignore = "needs a GPU: --include-ignored"]
+fn captures_are_not_lost_to_gemms_that_are_dropped() {
+    const CAPTURES: usize = 3000;
+    let gpu = gpu();
+    let bytes = gpu.stream.upload(&[1u8; 256]).unwrap();
+    let ended = AtomicBool::new(false);
+    let (mut begun, mut captured) = (0, 0);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                gpu.device.bind().unwrap();
+                while !ended.load(Relaxed) {
+                    drop(Gemm::new(&gpu.device).unwrap());
+                }
+            });
+        }
+        for _ in 0..CAPTURES {
+            let graph = gpu.stream.capture(|| {
+                begun += 1;
+                (0..20).try_for_each(|_| gpu.stream.fill_bytes(bytes.view(), 0))
+            });
+            captured += usize::from(graph.is_ok_and(|graph| gpu.stream.launch_graph(&graph).is_ok()));
+        }
+        ended.store(true, Relaxed);
+    });
+    assert_eq!((begun, captured), (CAPTURES, CAPTURES), "each at the first try");
+    assert!(gpu.stream.download(bytes.view()).unwrap().iter().all(|&byte| byte == 0));
 }

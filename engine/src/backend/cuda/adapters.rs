@@ -5,8 +5,10 @@ use std::{
     ops::Range,
     sync::{
         Arc, OnceLock,
+        atomic::{AtomicBool, Ordering::Relaxed},
         mpsc::{Receiver, Sender, channel},
     },
+    thread::JoinHandle,
 };
 
 use bytemuck::{bytes_of, cast_slice, cast_slice_mut};
@@ -186,6 +188,8 @@ struct Job {
 
 /// All adapters of a device.
 pub(super) struct Adapters {
+    /// Before the region, so that it is dropped first.
+    uploads: UploadThread,
     region: Region,
     max_lora_rank: usize,
     max_vocab_size: usize,
@@ -193,7 +197,6 @@ pub(super) struct Adapters {
     residents: HashMap<AdapterHandle, Resident>,
     /// Freed while their upload was under way: their runs are free when it is done.
     leaving: Vec<(u32, Arc<Upload>)>,
-    jobs: Sender<Job>,
     /// Tables of adapters that moved, and when they have been copied.
     moved_tables: PinnedBuffer<u8>,
     tables_copied: Event,
@@ -202,20 +205,14 @@ pub(super) struct Adapters {
 impl Adapters {
     /// In the upper part of `region`. Ranks above `max_lora_rank` are refused, and more than `max_vocab_size` tokens.
     pub fn new(device: &Arc<Device>, region: Region, max_lora_rank: usize, max_vocab_size: usize) -> Result<Self, CudaError> {
-        let mut uploader = Uploader::new(device)?;
-        let (jobs, inbox) = channel();
-        std::thread::Builder::new()
-            .name("polylora-upload".into())
-            .spawn(move || uploader.run(&inbox))
-            .map_err(|error| CudaError::NoDevice(format!("no thread for uploads: {error}")))?;
         Ok(Self {
+            uploads: UploadThread::start(device)?,
             region,
             max_lora_rank,
             max_vocab_size,
             next_handle: 0,
             residents: HashMap::new(),
             leaving: Vec::new(),
-            jobs,
             moved_tables: PinnedBuffer::zeroed(device, MOVED_TABLE_BYTES)?,
             tables_copied: Event::new(device, false)?,
         })
@@ -330,9 +327,9 @@ impl Adapters {
             after: self.region.wait_before(offset..offset + placement.bytes),
             upload: upload.clone(),
         };
-        self.jobs
-            .send(job)
-            .map_err(|_| BackendError::Device("the upload thread has ended".into()))?;
+        if !self.uploads.begin(job) {
+            return Err(BackendError::Device("the upload thread has ended".into()));
+        }
         let resident = Resident::new(placement, offset, upload, config);
         self.residents.insert(AdapterHandle(id), resident);
         Ok(AdapterHandle(id))
@@ -735,7 +732,49 @@ impl Placer<'_> {
     }
 }
 
-/// The thread that uploads, on a stream of its own: straight from the adapter's memory where that is page-locked.
+/// The thread that uploads. Dropping it ends the upload that is under way and forgets those that wait; then nothing writes their runs any more.
+struct UploadThread {
+    /// `None` once it is to end.
+    jobs: Option<Sender<Job>>,
+    is_ending: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl UploadThread {
+    fn start(device: &Arc<Device>) -> Result<Self, CudaError> {
+        let mut uploader = Uploader::new(device)?;
+        let (jobs, inbox) = channel();
+        let is_ending = Arc::new(AtomicBool::new(false));
+        let ends = is_ending.clone();
+        let thread = std::thread::Builder::new()
+            .name("polylora-upload".into())
+            .spawn(move || uploader.run(&inbox, &ends))
+            .map_err(|error| CudaError::NoDevice(format!("no thread for uploads: {error}")))?;
+        Ok(Self {
+            jobs: Some(jobs),
+            is_ending,
+            thread: Some(thread),
+        })
+    }
+
+    /// False if the thread has died.
+    fn begin(&self, job: Job) -> bool {
+        self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok())
+    }
+}
+
+impl Drop for UploadThread {
+    fn drop(&mut self) {
+        self.is_ending.store(true, Relaxed);
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            // One that panicked has nothing left to give.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Uploads on a stream of its own: straight from the adapter's memory where that is page-locked.
 struct Uploader {
     device: Arc<Device>,
     stream: Stream,
@@ -756,15 +795,25 @@ impl Uploader {
         })
     }
 
-    fn run(&mut self, inbox: &Receiver<Job>) {
+    fn run(&mut self, inbox: &Receiver<Job>, is_ending: &AtomicBool) {
         let bound = self.device.bind();
         while let Ok(job) = inbox.recv() {
+            if is_ending.load(Relaxed) {
+                break;
+            }
             let result = bound.clone().and_then(|()| self.upload(&job));
             job.upload.result.set(result).expect("one job an upload");
         }
     }
 
+    /// Also of one that failed nothing is under way afterwards.
     fn upload(&mut self, job: &Job) -> Result<(), CudaError> {
+        let enqueued = self.enqueue(job);
+        let ended = self.stream.synchronize();
+        enqueued.and(ended)
+    }
+
+    fn enqueue(&mut self, job: &Job) -> Result<(), CudaError> {
         let is_direct = page_lock(&self.device, &job.host);
         if let Some(event) = &job.after {
             self.stream.wait(event)?;
@@ -789,8 +838,7 @@ impl Uploader {
                 (false, false) => self.stage(bytes, job.host.dtype, address)?,
             }
         }
-        self.stream.copy_to_device(View::from_address(job.address, job.table.len()), &job.table)?;
-        self.stream.synchronize()
+        self.stream.copy_to_device(View::from_address(job.address, job.table.len()), &job.table)
     }
 
     /// Copies through pinned memory, rounding f32 on the way.

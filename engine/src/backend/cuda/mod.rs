@@ -822,7 +822,7 @@ impl Drop for CudaBackend {
     fn drop(&mut self) {
         // What is enqueued still reads and writes the buffers. An error has nobody left to hear it.
         let _ = self.device.bind();
-        let _ = self.device.synchronize();
+        let _ = self.stream.synchronize();
     }
 }
 
