@@ -174,7 +174,11 @@ impl Router<'_> {
 
     /// Says which adapter it is whose files are bad: the request named it, and perhaps others, and nothing of its files.
     fn cannot_be_served(&self, names: &[&str], error: AdapterError) -> ApiError {
-        use AdapterError::{BadFile, Incompatible, Unsupported};
+        use AdapterError::{BadFile, BadName, Incompatible, Unsupported};
+        if matches!(error, BadName { .. }) {
+            // Of a combination that can't be.
+            return ApiError::from(error).for_param("model");
+        }
         if !matches!(error, BadFile { .. } | Incompatible { .. } | Unsupported { .. }) {
             return error.into();
         }

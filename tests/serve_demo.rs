@@ -1038,10 +1038,15 @@ fn inspect_reports_coverage_without_a_server() {
 
 #[test]
 fn bench_measures_a_small_model() {
-    let output = polylora(&[
-        "bench",
-        "--model-path",
-        &base_path(),
+    // Of the model no more than its size.
+    let size = tempfile::tempdir().unwrap();
+    std::fs::copy(format!("{}/config.json", base_path()), size.path().join("config.json")).unwrap();
+    let bench = ["bench", "--model-path", size.path().to_str().unwrap()];
+    let refused = polylora(&bench);
+    assert!(stderr(&refused).contains("neither model.safetensors nor"), "{}", stderr(&refused));
+    let args = [
+        "--load-format",
+        "dummy",
         "--batch-size",
         "1",
         "4",
@@ -1062,7 +1067,8 @@ fn bench_measures_a_small_model() {
         "1",
         "--json",
         "-",
-    ]);
+    ];
+    let output = polylora(&[&bench[..], &args].concat());
     assert!(output.status.success(), "{}", stderr(&output));
     let results: Value = serde_json::from_slice(&output.stdout).unwrap();
     let rows = results["results"].as_array().unwrap();

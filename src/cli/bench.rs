@@ -21,7 +21,7 @@ use polylora_engine::{
 use serde_json::{Value, json};
 
 use super::adapters::Table;
-use crate::config::{Device, Dtype, MemoryBudget};
+use crate::config::{Device, Dtype, LoadFormat, MemoryBudget};
 
 /// `polylora bench …`
 #[derive(Args, Debug)]
@@ -29,6 +29,9 @@ pub struct BenchArgs {
     /// A model's folder. Unset: --shape.
     #[arg(long, alias = "model", value_name = "DIR", conflicts_with = "shape")]
     pub model_path: Option<PathBuf>,
+    /// What the weights of --model-path are read from; `dummy`: they are random, and no more of it is needed than its config.json.
+    #[arg(long, value_enum, default_value_t = LoadFormat::Auto, requires = "model_path", value_name = "FORMAT")]
+    pub load_format: LoadFormat,
     /// A model of random weights in the shape of a known one.
     #[arg(long, value_enum, default_value_t = Shape::Smollm2_135m)]
     pub shape: Shape,

@@ -22,7 +22,7 @@ use polylora_engine::{
 mod cuda;
 
 use super::bench::BenchArgs;
-use crate::config::{Device, Dtype, EngineSettings, LoraPath, LoraSettings, MemoryBudget, TargetModules};
+use crate::config::{Device, Dtype, EngineSettings, LoadFormat, LoraPath, LoraSettings, MemoryBudget, TargetModules};
 use crate::text_side::BaseText;
 
 /// An engine and what is worth saying about it.
@@ -89,18 +89,20 @@ pub(super) fn build(inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine> {
 pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result<BuiltEngine> {
     #[cfg(not(feature = "cuda"))]
     refuse_cuda(args.device)?;
-    let files = args.model_path.clone().map(FileSource::Directory);
-    let (weights, decoder) = match &files {
-        Some(files) => (ModelWeights::open(files)?, super::adapters::read_decoder_config(files)?),
-        None => {
-            let stored = if args.dtype == Dtype::Bfloat16 {
-                StoredDtype::Bf16
-            } else {
-                StoredDtype::F32
-            };
-            let config = serde_json::to_vec(&args.shape.config_json())?;
-            (ModelWeights::random(args.seed, stored), DecoderConfig::from_json(&config, None)?)
-        }
+    let folder = args.model_path.clone().map(FileSource::Directory);
+    let decoder = match &folder {
+        Some(folder) => super::adapters::read_decoder_config(folder)?,
+        None => DecoderConfig::from_json(&serde_json::to_vec(&args.shape.config_json())?, None)?,
+    };
+    let stored = if args.dtype == Dtype::Bfloat16 {
+        StoredDtype::Bf16
+    } else {
+        StoredDtype::F32
+    };
+    let files = folder.filter(|_| args.load_format == LoadFormat::Auto);
+    let weights = match &files {
+        Some(files) => ModelWeights::open(files).context("--model-path (its config.json is enough with --load-format dummy)")?,
+        None => ModelWeights::random(args.seed, stored),
     };
     let max_batch = args.batch_size.iter().copied().max().unwrap_or(1);
     let settings = EngineSettings {

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use anyhow::anyhow;
 use polylora_engine::{
     adapter::{LoraLimits, PackedDtype, registry::PrepareHost},
-    backend::cuda::{CudaBackend, CudaOptions, devices},
+    backend::cuda::{CudaBackend, CudaOptions, LoadError, MemoryUse, devices},
 };
 
 use super::{BuiltEngine, DeviceFacts, EngineInputs, StepLimits};
@@ -68,10 +69,11 @@ pub(super) fn start(mut inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine>
         ..CudaOptions::default()
     };
     let backend = match &inputs.files {
-        Some(_) => CudaBackend::from_weights(inputs.weights, &inputs.decoder, &options)?,
+        Some(_) => CudaBackend::from_weights(inputs.weights, &inputs.decoder, &options),
         // Random weights are made where they are used.
-        None => CudaBackend::random(&inputs.decoder, 0, &options)?,
+        None => CudaBackend::random(&inputs.decoder, 0, &options),
     };
+    let backend = backend.map_err(|error| by_flag(error, &options))?;
     let device = DeviceFacts {
         name: backend.device_name(),
         dtype: "bfloat16",
@@ -85,4 +87,109 @@ pub(super) fn start(mut inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine>
         prepare: Some(PrepareHost(Arc::new(backend.page_locker()))),
     };
     super::start(inputs, Box::new(backend), device)
+}
+
+/// The device's refusal in the words of the command line.
+fn by_flag(error: LoadError, options: &CudaOptions) -> anyhow::Error {
+    let memory = match options.shared_bytes {
+        Some(bytes) => format!("--mem-fraction-static {bytes}"),
+        None => format!("--mem-fraction-static {}", options.mem_fraction),
+    };
+    match error {
+        LoadError::NoRoom {
+            budget_bytes, block_bytes, ..
+        } if options.shared_bytes.is_some() => {
+            anyhow!("{memory}: {budget_bytes} bytes are for KV cache and adapters, one block of the cache takes {block_bytes}")
+        }
+        LoadError::NoRoom {
+            budget_bytes,
+            block_bytes,
+            used_bytes,
+            total_bytes,
+            ..
+        } => anyhow!(
+            "{memory}: of the device's {total_bytes} bytes weights and buffers (and other processes) have {used_bytes}, so that {budget_bytes} are \
+             left for KV cache and adapters; one block of the cache takes {block_bytes}"
+        ),
+        LoadError::OutOfMemory { what, .. } => {
+            let flag = match what {
+                MemoryUse::Weights => "--model-path".to_owned(),
+                MemoryUse::StepBuffers => format!("--chunked-prefill-size {}", options.max_batch_tokens),
+                MemoryUse::CacheAndAdapters => memory,
+            };
+            anyhow!("{flag}: {error}")
+        }
+        LoadError::Option { option, expected, got } => {
+            let flag = match option {
+                "mem_fraction" => "--mem-fraction-static",
+                "block_size" => "--block-size",
+                "max_batch_tokens" => "--chunked-prefill-size",
+                "max_lora_rank" => "--max-lora-rank",
+                "max_context" => "--context-length",
+                other => other,
+            };
+            anyhow!("{flag}: expected {expected}, got {got}")
+        }
+        other => other.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_device_refuses_is_said_by_flag_and_budget() {
+        let said = |error, options: &CudaOptions| by_flag(error, options).to_string();
+        let options = CudaOptions {
+            mem_fraction: 0.5,
+            max_batch_tokens: 2048,
+            ..CudaOptions::default()
+        };
+        let sized = CudaOptions {
+            shared_bytes: Some(77),
+            ..options.clone()
+        };
+        let no_room = || LoadError::NoRoom {
+            budget_bytes: 77,
+            block_bytes: 4096,
+            used_bytes: 600,
+            total_bytes: 1000,
+            mem_fraction: 0.5,
+        };
+        let text = said(no_room(), &options);
+        for part in ["--mem-fraction-static 0.5: ", "1000", "600", "77 are left", "4096"] {
+            assert!(text.contains(part), "{text}");
+        }
+        let text = said(no_room(), &sized);
+        assert!(
+            text.starts_with("--mem-fraction-static 77: 77 bytes are") && !text.contains("0.5"),
+            "{text}"
+        );
+        let full = |what| LoadError::OutOfMemory {
+            what,
+            needed_bytes: 500,
+            free_bytes: 400,
+            total_bytes: 1000,
+        };
+        for (what, options, begin) in [
+            (MemoryUse::Weights, &options, "--model-path: weights: "),
+            (MemoryUse::StepBuffers, &options, "--chunked-prefill-size 2048: buffers of a step: "),
+            (
+                MemoryUse::CacheAndAdapters,
+                &options,
+                "--mem-fraction-static 0.5: KV cache and adapters: ",
+            ),
+            (MemoryUse::CacheAndAdapters, &sized, "--mem-fraction-static 77: KV cache and adapters: "),
+        ] {
+            let text = said(full(what), options);
+            assert_eq!(text, format!("{begin}500 bytes of device memory are needed, 400 of 1000 are free"));
+        }
+        let option = LoadError::Option {
+            option: "block_size",
+            expected: "a power of two".to_owned(),
+            got: "7".to_owned(),
+        };
+        assert_eq!(said(option, &options), "--block-size: expected a power of two, got 7");
+    }
 }

@@ -131,16 +131,32 @@ pub enum LoadError {
     Cuda(#[from] CudaError),
     /// Not enough memory for at least one block of KV cache.
     #[error(
-        "{used_bytes} bytes of device memory are taken by weights and buffers; that leaves no room for the KV cache within \
-         mem_fraction {mem_fraction} of {total_bytes}: raise the fraction"
+        "{budget_bytes} bytes are for KV cache and adapters, a block takes {block_bytes} (mem_fraction {mem_fraction} of {total_bytes}, of which \
+         weights and buffers have {used_bytes})"
     )]
     NoRoom {
+        /// For KV cache and adapters.
+        budget_bytes: usize,
+        /// A block's.
+        block_bytes: usize,
         /// Taken.
         used_bytes: usize,
         /// The device's.
         total_bytes: usize,
         /// The setting.
         mem_fraction: f64,
+    },
+    /// Less memory than something needs in one piece.
+    #[error("{what}: {needed_bytes} bytes of device memory are needed, {free_bytes} of {total_bytes} are free")]
+    OutOfMemory {
+        /// What it was for.
+        what: MemoryUse,
+        /// Asked for.
+        needed_bytes: usize,
+        /// There.
+        free_bytes: usize,
+        /// The device's.
+        total_bytes: usize,
     },
     /// A setting out of its range.
     #[error("{option}: expected {expected}, got {got}")]
@@ -152,6 +168,43 @@ pub enum LoadError {
         /// What was given.
         got: String,
     },
+}
+
+/// What device memory is taken for at the start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryUse {
+    /// The base model's weights.
+    Weights,
+    /// Buffers for as many rows as a step may have.
+    StepBuffers,
+    /// KV blocks and adapters.
+    CacheAndAdapters,
+}
+
+impl std::fmt::Display for MemoryUse {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Weights => "weights",
+            Self::StepBuffers => "buffers of a step",
+            Self::CacheAndAdapters => "KV cache and adapters",
+        })
+    }
+}
+
+impl MemoryUse {
+    /// Says of an error what the memory was for.
+    fn name<E: Into<LoadError>>(self, device: &Device) -> impl FnOnce(E) -> LoadError {
+        let total_bytes = device.info().total_bytes;
+        move |error| match error.into() {
+            LoadError::Cuda(CudaError::OutOfMemory { needed_bytes, free_bytes }) => LoadError::OutOfMemory {
+                what: self,
+                needed_bytes,
+                free_bytes,
+                total_bytes,
+            },
+            other => other,
+        }
+    }
 }
 
 fn device_error(error: CudaError) -> BackendError {
@@ -276,14 +329,14 @@ impl CudaBackend {
         let device = Device::open(options.device)?;
         let stream = Stream::new(&device)?;
         let kernels = Kernels::load(&device)?;
-        let model = load_model(&stream, &kernels)?;
+        let model = load_model(&stream, &kernels).map_err(MemoryUse::Weights.name(&device))?;
         let gemm = Gemm::new(&device)?;
         let size = WorkspaceSize {
             max_rows: plan::bucket(options.max_batch_tokens),
             max_logits_rows: plan::bucket(options.max_batch_tokens.min(MAX_LOGITS_ROWS)),
             max_lora_rank: options.max_lora_rank,
         };
-        let workspace = Workspace::new(&stream, config, &shape, size)?;
+        let workspace = Workspace::new(&stream, config, &shape, size).map_err(MemoryUse::StepBuffers.name(&device))?;
         let outputs = Outputs::new(&device, size.max_rows)?;
         let max_shrink_items = size.max_rows * (3 * options.max_lora_rank).div_ceil(16);
         let forward_bytes = ForwardPlaces::new(size.max_rows, max_shrink_items).1.bytes();
@@ -299,12 +352,15 @@ impl CudaBackend {
         let total_bytes = device.info().total_bytes;
         let used_bytes = total_bytes.saturating_sub(device.free_bytes()?);
         let budget = ((total_bytes as f64 * options.mem_fraction) as usize).saturating_sub(used_bytes);
-        let memory = MemoryPlan::new(options, kv_block_bytes(config, options.block_size), max_context, budget).ok_or(LoadError::NoRoom {
+        let block_bytes = kv_block_bytes(config, options.block_size);
+        let memory = MemoryPlan::new(options, block_bytes, max_context, budget).ok_or(LoadError::NoRoom {
+            budget_bytes: options.shared_bytes.unwrap_or(budget),
+            block_bytes,
             used_bytes,
             total_bytes,
             mem_fraction: options.mem_fraction,
         })?;
-        let region = Region::new(&stream, memory.bytes, memory.block_bytes, memory.num_blocks)?;
+        let region = Region::new(&stream, memory.bytes, memory.block_bytes, memory.num_blocks).map_err(MemoryUse::CacheAndAdapters.name(&device))?;
         let adapters = Adapters::new(&device, region, options.max_lora_rank, config.vocab_size + MAX_ADDED_TOKENS)?;
         stream.synchronize()?;
         let mut backend = Self {
