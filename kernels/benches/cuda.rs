@@ -15,6 +15,7 @@ use polylora_kernels::cuda::{
     activation::Gate,
     attention_decode::{AttentionDecode, AttentionDecodeArgs},
     attention_prefill::{AttentionPrefill, AttentionPrefillArgs, PrefillTile},
+    embedding::{EmbeddingAdapter, EmbeddingArgs},
     gemm::{Gemm, GemmArgs, GemmOutput},
     lora::{ExpandInto, ItemRows, Lora, LoraDescriptor, LoraItem, LoraItems, RANK_TILE, ShrinkInput, Shrunk},
     lora_output::{LoraOutput, OutputInto, OutputTerms},
@@ -103,7 +104,8 @@ fn main() {
     bench.copy_bytes_per_second = bench.copy_roof();
     println!("{}, copy {:.2} TB/s", bench.device.info().name, bench.copy_bytes_per_second / 1e12);
     type Family = (&'static str, fn(&Bench));
-    let families: [Family; 8] = [
+    let families: [Family; 10] = [
+        ("embedding", Bench::embedding),
         ("gemm", Bench::gemm),
         ("lora", Bench::lora),
         ("outputs", Bench::lora_output),
@@ -112,6 +114,7 @@ fn main() {
         ("elementwise", Bench::elementwise),
         ("sampling", Bench::sampling),
         ("own tokens", Bench::own_logits),
+        ("fill", Bench::random_fill),
     ];
     for (name, run) in families {
         if name.contains(&filter) {
@@ -582,11 +585,76 @@ impl Bench {
         }
     }
 
+    /// Rows of the table, of the base model alone, and each under an adapter of its own with a delta of rank 16.
+    fn embedding(&self) {
+        const RANK: usize = 16;
+        let table = self.random(VOCAB * HIDDEN, 1, 1.0);
+        for rows in [1, 64, 256, 2048] {
+            // Far apart, so that no two are neighbours in memory.
+            let sources: Vec<u32> = (0..rows).map(|row| (row * 7919 % VOCAB) as u32).collect();
+            let sources = self.stream.upload(&sources).expect("memory");
+            let (chosen, out) = (self.zeros::<u32>(1), self.zeros::<f32>(rows * HIDDEN));
+            let num_adapters = rows.min(64);
+            let (a, b_t) = (
+                self.random(num_adapters * VOCAB * RANK, 2, 1.0),
+                self.random(num_adapters * RANK * HIDDEN, 3, 1.0),
+            );
+            let adapter = |index: usize| EmbeddingAdapter {
+                a: a.view().address() + (index * VOCAB * RANK * 2) as u64,
+                b_t: b_t.view().address() + (index * RANK * HIDDEN * 2) as u64,
+                lora_rank: RANK as u32,
+                scaling: 1.0,
+                vocab: VOCAB as u32,
+                ..EmbeddingAdapter::default()
+            };
+            let adapters = self.stream.upload(&(0..num_adapters).map(adapter).collect::<Vec<_>>()).expect("memory");
+            let address = |row: usize| adapters.view().address() + (row % num_adapters * size_of::<EmbeddingAdapter>()) as u64;
+            for (name, addresses, bytes) in [
+                ("base", vec![0; rows], 6),
+                ("rank 16", (0..rows).map(address).collect::<Vec<u64>>(), 6 + 2 * RANK),
+            ] {
+                let addresses = self.stream.upload(&addresses).expect("memory");
+                let args = EmbeddingArgs {
+                    out: out.view(),
+                    table: table.view(),
+                    token_sources: sources.view(),
+                    chosen: chosen.view(),
+                    adapters: addresses.view(),
+                    rows,
+                    hidden: HIDDEN,
+                };
+                let times = self.time(|| self.kernels.embedding.launch(&self.stream, &args));
+                self.report(&format!("{name}, {rows} rows"), times, (rows * HIDDEN * bytes) as f64);
+            }
+        }
+    }
+
+    fn random_fill(&self) {
+        let out = self.zeros::<bf16>(1 << 28);
+        let times = self.time(|| self.kernels.random_fill.launch(&self.stream, out.view(), 1, 0.0, 1.0));
+        self.report("512 MiB", times, (out.len() * 2) as f64);
+    }
+
     fn elementwise(&self) {
         for rows in [1, 64, 256, 2048] {
             let residual = self.zeros::<f32>(rows * HIDDEN);
             let weight = self.random(HIDDEN, 1, 1.0);
             let (x, y) = (self.random(rows * HIDDEN, 1, 1.0), self.zeros::<bf16>(rows * HIDDEN));
+            // Every other row is sampled, as of prompts of two tokens.
+            let gathered: Vec<u32> = (0..rows as u32).step_by(2).collect();
+            let gather = self.stream.upload(&gathered).expect("memory");
+            let args = RmsNormArgs {
+                residual: residual.view(),
+                x: None,
+                weight: weight.view(),
+                y: y.view(),
+                gather: Some(gather.view()),
+                rows: gathered.len(),
+                eps: 1e-5,
+            };
+            let times = self.time(|| (0..LAYERS).try_for_each(|_| self.kernels.rms_norm.launch(&self.stream, &args)));
+            let what = format!("rms_norm of {} rows of {rows} x {LAYERS}", gathered.len());
+            self.report(&what, times, (LAYERS * gathered.len() * HIDDEN * 6) as f64);
             for (name, with_x) in [("rms_norm", false), ("add_rms_norm", true)] {
                 let args = RmsNormArgs {
                     residual: residual.view(),
@@ -606,41 +674,42 @@ impl Bench {
             }
             let gate_up = self.random(rows * 2 * FFN, 1, 1.0);
             let act = self.zeros::<bf16>(rows * FFN);
-            let times = self.time(|| {
-                (0..LAYERS).try_for_each(|_| {
-                    self.kernels
-                        .activation
-                        .launch(&self.stream, Gate::Silu, gate_up.view(), act.view(), rows, FFN)
-                })
-            });
-            self.report(&format!("silu_mul {rows} rows x {LAYERS}"), times, (LAYERS * rows * FFN * 6) as f64);
+            for (name, gate) in [("silu_mul", Gate::Silu), ("gelu_tanh_mul", Gate::GeluTanh)] {
+                let activation = &self.kernels.activation;
+                let times = self.time(|| (0..LAYERS).try_for_each(|_| activation.launch(&self.stream, gate, gate_up.view(), act.view(), rows, FFN)));
+                self.report(&format!("{name} {rows} rows x {LAYERS}"), times, (LAYERS * rows * FFN * 6) as f64);
+            }
             let qkv = self.random(rows * SHAPE.qkv_width(), 1, 1.0);
             let cache = self.zeros::<bf16>(rows.div_ceil(16) * SHAPE.block_stride);
             let [k_cache, v_cache] = layer_kv(&cache, 0);
             let positions = self.stream.upload(&(0..rows as u32).collect::<Vec<_>>()).expect("memory");
             let cos_sin = self.stream.upload(&vec![[0.6f32, 0.8]; 2048 * 64]).expect("memory");
-            let args = RopeKvArgs {
-                shape: SHAPE,
-                qkv: qkv.view(),
-                positions: positions.view(),
-                kv_slots: positions.view(),
-                cos_sin: cos_sin.view(),
-                qk_norm: None,
-                k_cache,
-                v_cache,
-                rows,
-                eps: 1e-5,
-            };
-            let times = self.time(|| (0..LAYERS).try_for_each(|_| self.kernels.rope_kv.launch(&self.stream, &args)));
-            self.report(
-                &format!("rope_kv {rows} rows x {LAYERS}"),
-                times,
-                (LAYERS * rows * 128 * 2 * (2 * 32 + 4 * 8)) as f64,
-            );
+            let norms = [2, 3].map(|seed| self.random(SHAPE.head_dim, seed, 1.0));
+            for (name, with_norms) in [("rope_kv", false), ("norm_rope_kv", true)] {
+                let args = RopeKvArgs {
+                    shape: SHAPE,
+                    qkv: qkv.view(),
+                    positions: positions.view(),
+                    kv_slots: positions.view(),
+                    cos_sin: cos_sin.view(),
+                    qk_norm: with_norms.then(|| (norms[0].view(), norms[1].view())),
+                    k_cache,
+                    v_cache,
+                    rows,
+                    eps: 1e-5,
+                };
+                let times = self.time(|| (0..LAYERS).try_for_each(|_| self.kernels.rope_kv.launch(&self.stream, &args)));
+                self.report(
+                    &format!("{name} {rows} rows x {LAYERS}"),
+                    times,
+                    (LAYERS * rows * 128 * 2 * (2 * 32 + 4 * 8)) as f64,
+                );
+            }
         }
     }
 
     fn sampling(&self) {
+        const EDITS: usize = 256;
         let greedy = SampleParams {
             flags: flags::CHOOSE,
             top_p: 1.0,
@@ -665,6 +734,24 @@ impl Bench {
                 },
             ),
             ("top-p 0.9", SampleParams { top_p: 0.9, ..plain }),
+            ("min-p 0.05", SampleParams { min_p: 0.05, ..plain }),
+            (
+                "penalties and biases of 256 tokens",
+                SampleParams {
+                    repetition_penalty: 1.1,
+                    frequency_penalty: 0.5,
+                    presence_penalty: 0.5,
+                    num_edits: EDITS as u32,
+                    ..plain
+                },
+            ),
+            (
+                "mask of every other token",
+                SampleParams {
+                    flags: flags::CHOOSE | flags::MASKED,
+                    ..plain
+                },
+            ),
             (
                 "greedy, 20 log-probabilities",
                 SampleParams {
@@ -686,9 +773,16 @@ impl Bench {
                 .collect();
             let logits = self.stream.upload(&host).expect("memory");
             let results = self.zeros::<SampleResult>(rows);
-            let edits = self.zeros::<SampleEdit>(1);
-            let (masks, chosen, top_ids, top_logprobs) = (
-                self.zeros::<u32>(1),
+            // Each row has edits of its own: the kernel keeps what it changes in them.
+            let edit = |index: usize| SampleEdit {
+                token: (index % EDITS * 499) as u32,
+                counts: flags::EDIT_SEEN | 2,
+                bias: 0.5,
+                saved: 0.0,
+            };
+            let edits = self.stream.upload(&(0..rows * EDITS).map(edit).collect::<Vec<_>>()).expect("memory");
+            let masks = self.stream.upload(&vec![0x5555_5555u32; VOCAB / 32]).expect("memory");
+            let (chosen, top_ids, top_logprobs) = (
                 self.zeros::<u32>(rows),
                 self.zeros::<u32>(rows * MAX_TOP),
                 self.zeros::<f32>(rows * MAX_TOP),
@@ -696,6 +790,7 @@ impl Bench {
             for (name, params) in cases {
                 let row = |row: usize| SampleParams {
                     slot: row as u32,
+                    edits_start: (row * EDITS) as u32,
                     vocab: VOCAB as u32,
                     logits_start: (row * VOCAB) as u64,
                     ..params
@@ -718,6 +813,7 @@ impl Bench {
             }
         }
     }
+
     /// Rows whose adapters, each its own, add tokens: the base model's logits moved, and those of the adapter's rows.
     fn own_logits(&self) {
         let kernels = &self.kernels.own_logits;

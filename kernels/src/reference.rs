@@ -137,6 +137,44 @@ pub fn softmax(x: &[f64]) -> Vec<f64> {
     exps.into_iter().map(|exp| exp / sum).collect()
 }
 
+/// A logit after penalties and bias, for a token that is in the prompt or was put out `count` times: positive ones are divided by the repetition
+/// penalty, others multiplied; then frequency and presence are taken off tokens of the output, and the bias is added.
+pub fn penalize(logit: f32, count: u32, repetition: f32, frequency: f32, presence: f32, bias: f32) -> f32 {
+    let repeated = if logit > 0.0 { logit / repetition } else { logit * repetition };
+    let of_output = if count > 0 { frequency * count as f32 + presence } else { 0.0 };
+    repeated - of_output + bias
+}
+
+/// What sampling may draw from `logits`, and how likely, by token. Of the tokens in order of their logits, then of their ids: the first `top_k`
+/// (0: all); of these the shortest run whose weights `exp((l − max) / temperature)` reach `top_p` of their sum; of these the ones that weigh
+/// `min_p` at least. A nucleus is arXiv:1904.09751's, min-p is arXiv:2407.01082's.
+pub fn draw_probabilities(logits: &[f32], temperature: f32, top_k: usize, top_p: f32, min_p: f32) -> Vec<(usize, f64)> {
+    let mut kept: Vec<(usize, f64)> = logits.iter().map(|&logit| f64::from(logit)).enumerate().collect();
+    kept.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let max = kept[0].1;
+    kept.iter_mut()
+        .for_each(|(_, value)| *value = ((*value - max) / f64::from(temperature)).exp());
+    if top_k > 0 {
+        kept.truncate(top_k);
+    }
+    let sum = |kept: &[(usize, f64)]| kept.iter().map(|(_, weight)| weight).sum::<f64>();
+    if top_p < 1.0 {
+        let target = f64::from(top_p) * sum(&kept);
+        let mut cumulated = 0.0;
+        let reaches = |(_, weight): &(usize, f64)| {
+            cumulated += weight;
+            cumulated >= target
+        };
+        let len = kept.iter().position(reaches).map_or(kept.len(), |last| last + 1);
+        kept.truncate(len);
+    }
+    kept.retain(|&(_, weight)| weight > 0.0 && weight >= f64::from(min_p));
+    let total = sum(&kept);
+    kept.iter_mut().for_each(|(_, weight)| *weight /= total);
+    kept.sort_by_key(|&(token, _)| token);
+    kept
+}
+
 fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }

@@ -83,6 +83,21 @@ fn generate_in(
     backend: &mut dyn Backend,
     runs: &[Run],
     num_blocks: usize,
+    meanwhile: impl FnMut(&mut dyn Backend, usize, &mut Blocks) -> Result<(), BackendError>,
+) -> Result<Vec<Outcome>, BackendError> {
+    let blocks = Blocks {
+        free: (0..num_blocks as u32).collect(),
+        tables: vec![Vec::new(); runs.len()],
+    };
+    generate_from(backend, runs, blocks, vec![0; runs.len()], meanwhile)
+}
+
+/// The same with blocks in which so many positions of each run are computed already.
+fn generate_from(
+    backend: &mut dyn Backend,
+    runs: &[Run],
+    mut blocks: Blocks,
+    mut computed: Vec<usize>,
     mut meanwhile: impl FnMut(&mut dyn Backend, usize, &mut Blocks) -> Result<(), BackendError>,
 ) -> Result<Vec<Outcome>, BackendError> {
     let Capacity {
@@ -93,12 +108,7 @@ fn generate_in(
     // Rows of one adapter are neighbours.
     let mut order: Vec<usize> = (0..runs.len()).collect();
     order.sort_by_key(|&run_idx| runs[run_idx].adapter);
-    let mut blocks = Blocks {
-        free: (0..num_blocks as u32).collect(),
-        tables: vec![Vec::new(); runs.len()],
-    };
     let mut step = 0;
-    let mut computed = vec![0; runs.len()];
     let mut outcomes = vec![Outcome::default(); runs.len()];
     loop {
         let mut batch = StepBatch::default();
@@ -246,6 +256,7 @@ pub fn run_all(backend: &mut dyn Backend, agreement: Agreement) {
     let config = config();
     mixed_is_alone(backend, &config, agreement);
     chunked_is_unchunked(backend, &config, agreement);
+    a_cached_prefix_is_a_computed_one(backend, &config, agreement);
     base_rows_are_unaffected(backend, &config, agreement);
     ranks_mix(backend, &config, agreement);
     adapters_matter(backend, &config);
@@ -283,6 +294,43 @@ pub fn chunked_is_unchunked(backend: &mut dyn Backend, config: &DecoderConfig, a
         for chunk in [1, 7, 16] {
             let chunked = generate(backend, &[Run { chunk, ..whole.clone() }]).expect("a chunked prompt");
             check_same(&format!("chunks of {chunk}, {adapter:?}"), &chunked[0], &expected[0], agreement);
+        }
+    }
+    adapters.free(backend);
+}
+
+/// Two sequences go on from the blocks that a third has left, both at once, against each computed from its beginning.
+pub fn a_cached_prefix_is_a_computed_one(backend: &mut dyn Backend, config: &DecoderConfig, agreement: Agreement) {
+    let [plain, rich, own_tokens] = adapter_sets(config);
+    let adapters = Uploaded::new(backend, &[plain[1].clone(), rich[2].clone(), own_tokens[1].clone()]);
+    let Capacity { block_size, num_blocks, .. } = *backend.capacity();
+    for adapter in [None, Some(0), Some(1), Some(2)] {
+        let prompt =
+            |seed: u64, len: usize| adapter.map_or_else(|| prompt(config, seed, len), |adapter: usize| adapters.prompt(config, adapter, seed, len));
+        let handle = adapter.map(|adapter| adapters.handles[adapter]);
+        let prefix = prompt(5, 2 * block_size);
+        let with_tail = |seed: u64, len: usize| Run::greedy(&[&prefix[..], &prompt(seed, len)].concat(), handle, 6);
+        // A third block, too: the tables of the others are not simply its own.
+        let first = with_tail(6, 9);
+        let mut left = Vec::new();
+        generate_in(backend, std::slice::from_ref(&first), 8, |_, _, blocks| {
+            left.clone_from(&blocks.tables[0]);
+            Ok(())
+        })
+        .expect("the first");
+        assert_eq!(left.len(), 3);
+        let runs = [with_tail(7, 1), with_tail(8, 21)];
+        let blocks = Blocks {
+            free: (0..num_blocks as u32).filter(|block| !left.contains(block)).collect(),
+            tables: vec![left[..2].to_vec(); runs.len()],
+        };
+        let computed = vec![prefix.len(); runs.len()];
+        let cached = generate_from(backend, &runs, blocks, computed, |_, _, _| Ok(())).expect("the others");
+        for (run_idx, (run, cached)) in runs.iter().zip(&cached).enumerate() {
+            let mut whole = generate(backend, std::slice::from_ref(run)).expect("a whole prompt").remove(0);
+            // What was computed before gives no log-probabilities again.
+            whole.prompt_logprobs.drain(..prefix.len());
+            check_same(&format!("cached prefix, run {run_idx}, {adapter:?}"), cached, &whole, agreement);
         }
     }
     adapters.free(backend);

@@ -16,6 +16,8 @@ mod lora_output;
 #[cfg(feature = "cuda")]
 mod own_tokens;
 #[cfg(feature = "cuda")]
+mod sampling;
+#[cfg(feature = "cuda")]
 mod support;
 
 /// So that a run without the feature says what it leaves out.
