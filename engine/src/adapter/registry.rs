@@ -669,8 +669,13 @@ impl AdapterRegistry {
         let name: Arc<str> = request.name.as_str().into();
         state.insert(request, None);
         if pinned {
+            if let Err(error) = shared.fetch(&mut state, &name, None) {
+                state.entries.remove(&name);
+                state.names.remove(&name);
+                state.num_pinned -= 1;
+                return Err(error);
+            }
             shared.pins_changed.fetch_add(1, Ordering::Release);
-            shared.fetch(&mut state, &name, None)?;
         }
         Ok(())
     }
@@ -3224,6 +3229,12 @@ mod tests {
         let registry = registry(|config| config.max_queued_loads = 0);
         let error = block_on(registry.load(request_in(&directory, "a"))).unwrap_err();
         assert_eq!(error, AdapterError::TooManyLoads { waiting: 0, limit: 0 });
+        let pinned = LoadRequest {
+            pinned: true,
+            ..request_in(&directory, "a")
+        };
+        assert!(matches!(registry.register(pinned), Err(AdapterError::TooManyLoads { .. })));
+        assert_eq!((registry.stats().registered, registry.stats().pinned), (0, 0), "completely or not at all");
         registry.register(request_in(&directory, "a")).unwrap();
         assert!(matches!(acquire(&registry, "a"), Err(AdapterError::TooManyLoads { .. })));
         // Nothing is left claimed or loading.
