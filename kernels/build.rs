@@ -75,14 +75,14 @@ fn compile_all(nvcc: &Path, sources: &[PathBuf], out: &Path) {
     // PTX of `90a` would run on Hopper alone.
     let plain = arches[0].trim_end_matches(char::is_alphabetic);
     flags.push(format!("-gencode=arch=compute_{plain},code=compute_{plain}"));
-    // What is newer than its source, the shared header and the last change of flags is not compiled again.
+    // What is newer than its source, the shared headers and the last change of flags is not compiled again.
     let flags_file = out.join("flags.txt");
     let all_flags = format!("{} {}", nvcc.display(), flags.join(" "));
     if fs::read_to_string(&flags_file).ok().as_ref() != Some(&all_flags) {
         fs::write(&flags_file, all_flags).expect("OUT_DIR is writable");
     }
     let modified = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
-    let inputs = [Path::new("cuda/common.cuh"), &flags_file].map(modified);
+    let inputs = [Path::new("cuda/common.cuh"), Path::new("cuda/hopper.cuh"), &flags_file].map(modified);
     let is_stale = |source: &&PathBuf| {
         let made = modified(&fatbin(source, out));
         made.is_none() || inputs.iter().chain([&modified(source)]).any(|input| *input >= made)

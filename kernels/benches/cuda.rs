@@ -104,9 +104,10 @@ fn main() {
     bench.copy_bytes_per_second = bench.copy_roof();
     println!("{}, copy {:.2} TB/s", bench.device.info().name, bench.copy_bytes_per_second / 1e12);
     type Family = (&'static str, fn(&Bench));
-    let families: [Family; 10] = [
+    let families: [Family; 11] = [
         ("embedding", Bench::embedding),
         ("gemm", Bench::gemm),
+        ("cuts", Bench::gemm_cuts),
         ("lora", Bench::lora),
         ("outputs", Bench::lora_output),
         ("decode", Bench::attention_decode),
@@ -180,16 +181,83 @@ impl Bench {
         );
     }
 
-    /// cuBLASLt with tuned algorithms, every layer's own weights: what the engine can hope for.
-    fn gemm(&self) {
-        let weights: Vec<Vec<DeviceBuffer<bf16>>> = GROUPS
-            .iter()
-            .map(|group| {
-                (0..LAYERS)
-                    .map(|layer| self.random(group.width() * group.d_in, layer as u64, 0.02))
-                    .collect()
+    /// Weights of a group, each layer's own.
+    fn weights(&self, group: &Group) -> Vec<DeviceBuffer<bf16>> {
+        let weight = |layer| self.random(group.width() * group.d_in, layer as u64, 0.02);
+        (0..LAYERS).map(weight).collect()
+    }
+
+    /// The own kernels' cuts of each shape, the fastest of them, beside cuBLASLt's first choice.
+    fn gemm_cuts(&self) {
+        for group in &GROUPS {
+            let weights = self.weights(group);
+            let views: Vec<View<'_, bf16>> = weights.iter().map(DeviceBuffer::view).collect();
+            let (k, n) = (group.d_in, group.width());
+            for m in [64, 128, 256] {
+                let mut gemm = Gemm::new(&self.device).expect("cuBLASLt");
+                let x = self.random(m * k, 5, 1.0);
+                let (y16, y32) = (self.zeros::<bf16>(m * n), self.zeros::<f32>(m * n));
+                let y = if group.f32_output {
+                    GemmOutput::AddF32(y32.view())
+                } else {
+                    GemmOutput::Bf16(y16.view())
+                };
+                let args = |w| GemmArgs {
+                    x: x.view(),
+                    w,
+                    bias: None,
+                    y,
+                    m,
+                    n,
+                    k,
+                };
+                let bytes = (LAYERS * (n * k + m * k + m * n) * 2) as f64;
+                gemm.launch(&self.stream, &args(views[0])).expect("cuBLASLt");
+                let times = self.time_repeats(3, || views.iter().try_for_each(|w| gemm.launch(&self.stream, &args(*w))));
+                self.report(&format!("{} m={m}, cuBLASLt's first", group.name), times, bytes);
+                self.cuts(&gemm, &args, &views, bytes);
+                if group.name == "gate_up" {
+                    let activated = self.zeros::<bf16>(m * FFN);
+                    let times = self.time_repeats(3, || {
+                        views.iter().try_for_each(|w| {
+                            gemm.launch(&self.stream, &args(*w))?;
+                            let activation = &self.kernels.activation;
+                            activation.launch(&self.stream, Gate::Silu, y16.view(), activated.view(), m, FFN)
+                        })
+                    });
+                    let bytes = (LAYERS * (n * k + m * k + m * FFN) * 2) as f64;
+                    self.report(&format!("gate_up and activation m={m}, cuBLASLt's first"), times, bytes);
+                    let gated = |w| GemmArgs {
+                        y: GemmOutput::Gated(activated.view(), Gate::Silu),
+                        ..args(w)
+                    };
+                    self.cuts(&gemm, &gated, &views, bytes);
+                }
+            }
+        }
+    }
+
+    fn cuts<'a>(&self, gemm: &Gemm, args: &impl Fn(View<'a, bf16>) -> GemmArgs<'a>, weights: &[View<'a, bf16>], bytes: f64) {
+        const SHOWN: usize = 6;
+        let mut cuts: Vec<_> = gemm
+            .own_candidates(&args(weights[0]))
+            .into_iter()
+            .map(|own| {
+                gemm.launch_own(&self.stream, &args(weights[0]), own).expect("an own kernel");
+                let times = self.time_repeats(3, || weights.iter().try_for_each(|w| gemm.launch_own(&self.stream, &args(*w), own)));
+                (times, own)
             })
             .collect();
+        cuts.sort_by(|(a, _), (b, _)| a[0].total_cmp(&b[0]));
+        println!("    {} cuts", cuts.len());
+        for (times, own) in cuts.into_iter().take(SHOWN) {
+            self.report(&format!("{own:?}").replace("num_", ""), times, bytes);
+        }
+    }
+
+    /// cuBLASLt with tuned algorithms, every layer's own weights: what the engine can hope for.
+    fn gemm(&self) {
+        let weights: Vec<Vec<DeviceBuffer<bf16>>> = GROUPS.iter().map(|group| self.weights(group)).collect();
         let head = self.random(VOCAB * HIDDEN, 99, 0.02);
         for m in [1, 8, 32, 64, 128, 256, 2048] {
             let mut gemm = Gemm::new(&self.device).expect("cuBLASLt");

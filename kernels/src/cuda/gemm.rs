@@ -1,7 +1,7 @@
 //! Dense GEMMs: `y[m, n] = x[m, k] · w[n, k]ᵀ (+ bias)`, bf16 in, f32 sums, bf16 or f32 out, or accumulated into f32.
 //!
-//! By cuBLASLt; for few rows by a kernel of our own (`cuda/skinny_gemm.cu`, `cuda/stream_gemm.cu`) where [`Gemm::tune`] measures that it is
-//! faster on the device.
+//! By cuBLASLt; for up to 256 rows by a kernel of our own (`cuda/skinny_gemm.cu`, `cuda/stream_gemm.cu`, `cuda/wide_gemm.cu`) where
+//! [`Gemm::tune`] measures that it is faster on the device.
 //! Everything that a call of cuBLASLt needs is made once per shape and kept (a *plan*): descriptors, layouts, and the algorithm, which `tune`
 //! picks by measuring cuBLASLt's candidates. What it picks may be kept on disk ([`super::tuning`]).
 
@@ -11,11 +11,14 @@ use cudarc::cublaslt::sys::{self, cublasLtMatmulDescAttributes_t as DescAttribut
 use half::bf16;
 
 use super::{
-    CudaError, Device, DeviceBuffer, Event, LaunchConfig, Stream, View, arguments,
+    CudaError, Device, DeviceBuffer, Event, LaunchConfig, Stream, View,
+    activation::Gate,
+    arguments,
     device::{Kernel, Module, between_captures, driver_version},
     dimension, images, require, require_len,
     stream_gemm::{StreamCut, StreamGemm},
     tuning::{TunedFor, Tuning},
+    wide_gemm::{WideCut, WideGemm},
 };
 
 const NAME: &str = "gemm";
@@ -23,7 +26,8 @@ const NAME: &str = "gemm";
 const WORKSPACE_BYTES: usize = 32 << 20;
 /// Most rows of the skinny kernel, by variant.
 const SKINNY_ROWS: [usize; 3] = [8, 16, 32];
-/// Most rows that the stream kernel is taken for where no shrink runs beside it: with more, what is faster alone is slower in a step.
+/// Most rows that a kernel of our own is taken for where no shrink runs beside it and no activation is spared: with more, what is faster alone
+/// is not so in a step, where the card's power is the limit.
 const MOST_ROWS_ALONE: usize = 64;
 /// What a shrink costs that runs after its GEMM instead of beside it, about.
 const MICROSECONDS_OF_A_SHRINK: f32 = 3.0;
@@ -74,6 +78,8 @@ pub enum GemmOutput<'a> {
     F32(View<'a, f32>),
     /// Added to.
     AddF32(View<'a, f32>),
+    /// `[m, n / 2]`, overwritten: w is a stack of gate and up, and y the gate's activation times up, both rounded to bf16 before.
+    Gated(View<'a, bf16>, Gate),
 }
 
 impl GemmOutput<'_> {
@@ -82,12 +88,13 @@ impl GemmOutput<'_> {
             Self::Bf16(_) => OutputKind::Bf16,
             Self::F32(_) => OutputKind::F32,
             Self::AddF32(_) => OutputKind::AddF32,
+            Self::Gated(..) => OutputKind::Gated,
         }
     }
 
     pub(super) fn address_and_len(self) -> (u64, usize) {
         match self {
-            Self::Bf16(view) => (view.address(), view.len()),
+            Self::Bf16(view) | Self::Gated(view, _) => (view.address(), view.len()),
             Self::F32(view) | Self::AddF32(view) => (view.address(), view.len()),
         }
     }
@@ -98,6 +105,7 @@ pub(super) enum OutputKind {
     Bf16,
     F32,
     AddF32,
+    Gated,
 }
 
 /// A shape.
@@ -119,15 +127,19 @@ pub(super) enum Choice {
     Cublas([u64; 8]),
     Skinny,
     Stream(StreamCut),
+    Wide(WideCut),
+    /// A gated output: by a GEMM and an activation.
+    Apart,
 }
 
 impl Choice {
     /// The kernel of our own that it is.
     fn own(&self) -> Option<OwnGemm> {
         match self {
-            Self::Cublas(_) => None,
+            Self::Cublas(_) | Self::Apart => None,
             Self::Skinny => Some(OwnGemm::Skinny),
             Self::Stream(cut) => Some(OwnGemm::Stream(*cut)),
+            Self::Wide(cut) => Some(OwnGemm::Wide(*cut)),
         }
     }
 }
@@ -141,7 +153,7 @@ pub struct GemmArgs<'a> {
     pub w: View<'a, bf16>,
     /// `[n]`.
     pub bias: Option<GemmBias<'a>>,
-    /// `[m, n]`.
+    /// `[m, n]`, or as its kind says.
     pub y: GemmOutput<'a>,
     /// Rows of x.
     pub m: usize,
@@ -152,6 +164,13 @@ pub struct GemmArgs<'a> {
 }
 
 impl GemmArgs<'_> {
+    pub(super) fn y_columns(&self) -> usize {
+        match self.y {
+            GemmOutput::Gated(..) => self.n / 2,
+            _ => self.n,
+        }
+    }
+
     fn key(&self) -> Key {
         Key {
             m: self.m,
@@ -176,10 +195,12 @@ impl GemmArgs<'_> {
             (Some(GemmBias::F32(bias)), GemmOutput::F32(_) | GemmOutput::AddF32(_)) => require_len(NAME, "bias", bias, self.n)?,
             _ => require(NAME, false, || "the bias is not of the output's dtype".into())?,
         }
-        let (_, len) = self.y.address_and_len();
-        require(NAME, len >= self.m * self.n, || {
-            format!("y has {len} elements, {} are needed", self.m * self.n)
-        })
+        let gated_columns = if let GemmOutput::Gated(..) = self.y { 16 } else { 1 };
+        require(NAME, self.n.is_multiple_of(gated_columns), || {
+            format!("n is {}, not a multiple of {gated_columns}", self.n)
+        })?;
+        let ((_, len), needed) = (self.y.address_and_len(), self.m * self.y_columns());
+        require(NAME, len >= needed, || format!("y has {len} elements, {needed} are needed"))
     }
 }
 
@@ -213,6 +234,18 @@ pub enum OwnGemm {
     Skinny,
     /// `stream_gemm.cu`, up to 128 rows on Hopper.
     Stream(StreamCut),
+    /// `wide_gemm.cu`, 65 to 256 rows on Hopper.
+    Wide(WideCut),
+}
+
+impl OwnGemm {
+    /// Whether blocks of a shrink find room beside its own.
+    fn has_room(self) -> bool {
+        match self {
+            Self::Skinny | Self::Stream(_) => true,
+            Self::Wide(cut) => cut.has_room(),
+        }
+    }
 }
 
 impl From<OwnGemm> for Choice {
@@ -220,6 +253,7 @@ impl From<OwnGemm> for Choice {
         match own {
             OwnGemm::Skinny => Self::Skinny,
             OwnGemm::Stream(cut) => Self::Stream(cut),
+            OwnGemm::Wide(cut) => Self::Wide(cut),
         }
     }
 }
@@ -239,6 +273,7 @@ pub struct Gemm {
     skinny_bf16: [Kernel; 3],
     skinny_f32: [Kernel; 3],
     stream: Option<StreamGemm>,
+    wide: Option<WideGemm>,
     /// Shapes that an own kernel is faster for.
     own: HashMap<Key, OwnGemm>,
     /// What was found for shapes, here or in an earlier process.
@@ -279,6 +314,7 @@ impl Gemm {
                 module.kernel("skinny_gemm_rows32_f32")?,
             ],
             stream: StreamGemm::load(device)?,
+            wide: WideGemm::load(device)?,
             own: HashMap::new(),
             tuning: Tuning::default(),
             tuned_for: tuned_for(device)?,
@@ -310,6 +346,7 @@ impl Gemm {
     pub fn launch(&mut self, stream: &Stream, args: &GemmArgs<'_>) -> Result<(), CudaError> {
         args.check()?;
         let key = args.key();
+        require(NAME, key.output != OutputKind::Gated, || "a gated output is launch_gated's".into())?;
         if let Some(own) = self.own.get(&key) {
             return self.enqueue_own(stream, args, *own);
         }
@@ -325,7 +362,8 @@ impl Gemm {
     }
 
     /// As [`Self::launch`] for a GEMM that a shrink over the same x follows. True if an own kernel was taken, beside which the shrink may run
-    /// ([`super::lora::ShrinkInput::is_ready`]); that one is taken also where cuBLASLt is faster by less than the shrink takes.
+    /// ([`super::lora::ShrinkInput::is_ready`]), or into whose last blocks' time it comes where they leave no room; that one is taken also where
+    /// cuBLASLt is faster by less than the shrink takes.
     ///
     /// # Errors
     /// As [`Self::launch`].
@@ -337,6 +375,60 @@ impl Gemm {
             Some(own) => self.enqueue_own(stream, args, *own).map(|()| true),
             None => self.launch(stream, args).map(|()| false),
         }
+    }
+
+    /// As [`Self::launch`] for a gated output. False, and nothing enqueued, where [`Self::tune_gated`] has not found that one kernel is faster than
+    /// the GEMM and the activation one after the other.
+    ///
+    /// # Errors
+    /// As [`Self::launch`].
+    pub fn launch_gated(&self, stream: &Stream, args: &GemmArgs<'_>) -> Result<bool, CudaError> {
+        args.check()?;
+        match self.own.get(&args.key()) {
+            Some(own) => self.enqueue_own(stream, args, *own).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    /// As [`Self::tune`] for a gated output: the fastest kernel of our own, if it is faster than `apart` with the same weights, which is the GEMM
+    /// and its activation and may use this `Gemm`.
+    ///
+    /// # Errors
+    /// As [`Self::tune`], and those of `apart`.
+    pub fn tune_gated(
+        &mut self,
+        stream: &Stream,
+        args: &GemmArgs<'_>,
+        weights: &[View<'_, bf16>],
+        before: impl Fn() -> Result<(), CudaError>,
+        mut apart: impl FnMut(&mut Self, View<'_, bf16>) -> Result<(), CudaError>,
+    ) -> Result<Tuned, CudaError> {
+        args.check()?;
+        let (key, candidates) = (args.key(), self.own_candidates(args));
+        if candidates.is_empty() {
+            return Ok(Tuned::default());
+        }
+        if let Some(&choice) = self.tuning.0.get(&key)
+            && (choice == Choice::Apart || choice.own().is_some_and(|own| candidates.contains(&own)))
+        {
+            if let Some(own) = choice.own() {
+                self.own.insert(key, own);
+            }
+            return Ok(Tuned { measured: 0, known: 1 });
+        }
+        let mut best = (time(stream, args, weights, &before, |args| apart(self, args.w))?, Choice::Apart);
+        for own in candidates {
+            let microseconds = time(stream, args, weights, &before, |args| self.enqueue_own(stream, args, own))?;
+            if microseconds < best.0 {
+                best = (microseconds, own.into());
+            }
+        }
+        self.tuning.0.insert(key, best.1);
+        match best.1.own() {
+            Some(own) => self.own.insert(key, own),
+            None => self.own.remove(&key),
+        };
+        Ok(Tuned { measured: 1, known: 0 })
     }
 
     /// Picks the fastest kernel or algorithm for a shape by timing the candidates on `weights` in turn (several, so that they come from memory
@@ -375,6 +467,9 @@ impl Gemm {
     /// Takes choices that were made before, for the shape alone and beside a shrink; false if they can't be, which leaves things as they are.
     fn adopt(&mut self, args: &GemmArgs<'_>, choice: Choice) -> Result<bool, CudaError> {
         let key = args.key();
+        if choice == Choice::Apart {
+            return Ok(false);
+        }
         let beside = Key { beside: true, ..key };
         let own = [(key, choice.own()), (beside, self.tuning.0.get(&beside).and_then(Choice::own))];
         let candidates = self.own_candidates(args);
@@ -428,12 +523,13 @@ impl Gemm {
         before: impl Fn() -> Result<(), CudaError>,
     ) -> Result<(Choice, Option<OwnGemm>), CudaError> {
         let key = args.key();
-        let most_rows = self.stream.as_ref().and_then(|stream| stream.most_rows(args.m));
-        if let Some(m) = most_rows.filter(|_| key.m > 1)
-            && let Some(&own) = self.own.get(&Key { m, ..key })
+        let most_rows = self.most_rows(args.m);
+        let of_most_rows = |gemm: &Self, beside| most_rows.and_then(|m| gemm.own.get(&Key { m, beside, ..key }).copied());
+        if key.m > 1
+            && let Some(own) = of_most_rows(self, false)
         {
             self.own.insert(key, own);
-            return Ok((own.into(), Some(own)));
+            return Ok((own.into(), of_most_rows(self, true)));
         }
         let mut plan = new_plan(key)?;
         let mut best = (f32::INFINITY, None);
@@ -454,27 +550,31 @@ impl Gemm {
         let cublas = Choice::Cublas(plan.algorithm.data);
         self.plans.insert(key, plan);
         self.own.remove(&key);
-        if key.m > MOST_ROWS_ALONE
-            && let Some(m) = most_rows.filter(|&m| m > key.m)
-        {
-            return Ok((cublas, self.own.get(&Key { m, beside: true, ..key }).copied()));
+        if key.m > MOST_ROWS_ALONE && most_rows.is_some_and(|m| m > key.m) {
+            return Ok((cublas, of_most_rows(self, true)));
         }
-        let mut best_own = None;
+        // Without room the shrink comes after, as with cuBLASLt.
+        let (mut alone, mut beside) = ((microseconds, None), (microseconds + MICROSECONDS_OF_A_SHRINK, None));
         for own in self.own_candidates(args) {
-            let own_microseconds = time(stream, args, weights, &before, |args| self.enqueue_own(stream, args, own))?;
-            if best_own.is_none_or(|(best, _)| own_microseconds < best) {
-                best_own = Some((own_microseconds, own));
+            let alone_microseconds = time(stream, args, weights, &before, |args| self.enqueue_own(stream, args, own))?;
+            let beside_microseconds = alone_microseconds + if own.has_room() { 0.0 } else { MICROSECONDS_OF_A_SHRINK };
+            if alone_microseconds < alone.0 && key.m <= MOST_ROWS_ALONE {
+                alone = (alone_microseconds, Some(own));
+            }
+            if beside_microseconds < beside.0 {
+                beside = (beside_microseconds, Some(own));
             }
         }
-        let within = |most: f32| best_own.filter(|(own_microseconds, _)| *own_microseconds < most).map(|(_, own)| own);
-        let beside = within(microseconds + MICROSECONDS_OF_A_SHRINK);
-        match within(microseconds).filter(|_| key.m <= MOST_ROWS_ALONE) {
-            Some(own) => {
-                self.own.insert(key, own);
-                Ok((own.into(), beside))
-            }
-            None => Ok((cublas, beside)),
+        if let (_, Some(own)) = alone {
+            self.own.insert(key, own);
         }
+        Ok((alone.1.map_or(cublas, Choice::from), beside.1))
+    }
+
+    /// Rows of the variant of an own kernel that takes so many; the same kernel is taken for all that it takes.
+    fn most_rows(&self, rows: usize) -> Option<usize> {
+        let stream = self.stream.as_ref().and_then(|stream| stream.most_rows(rows));
+        stream.or_else(|| self.wide.as_ref().and_then(|wide| wide.most_rows(rows)))
     }
 
     /// What a shape was given by [`Self::tune`]: an own kernel, or `None` for cuBLASLt.
@@ -484,9 +584,12 @@ impl Gemm {
 
     /// The own kernels that can do a shape, in every cut that [`Self::tune`] tries.
     pub fn own_candidates(&self, args: &GemmArgs<'_>) -> Vec<OwnGemm> {
-        let skinny = SKINNY_ROWS.iter().any(|&rows| args.m <= rows).then_some(OwnGemm::Skinny);
-        let stream = self.stream.iter().flat_map(|stream| stream.candidates(args)).map(OwnGemm::Stream);
-        skinny.into_iter().chain(stream).collect()
+        let is_gated = args.y.kind() == OutputKind::Gated;
+        let skinny = (!is_gated && SKINNY_ROWS.iter().any(|&rows| args.m <= rows)).then_some(OwnGemm::Skinny);
+        let stream = self.stream.iter().filter(|_| !is_gated);
+        let stream = stream.flat_map(|stream| stream.candidates(args)).map(OwnGemm::Stream);
+        let wide = self.wide.iter().flat_map(|wide| wide.candidates(args)).map(OwnGemm::Wide);
+        skinny.into_iter().chain(stream).chain(wide).collect()
     }
 
     /// Enqueues an own kernel, whatever was measured.
@@ -499,10 +602,15 @@ impl Gemm {
     }
 
     fn enqueue_own(&self, stream: &Stream, args: &GemmArgs<'_>, own: OwnGemm) -> Result<(), CudaError> {
-        match (own, &self.stream) {
-            (OwnGemm::Skinny, _) => self.enqueue_skinny(stream, args),
-            (OwnGemm::Stream(cut), Some(kernels)) => kernels.launch(stream, args, cut),
-            (OwnGemm::Stream(_), None) => require(NAME, false, || "this device has no stream kernel".into()),
+        let takes_gated = matches!(own, OwnGemm::Wide(_));
+        require(NAME, takes_gated || args.y.kind() != OutputKind::Gated, || {
+            format!("{own:?} has no gated output")
+        })?;
+        match (own, &self.stream, &self.wide) {
+            (OwnGemm::Skinny, ..) => self.enqueue_skinny(stream, args),
+            (OwnGemm::Stream(cut), Some(kernels), _) => kernels.launch(stream, args, cut),
+            (OwnGemm::Wide(cut), _, Some(kernels)) => kernels.launch(stream, args, cut),
+            _ => require(NAME, false, || format!("this device has no kernel for {own:?}")),
         }
     }
 
@@ -511,7 +619,7 @@ impl Gemm {
             return require(NAME, false, || format!("m is {}, at most {SKINNY_ROWS:?} for the skinny kernel", args.m));
         };
         let kernel = match args.y.kind() {
-            OutputKind::Bf16 => &self.skinny_bf16[variant],
+            OutputKind::Bf16 | OutputKind::Gated => &self.skinny_bf16[variant],
             OutputKind::F32 | OutputKind::AddF32 => &self.skinny_f32[variant],
         };
         let bias = args.bias.map_or(0, GemmBias::address);
@@ -610,7 +718,7 @@ fn tuned_for(device: &Device) -> Result<TunedFor, CudaError> {
     let cublas = unsafe { sys::cublasLtGetVersion() };
     // Another hash, of another build, costs a measurement.
     let mut kernels = DefaultHasher::new();
-    (images::SKINNY_GEMM, images::STREAM_GEMM).hash(&mut kernels);
+    (images::SKINNY_GEMM, images::STREAM_GEMM, images::WIDE_GEMM).hash(&mut kernels);
     Ok(TunedFor(format!(
         "{}, compute capability {major}.{minor}, driver {}, cuBLASLt {cublas}, kernels {}-{:016x}",
         info.name,
@@ -626,7 +734,7 @@ fn time(
     args: &GemmArgs<'_>,
     weights: &[View<'_, bf16>],
     before: impl Fn() -> Result<(), CudaError>,
-    run: impl Fn(&GemmArgs<'_>) -> Result<(), CudaError>,
+    mut run: impl FnMut(&GemmArgs<'_>) -> Result<(), CudaError>,
 ) -> Result<f32, CudaError> {
     const ROUNDS: usize = 8;
     // Loads the kernels, which a capture may not.

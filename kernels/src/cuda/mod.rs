@@ -9,6 +9,7 @@ pub mod attention_prefill;
 pub mod device;
 pub mod embedding;
 pub mod gemm;
+mod hopper;
 pub mod lora;
 pub mod lora_output;
 pub mod own_logits;
@@ -18,6 +19,7 @@ pub mod rope_kv;
 pub mod sampling;
 mod stream_gemm;
 pub mod tuning;
+mod wide_gemm;
 
 pub use device::{CudaError, Device, DeviceBuffer, DeviceInfo, Event, Graph, LaunchConfig, PinnedBuffer, RegisteredMemory, Stream, View, devices};
 

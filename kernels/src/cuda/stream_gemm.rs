@@ -5,24 +5,16 @@ use std::sync::Arc;
 use super::{
     CudaError, Device, LaunchConfig, Stream, arguments,
     device::{Kernel, Module, TensorMap},
-    dimension,
-    gemm::{GemmArgs, GemmBias, OutputKind},
+    gemm::GemmArgs,
+    hopper::{DEPTH, MAX_CLUSTER, MAX_STAGES, MIN_STEPS, OTHER_SHARED_BYTES, RawArgs},
     images, require,
 };
 
 const NAME: &str = "stream_gemm";
-/// Columns of a stage.
-const DEPTH: usize = 64;
-const MAX_STAGES: usize = 16;
 /// So many stages hide all of memory's latency.
 const STAGES_TO_SPARE: usize = 8;
-const MAX_SPLITS: usize = 8;
-/// Of static shared memory, and what aligning the stages may cost.
-const OTHER_SHARED_BYTES: usize = 256 + 1024;
 /// What the device keeps of each block's shared memory for itself.
 const RESERVED_BYTES: usize = 1024;
-/// Fewer steps than this do not pay for their block.
-const MIN_STEPS: usize = 4;
 
 /// Most rows, columns of y of a block.
 const VARIANTS: [(usize, usize, &str); 15] = [
@@ -83,20 +75,6 @@ impl Variant {
     }
 }
 
-/// As [`super::gemm::GemmArgs`].
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct RawArgs {
-    y: u64,
-    bias: u64,
-    m: i32,
-    n: i32,
-    k: i32,
-    output: i32,
-    num_splits: i32,
-    num_stages: i32,
-}
-
 /// The loaded kernels.
 pub(super) struct StreamGemm {
     variants: Vec<Variant>,
@@ -138,7 +116,7 @@ impl StreamGemm {
         let steps = args.k.div_ceil(DEPTH);
         for (index, variant) in self.variants.iter().enumerate().filter(|(_, variant)| variant.rows == rows) {
             let tiles = args.n.div_ceil(variant.tile);
-            let max_splits = MAX_SPLITS.min((steps / MIN_STEPS).max(1));
+            let max_splits = MAX_CLUSTER.min((steps / MIN_STEPS).max(1));
             for num_splits in 1..=max_splits {
                 let blocks = tiles * num_splits;
                 let (too_many, too_few) = (blocks > 2 * self.num_multiprocessors, 2 * blocks < self.num_multiprocessors);
@@ -170,20 +148,7 @@ impl StreamGemm {
         // Rows past `m` that x's buffer has are copied as they are, which is quicker than zeros; what comes of them is not written.
         let x_rows = (args.x.len() / args.k).min(variant.rows);
         let x_map = TensorMap::new(args.x.address(), x_rows, args.k, variant.rows)?;
-        let raw = RawArgs {
-            y: args.y.address_and_len().0,
-            bias: args.bias.map_or(0, GemmBias::address),
-            m: args.m as i32,
-            n: dimension(NAME, "n", args.n)?,
-            k: dimension(NAME, "k", args.k)?,
-            output: match args.y.kind() {
-                OutputKind::Bf16 => 0,
-                OutputKind::F32 => 1,
-                OutputKind::AddF32 => 2,
-            },
-            num_splits: cut.num_splits as i32,
-            num_stages: cut.num_stages as i32,
-        };
+        let raw = RawArgs::new(NAME, args, cut.num_splits, cut.num_stages)?;
         let tiles = args.n.div_ceil(variant.tile) as u32;
         let config = LaunchConfig {
             grid: [cut.num_splits as u32, tiles, 1],

@@ -4,8 +4,9 @@
 //! polylora-gemm-tuning 2
 //! for NVIDIA H100 80GB HBM3, compute capability 9.0, driver 13000, cuBLASLt 130000, kernels 0.1.0-91f2a7…
 //! 64 4096 14336 add_f32 plain beside stream 64 128 4 6
+//! 256 28672 4096 bf16 plain alone wide 9 1 2 4 3
 //! 512 6144 4096 bf16 bias alone cublas 15 0 … (eight words, hexadecimal)
-//! end 2
+//! end 3
 //! ```
 //!
 //! A file that says it is for something else, or that is damaged anywhere, is not used at all: measuring again costs a second.
@@ -22,6 +23,7 @@ use std::{
 use super::{
     gemm::{Choice, Key, OutputKind},
     stream_gemm::StreamCut,
+    wide_gemm::WideCut,
 };
 
 const MAGIC: &str = "polylora-gemm-tuning 2";
@@ -106,6 +108,7 @@ impl Tuning {
                 OutputKind::Bf16 => "bf16",
                 OutputKind::F32 => "f32",
                 OutputKind::AddF32 => "add_f32",
+                OutputKind::Gated => "gated",
             };
             let bias = if key.bias { "bias" } else { "plain" };
             let beside = if key.beside { "beside" } else { "alone" };
@@ -115,8 +118,19 @@ impl Tuning {
                     text.push_str("cublas");
                     words.iter().try_for_each(|word| write!(text, " {word:x}"))?;
                 }
+                Choice::Apart => text.push_str("apart"),
                 Choice::Skinny => text.push_str("skinny"),
                 Choice::Stream(cut) => write!(text, "stream {} {} {}", cut.variant, cut.num_splits, cut.num_stages)?,
+                Choice::Wide(cut) => {
+                    let WideCut {
+                        variant,
+                        num_splits,
+                        num_sharing,
+                        num_stages,
+                        num_x_stages,
+                    } = cut;
+                    write!(text, "wide {variant} {num_splits} {num_sharing} {num_stages} {num_x_stages}")?;
+                }
             }
             writeln!(text)
         };
@@ -166,6 +180,7 @@ fn parse_line(line: &str) -> Option<(Key, Choice)> {
         "bf16" => OutputKind::Bf16,
         "f32" => OutputKind::F32,
         "add_f32" => OutputKind::AddF32,
+        "gated" => OutputKind::Gated,
         _ => return None,
     };
     let bias = match words.next()? {
@@ -179,11 +194,19 @@ fn parse_line(line: &str) -> Option<(Key, Choice)> {
         _ => return None,
     };
     let choice = match words.next()? {
+        "apart" => Choice::Apart,
         "skinny" => Choice::Skinny,
         "stream" => Choice::Stream(StreamCut {
             variant: number(&mut words)?,
             num_splits: number(&mut words)?,
             num_stages: number(&mut words)?,
+        }),
+        "wide" => Choice::Wide(WideCut {
+            variant: number(&mut words)?,
+            num_splits: number(&mut words)?,
+            num_sharing: number(&mut words)?,
+            num_stages: number(&mut words)?,
+            num_x_stages: number(&mut words)?,
         }),
         "cublas" => {
             let mut algorithm = [0; 8];
@@ -227,9 +250,18 @@ mod tests {
             num_splits: 4,
             num_stages: 6,
         };
+        let wide = WideCut {
+            variant: 9,
+            num_splits: 1,
+            num_sharing: 2,
+            num_stages: 4,
+            num_x_stages: 3,
+        };
         Tuning(BTreeMap::from([
             (key(8, OutputKind::Bf16, true), Choice::Skinny),
             (key(64, OutputKind::AddF32, false), Choice::Stream(cut)),
+            (key(256, OutputKind::Bf16, false), Choice::Wide(wide)),
+            (key(256, OutputKind::Gated, false), Choice::Apart),
             (key(2048, OutputKind::F32, false), Choice::Cublas([15, 0, u64::MAX, 1, 2, 3, 4, 5])),
         ]))
     }
@@ -268,7 +300,8 @@ mod tests {
             text.replace("alone skinny", "skinny"),
             text.replace("alone skinny", "alone skinny 1"),
             text.replace("stream 10 4", "stream 10 -4"),
-            text.replace("end 3", "end 2"),
+            text.replace("wide 9 1 2 4 3", "wide 9 1 2 4"),
+            text.replace("end 5", "end 4"),
             text.clone() + "8 8 8 bf16 plain alone skinny\n",
             text.replace("8 4096", "99999999999999999999999 4096"),
         ] {

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use polylora_kernels::{
     cuda::{
         View,
+        activation::Gate,
         gemm::{Gemm, GemmArgs, GemmBias, GemmOutput, Tuned},
         tuning::Tuning,
     },
@@ -100,7 +101,14 @@ fn tuned_gemm_is_the_same() {
     let file = std::fs::read_dir(&directory).unwrap().next().unwrap().unwrap().path();
     let text = std::fs::read_to_string(&file).unwrap();
     let (before, _) = text.split_once("bf16 plain alone ").unwrap();
-    for impossible in ["stream 99 1 4", "stream 0 1 99", "cublas ffff 1 2 3 4 5 6 7"] {
+    for impossible in [
+        "stream 99 1 4",
+        "stream 0 1 99",
+        "wide 99 1 1 4 3",
+        "wide 0 1 1 9 99",
+        "apart",
+        "cublas ffff 1 2 3 4 5 6 7",
+    ] {
         std::fs::write(&file, format!("{before}bf16 plain alone {impossible}\nend 1\n")).unwrap();
         later.set_tuning(Tuning::read(&directory, gemm.tuned_for()).unwrap());
         assert_eq!(tune(&mut later), Tuned { measured: 1, known: 0 }, "{impossible}");
@@ -122,6 +130,10 @@ fn own_gemms_agree() {
         (61, 264, 4096),
         (65, 136, 1032),
         (128, 264, 4096),
+        (129, 1048, 1032),
+        (200, 264, 4096),
+        (256, 472, 2056),
+        (256, 3144, 520),
     ];
     for (m, n, k) in few_rows.into_iter().chain(more_rows) {
         let (x, w, bias) = (rng.bf16s(m * k, 1.0), rng.bf16s(n * k, 0.1), rng.f32s(n, 1.0));
@@ -170,6 +182,77 @@ fn own_gemms_agree() {
                 gemm.launch_own(&gpu.stream, &add, own).unwrap();
                 let sums: Vec<f32> = expected.iter().zip(&old).map(|(a, b)| a + b).collect();
                 assert_close(&what, &gpu.stream.download(y.view()).unwrap(), &sums, 1e-4);
+            }
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU: --include-ignored"]
+fn a_gated_gemm_is_a_gemm_and_its_activation() {
+    let gpu = gpu();
+    let mut gemm = Gemm::new(&gpu.device).unwrap();
+    let mut rng = Rng(24);
+    for (m, ffn, k) in [(65, 8, 72), (128, 120, 1032), (129, 1048, 520), (256, 112, 2048), (200, 232, 256)] {
+        let (x, w) = (rng.bf16s(m * k, 1.0), rng.bf16s(2 * ffn * k, 0.1));
+        let (device_x, device_w) = (gpu.stream.upload(&x).unwrap(), gpu.stream.upload(&w).unwrap());
+        let sums = reference::gemm(&widen(&x), m, &widen(&w), 2 * ffn, k, None);
+        let rounded = |sum: &f32| half::bf16::from_f32(*sum).to_f32();
+        let gate_up: Vec<f32> = sums.iter().map(rounded).collect();
+        for gate in [Gate::Silu, Gate::GeluTanh] {
+            let expected = match gate {
+                Gate::Silu => reference::silu_mul(&gate_up, ffn),
+                Gate::GeluTanh => reference::gelu_tanh_mul(&gate_up, ffn),
+            };
+            let y = gpu.stream.upload(&poison_bf16(m * ffn)).unwrap();
+            let args = GemmArgs {
+                x: device_x.view(),
+                w: device_w.view(),
+                bias: None,
+                y: GemmOutput::Gated(y.view(), gate),
+                m,
+                n: 2 * ffn,
+                k,
+            };
+            let is_first = gate == Gate::Silu;
+            assert!(!is_first || !gemm.launch_gated(&gpu.stream, &args).unwrap(), "nothing has been measured");
+            for own in gemm.own_candidates(&args) {
+                gpu.stream.copy_to_device(y.view(), &poison_bf16(m * ffn)).unwrap();
+                gemm.launch_own(&gpu.stream, &args, own).unwrap();
+                let what = format!("{m} {ffn} {k} {own:?}");
+                assert_close(&what, &widen(&gpu.stream.download(y.view()).unwrap()), &expected, TOLERANCE);
+            }
+            let apart = gpu.stream.upload(&poison_bf16(m * 2 * ffn)).unwrap();
+            let is_own = !gemm.own_candidates(&args).is_empty();
+            let tuned = gemm.tune_gated(
+                &gpu.stream,
+                &args,
+                &[device_w.view()],
+                || Ok(()),
+                |gemm, w| {
+                    let apart_args = GemmArgs {
+                        w,
+                        y: GemmOutput::Bf16(apart.view()),
+                        ..args
+                    };
+                    gemm.launch(&gpu.stream, &apart_args)?;
+                    gpu.kernels.activation.launch(&gpu.stream, gate, apart.view(), y.view(), m, ffn)
+                },
+            );
+            let first = usize::from(is_first);
+            assert_eq!(
+                tuned.unwrap(),
+                match is_own {
+                    true => Tuned {
+                        measured: first,
+                        known: 1 - first
+                    },
+                    false => Tuned::default(),
+                }
+            );
+            gpu.stream.copy_to_device(y.view(), &poison_bf16(m * ffn)).unwrap();
+            if gemm.launch_gated(&gpu.stream, &args).unwrap() {
+                assert_close("tuned", &widen(&gpu.stream.download(y.view()).unwrap()), &expected, TOLERANCE);
             }
         }
     }

@@ -1,0 +1,51 @@
+//! What the launchers of our own Hopper GEMMs share: `cuda/hopper.cuh`.
+
+use super::{
+    CudaError, dimension,
+    gemm::{GemmArgs, GemmBias, OutputKind},
+};
+
+/// Columns of a stage.
+pub(super) const DEPTH: usize = 64;
+pub(super) const MAX_STAGES: usize = 16;
+/// Blocks of a cluster that every device takes.
+pub(super) const MAX_CLUSTER: usize = 8;
+/// Of static shared memory, and what aligning the stages may cost.
+pub(super) const OTHER_SHARED_BYTES: usize = 256 + 1024;
+/// Fewer steps than this do not pay for their block.
+pub(super) const MIN_STEPS: usize = 4;
+
+/// [`GemmArgs`] as the kernels take them.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct RawArgs {
+    y: u64,
+    bias: u64,
+    m: i32,
+    n: i32,
+    k: i32,
+    output: i32,
+    num_splits: i32,
+    num_stages: i32,
+}
+
+impl RawArgs {
+    /// # Errors
+    /// `Shape` for dimensions that the kernels have no numbers for.
+    pub fn new(kernel: &'static str, args: &GemmArgs<'_>, num_splits: usize, num_stages: usize) -> Result<Self, CudaError> {
+        Ok(Self {
+            y: args.y.address_and_len().0,
+            bias: args.bias.map_or(0, GemmBias::address),
+            m: dimension(kernel, "m", args.m)?,
+            n: dimension(kernel, "n", args.y_columns())?,
+            k: dimension(kernel, "k", args.k)?,
+            output: match args.y.kind() {
+                OutputKind::Bf16 | OutputKind::Gated => 0,
+                OutputKind::F32 => 1,
+                OutputKind::AddF32 => 2,
+            },
+            num_splits: num_splits as i32,
+            num_stages: num_stages as i32,
+        })
+    }
+}
