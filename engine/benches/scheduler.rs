@@ -27,6 +27,10 @@ impl AdapterResidency for AllResident {
         Ok(Residency::Ready(self.0[number as usize].clone()))
     }
 
+    fn prefetch(&mut self, _adapter: &Arc<HostAdapter>, _cache: &dyn KvBlocks) -> Result<Option<bool>, BackendError> {
+        Ok(Some(true))
+    }
+
     fn make_blocks(&mut self, _missing: usize, _whose: BlocksFor, _cache: &mut dyn KvBlocks) -> Result<bool, BackendError> {
         Ok(false)
     }

@@ -495,7 +495,10 @@ fn describe(config: &EngineConfig, decoder: &DecoderConfig, capacity: &Capacity,
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::{SyncSender, sync_channel};
+    use std::sync::{
+        atomic::AtomicBool,
+        mpsc::{SyncSender, channel, sync_channel},
+    };
 
     use futures::executor::block_on;
 
@@ -631,6 +634,8 @@ mod tests {
         let mut backend = FakeBackend::new(capacity);
         backend.upload_polls = 2;
         backend.is_pipelined = is_pipelined;
+        // So that requests come while a step is waited for, too.
+        backend.busy_looks = 100;
         // Cancelled requests keep their places until the next step.
         let roomy = EngineConfig {
             max_queued_requests: 360,
@@ -669,7 +674,8 @@ mod tests {
         assert_eq!(stats.step_seconds.count(), stats.steps_total);
         assert_eq!(stats.step_rows.count(), stats.steps_total);
         assert_eq!(stats.step_sequences.count(), stats.steps_total);
-        assert_eq!(stats.prefill_seconds.count(), stats.queue_seconds.count());
+        // A request that is cancelled during its first step has waited, and was never prefilled.
+        assert!(stats.prefill_seconds.count() <= stats.queue_seconds.count());
         let adapter_stats = engine.adapter_stats();
         let hits_and_misses: u64 = adapter_stats
             .iter()
@@ -678,6 +684,38 @@ mod tests {
         assert_eq!(hits_and_misses, stats.device_hits_total + stats.device_misses_total);
         assert!(adapter_stats.iter().all(|stats| (stats.running, stats.waiting) == (0, 0)));
         stats
+    }
+
+    #[test]
+    fn an_adapter_is_on_its_way_before_the_step_is_over_in_which_its_request_came() {
+        let (begun, uploads_begun) = channel();
+        let is_busy = Arc::new(AtomicBool::new(false));
+        let engine = start_with(|backend| {
+            backend.is_pipelined = true;
+            backend.upload_polls = 2;
+            backend.is_busy = is_busy.clone();
+            backend.uploads_begun = Some(begun);
+        });
+        let leases = LeaseCount::default();
+        let adapter = host_adapter(1, 300);
+        is_busy.store(true, SeqCst);
+        let base = ask(4);
+        let expected_base = expected_events(&base);
+        let base = engine.submit(base).expect("there is room");
+        let second = request(vec![5, 4, 3], 4, Some(leases.lease("a", &adapter)));
+        let expected = expected_events(&second);
+        let second = engine.submit(second).expect("there is room");
+        // Until it is told otherwise, no step ends: who waited for that would wait for ever.
+        let version = uploads_begun.recv_timeout(Duration::from_secs(120));
+        assert_eq!(version, Ok(adapter.version));
+        is_busy.store(false, SeqCst);
+        assert_eq!(collect(base), expected_base);
+        assert_eq!(collect(second), expected);
+        let stats = engine.stats();
+        assert_eq!(
+            (stats.device_hits_total, stats.device_misses_total, stats.device_uploads_total),
+            (0, 1, 1)
+        );
     }
 
     #[test]

@@ -3,8 +3,8 @@
 //! Bounded by bytes, each adapter at its own rank. An adapter that a running sequence or a step in flight holds, or that is pinned,
 //! never leaves. Uploads are begun here and polled; nothing waits for one.
 //!
-//! Where adapters and KV blocks share their memory, the border between them is moved from here. An adapter that needs room takes KV blocks
-//! that are free; then it has others evicted; then cached prefixes are dropped for it. It never takes a block that a running sequence has or
+//! Where adapters and KV blocks share their memory, the border between them is moved from here: ahead of need while the cache has blocks to
+//! spare, so that an upload need not wait for steps that use them still. An adapter that needs more takes KV blocks that are free; then it has others evicted; then cached prefixes are dropped for it. It never takes a block that a running sequence has or
 //! grows into next, so it makes none of them wait. A KV cache that runs out of blocks has adapters evicted that nobody uses, the one used
 //! longest ago first. Whether that helps is worked out before anything is given up.
 
@@ -54,6 +54,14 @@ pub trait AdapterResidency {
     /// `Device`: the engine is done.
     fn request(&mut self, adapter: &Arc<HostAdapter>, cache: &mut dyn KvBlocks) -> Result<Residency, BackendError>;
 
+    /// Begins to make an adapter usable of bytes that nobody has: nothing leaves for it, and no KV block is taken. `None` where that is not
+    /// possible (ask with [`Self::request`] when its turn has come), else whether it is usable already. May be called between two steps'
+    /// scheduling.
+    ///
+    /// # Errors
+    /// `Device`: the engine is done.
+    fn prefetch(&mut self, adapter: &Arc<HostAdapter>, cache: &dyn KvBlocks) -> Result<Option<bool>, BackendError>;
+
     /// Makes `missing` more KV blocks of what is free or nobody uses, or none. False if that is too little.
     ///
     /// # Errors
@@ -95,6 +103,13 @@ struct Entry {
     asked_in_pass: u64,
 }
 
+/// Bytes are kept ready for so many adapters of the size that was asked for last, and taken from the cache when there are fewer than
+/// [`FEWEST_READY`]: bytes that blocks gave up just now are those of steps in flight, and an upload into them waits.
+pub(crate) const READY_ADAPTERS: usize = 8;
+pub(crate) const FEWEST_READY: usize = 4;
+/// One part of so many is the most of the shared memory that is kept ready, and the least of the cache's blocks that stay free then.
+const READY_PART: usize = 16;
+
 /// Most sizes that are kept.
 const MAX_SIZES: usize = 1 << 16;
 
@@ -107,6 +122,8 @@ pub struct DeviceResidency {
     used_bytes: usize,
     /// What the backend said of adapters that were asked for: each step asks for all that wait.
     sizes: HashMap<VersionId, usize>,
+    /// Of the adapter that came last.
+    last_bytes: usize,
     clock: u64,
     pass: u64,
     evictions: u64,
@@ -128,6 +145,7 @@ impl DeviceResidency {
             clock: 0,
             pass: 0,
             sizes: HashMap::new(),
+            last_bytes: 0,
             evictions: 0,
             uploads: 0,
             upload_seconds: Histogram::new(LOAD_SECONDS_BOUNDS),
@@ -164,7 +182,8 @@ impl DeviceResidency {
         self.entries.values().any(|entry| !entry.ready)
     }
 
-    /// Begins a step: polls uploads, uploads pinned adapters that are not there, and gives a full cache the bytes that no adapter has.
+    /// Begins a step: polls uploads, uploads pinned adapters that are not there, gives a full cache the bytes that no adapter has, and has
+    /// bytes ready for the adapters to come as long as the cache has blocks to spare.
     ///
     /// # Errors
     /// `Device`.
@@ -183,10 +202,45 @@ impl DeviceResidency {
                 self.request(backend, &adapter, cache)?;
             }
         }
-        if cache.num_free() == 0 {
-            self.give_free_bytes(backend, cache)?;
+        // Far fewer than those that `make_ready` leaves free.
+        match cache.num_free() <= self.capacity.num_blocks / (4 * READY_PART) {
+            true => self.give_free_bytes(backend, cache),
+            false => self.make_ready(backend, cache),
+        }
+    }
+
+    /// Takes free blocks of the cache, several adapters' worth at a time, before anybody needs them.
+    fn make_ready(&mut self, backend: &mut dyn Backend, cache: &mut dyn KvBlocks) -> Result<(), BackendError> {
+        let capacity = &self.capacity;
+        if !capacity.is_shared() || self.last_bytes == 0 {
+            return Ok(());
+        }
+        let most = (capacity.shared_bytes / READY_PART).min(capacity.adapter_bytes.saturating_sub(self.used_bytes));
+        let wanted = (READY_ADAPTERS * self.last_bytes).min(most);
+        // Whatever is a full block less than wanted is as good as wanted.
+        if wanted < self.last_bytes || self.free_bytes(cache) >= wanted * FEWEST_READY / READY_ADAPTERS {
+            return Ok(());
+        }
+        let spare = cache.num_free().saturating_sub(capacity.num_blocks / READY_PART);
+        let fewest = cache.num_needed().max(capacity.min_blocks).max(cache.num_blocks() - spare);
+        let num_blocks = capacity.blocks_beside(self.used_bytes + wanted).max(fewest);
+        if num_blocks < cache.num_blocks() {
+            let moves = cache.shrink(num_blocks);
+            backend.set_kv_blocks(num_blocks, &moves)?;
         }
         Ok(())
+    }
+
+    /// Bytes that neither adapters nor blocks have.
+    fn free_bytes(&self, cache: &dyn KvBlocks) -> usize {
+        let capacity = &self.capacity;
+        let for_adapters = match capacity.is_shared() {
+            true => capacity
+                .adapter_bytes
+                .min(capacity.shared_bytes - cache.num_blocks() * capacity.kv_block_bytes),
+            false => capacity.adapter_bytes,
+        };
+        for_adapters.saturating_sub(self.used_bytes)
     }
 
     /// Replaces the set of pinned adapters. Unpinned ones stay until room is needed.
@@ -245,6 +299,35 @@ impl DeviceResidency {
         }
     }
 
+    /// See [`AdapterResidency::prefetch`].
+    ///
+    /// # Errors
+    /// `Device`.
+    pub fn prefetch(&mut self, backend: &mut dyn Backend, adapter: &Arc<HostAdapter>, cache: &dyn KvBlocks) -> Result<Option<bool>, BackendError> {
+        if let Some(entry) = self.entries.get(&adapter.version) {
+            return Ok(Some(entry.ready));
+        }
+        let num_uploading = self.entries.values().filter(|entry| !entry.ready).count();
+        if num_uploading >= self.capacity.max_adapters_per_batch {
+            return Ok(None);
+        }
+        let begun = self.bytes_of(backend, adapter).and_then(|bytes| {
+            let fits = bytes <= self.free_bytes(cache) && self.never_fits(bytes).is_none();
+            fits.then(|| Ok((bytes, Instant::now(), backend.begin_upload(adapter)?))).transpose()
+        });
+        let (bytes, began, handle) = match begun {
+            Ok(Some(begun)) => begun,
+            // The request hears why when its turn comes.
+            Ok(None) | Err(BackendError::OutOfMemory { .. } | BackendError::BadBatch(_)) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        self.clock += 1;
+        let ready = backend.poll_upload(handle)?;
+        let version = adapter.version;
+        self.insert(Arc::new(ResidentAdapter { version, handle }), bytes, began, ready);
+        Ok(Some(ready))
+    }
+
     fn bytes_of(&mut self, backend: &dyn Backend, adapter: &HostAdapter) -> Result<usize, BackendError> {
         if let Some(bytes) = self.sizes.get(&adapter.version) {
             return Ok(*bytes);
@@ -259,6 +342,7 @@ impl DeviceResidency {
 
     fn insert(&mut self, adapter: Arc<ResidentAdapter>, bytes: usize, began: Instant, ready: bool) {
         self.used_bytes += bytes;
+        self.last_bytes = bytes;
         self.uploads += 1;
         if ready {
             self.upload_seconds.observe(began.elapsed().as_secs_f64());
@@ -408,6 +492,10 @@ pub struct BackendResidency<'a> {
 impl AdapterResidency for BackendResidency<'_> {
     fn request(&mut self, adapter: &Arc<HostAdapter>, cache: &mut dyn KvBlocks) -> Result<Residency, BackendError> {
         self.residency.request(self.backend, adapter, cache)
+    }
+
+    fn prefetch(&mut self, adapter: &Arc<HostAdapter>, cache: &dyn KvBlocks) -> Result<Option<bool>, BackendError> {
+        self.residency.prefetch(self.backend, adapter, cache)
     }
 
     fn make_blocks(&mut self, missing: usize, whose: BlocksFor, cache: &mut dyn KvBlocks) -> Result<bool, BackendError> {

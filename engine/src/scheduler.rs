@@ -437,6 +437,31 @@ impl Scheduler {
         Ok(answer)
     }
 
+    /// Begins to bring the adapter of a request that has just come to the device, if there is room at hand: a step may still run, and its turn be
+    /// looked at only then. The adapter's label and whether it was there, if it was asked for.
+    ///
+    /// # Errors
+    /// What the device said; the engine is done then.
+    pub fn prefetch_arrival(
+        &mut self,
+        request_id: RequestId,
+        residency: &mut dyn AdapterResidency,
+    ) -> Result<Option<(Arc<str>, bool)>, BackendError> {
+        // Free bytes are for whoever was refused some.
+        if self.denied_room.is_some() {
+            return Ok(None);
+        }
+        let Some(lease) = self.sequences.get(&request_id).and_then(|sequence| sequence.adapter().cloned()) else {
+            return Ok(None);
+        };
+        let Some(is_there) = residency.prefetch(lease.weights(), &self.kv_blocks())? else {
+            return Ok(None);
+        };
+        let sequence = self.sequences.get_mut(&request_id).expect("it was just found");
+        let is_first = !std::mem::replace(&mut sequence.counted_residency, true);
+        Ok(is_first.then(|| (lease.label().clone(), is_there)))
+    }
+
     fn note_denied_room(&mut self, request_id: RequestId, admission: &Admission) {
         let is_denied = matches!(admission, Admission::NoRoom);
         match self.denied_room {
@@ -740,7 +765,7 @@ mod tests {
         backend::{Backend, Capacity},
         llm::EvictionPolicy,
         request::{GenerationRequest, LogprobsParams, PromptLogprobsParams},
-        residency::{BackendResidency, DeviceResidency},
+        residency::{BackendResidency, DeviceResidency, FEWEST_READY, READY_ADAPTERS},
         testing::{
             EOS, FakeBackend, LeaseCount, Rng, VOCAB_SIZE, expected_events, host_adapter, random_request, request, tokens, without_cached_tokens,
         },
@@ -835,6 +860,16 @@ mod tests {
             self.events.insert(request_id, Vec::new());
             self.scheduler.add(Sequence::new(request_id, request));
             request_id
+        }
+
+        /// What the worker does for a request that comes while it waits for a step.
+        fn prefetch(&mut self, request_id: RequestId) -> Option<bool> {
+            let mut residency = BackendResidency {
+                residency: &mut self.residency,
+                backend: &mut self.backend,
+            };
+            let asked = self.scheduler.prefetch_arrival(request_id, &mut residency);
+            asked.expect("no failure is scripted").map(|(_, is_there)| is_there)
         }
 
         fn request(&self, prompt: Vec<u32>, max_tokens: u32, adapter: Option<&Arc<HostAdapter>>) -> GenerationRequest {
@@ -933,6 +968,54 @@ mod tests {
         shared_but: Some(8),
         ..ROOMY
     };
+
+    #[test]
+    fn bytes_are_ready_before_they_are_asked_for_and_go_back_to_a_full_cache() {
+        let mut bench = Bench::new(Limits {
+            num_blocks: 400,
+            shared_but: Some(8),
+            adapter_bytes: 400 * BLOCK_BYTES,
+            ..ROOMY
+        });
+        let adapters: Vec<_> = (0..12).map(|number| host_adapter(number, 2 * BLOCK_BYTES)).collect();
+        let ask = |bench: &mut Bench, adapter: usize| {
+            let request = bench.request(prompt(4), 2, Some(&adapters[adapter]));
+            bench.add(request)
+        };
+        // Of the first one's size nothing was known.
+        let first = ask(&mut bench, 0);
+        assert_eq!(bench.prefetch(first), None, "every byte is the cache's");
+        bench.run();
+        bench.schedule();
+        assert_eq!(bench.scheduler.pool().num_blocks(), 400 - 2 - 2 * READY_ADAPTERS);
+        let moves = bench.backend.border_moves;
+        for adapter in 1..=FEWEST_READY {
+            let request_id = ask(&mut bench, adapter);
+            assert_eq!(bench.prefetch(request_id), Some(true), "it was a miss, and is there at once");
+            bench.run();
+        }
+        assert_eq!(bench.backend.border_moves, moves, "from what was ready");
+        let next = ask(&mut bench, FEWEST_READY + 1);
+        bench.prefetch(next);
+        bench.run();
+        bench.schedule();
+        assert_eq!(bench.backend.border_moves, moves + 1, "and again for several");
+        assert_eq!(bench.residency.evictions(), 0);
+        // Whoever needs blocks gets them.
+        let (num_blocks, used_bytes) = (bench.scheduler.pool().num_blocks(), bench.residency.used_bytes());
+        assert!(num_blocks * BLOCK_BYTES + used_bytes < 400 * BLOCK_BYTES, "some are ready");
+        for first in 0..60 {
+            let request = bench.request((0..40).map(|position| (first + position) % 60).collect(), 4, None);
+            bench.add(request);
+        }
+        let mut most_taken = 0;
+        while !bench.scheduler.sequences.is_empty() {
+            bench.step();
+            most_taken = most_taken.max(bench.scheduler.pool().num_blocks() * BLOCK_BYTES + bench.residency.used_bytes());
+        }
+        assert_eq!(most_taken, 400 * BLOCK_BYTES, "none is");
+        bench.scheduler.assert_consistent();
+    }
 
     #[test]
     fn an_adapter_takes_free_blocks_and_gives_them_back_when_nobody_uses_it() {
@@ -1474,7 +1557,9 @@ mod tests {
         let min_blocks = (2 * max_len).div_ceil(block_size);
         let token_budget = 4 + rng.below(28);
         let num_adapters = 1 + rng.below(6);
-        let adapter_bytes: Vec<usize> = (0..num_adapters).map(|_| 100 + rng.below(200)).collect();
+        // Small ones are those that bytes are kept ready for.
+        let smallest = if rng.one_in(2) { 100 } else { 10 };
+        let adapter_bytes: Vec<usize> = (0..num_adapters).map(|_| smallest + rng.below(2 * smallest)).collect();
         let mut bench = Bench::new(Limits {
             num_blocks: min_blocks + rng.below(2 * min_blocks),
             shared_but: (seed % 2 == 1).then_some(min_blocks),
@@ -1507,7 +1592,12 @@ mod tests {
                 let lease = adapters.get(adapter).map(|adapter| bench.leases.lease("adapter", adapter));
                 let request = random_request(&mut rng, max_len, max_len, lease);
                 let events = expected_events(&request);
-                expected.insert(bench.add(request), events);
+                let request_id = bench.add(request);
+                if rng.one_in(2) {
+                    bench.prefetch(request_id);
+                    bench.assert_memory_is_shared_out();
+                }
+                expected.insert(request_id, events);
             }
             if rng.one_in(10) && bench.next_id > 0 {
                 let request_id = RequestId(rng.below(bench.next_id as usize) as u64);

@@ -9,8 +9,8 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering::SeqCst},
-        mpsc::Receiver,
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+        mpsc::{Receiver, Sender},
     },
 };
 
@@ -298,6 +298,13 @@ pub struct FakeBackend {
     pub fail_at: Option<(u64, Failure)>,
     /// Steps are launched, and run when they are collected.
     pub is_pipelined: bool,
+    /// Looks at a step in flight before it can be collected.
+    pub busy_looks: usize,
+    looks: usize,
+    /// While it says so, no step in flight can be collected.
+    pub is_busy: Arc<AtomicBool>,
+    /// Told of uploads that begin.
+    pub uploads_begun: Option<Sender<VersionId>>,
     /// Where the cache ends.
     pub num_blocks: usize,
     launched: VecDeque<Work>,
@@ -333,6 +340,10 @@ impl FakeBackend {
             steps: 0,
             fail_at: None,
             is_pipelined: false,
+            busy_looks: 0,
+            looks: 0,
+            is_busy: Arc::default(),
+            uploads_begun: None,
             launched: VecDeque::new(),
             gate: None,
             previous: Vec::new(),
@@ -484,6 +495,9 @@ impl Backend for FakeBackend {
             polls_left: self.upload_polls,
         };
         self.adapters.insert(handle, upload);
+        if let Some(begun) = &self.uploads_begun {
+            begun.send(adapter.version).ok();
+        }
         Ok(handle)
     }
 
@@ -555,6 +569,11 @@ impl Backend for FakeBackend {
         self.launched.push_back(Work::Step(batch.clone()));
         assert!(self.num_launched() <= 2, "steps in flight");
         Ok(Launched::Running)
+    }
+
+    fn is_collectable(&mut self) -> Result<bool, BackendError> {
+        self.looks += 1;
+        Ok(!self.is_busy.load(SeqCst) && self.looks.is_multiple_of(self.busy_looks + 1))
     }
 
     fn collect(&mut self) -> Result<StepOutput, BackendError> {

@@ -37,6 +37,9 @@ use crate::{
 /// How often an upload is looked at while nothing else can run.
 const UPLOAD_POLL_INTERVAL: Duration = Duration::from_micros(100);
 
+/// Between two looks at a step that runs, about a microsecond: nothing else is to be done, and its end is to be seen at once.
+const SPINS_BETWEEN_POLLS: usize = 16;
+
 /// How long a step waits for masks that were asked for since the last one. Most grammars take a tenth of it, so that a constrained
 /// sequence is in every step; one that takes longer sits steps out, and nobody waits for it again.
 const MASK_PATIENCE: Duration = Duration::from_micros(500);
@@ -458,13 +461,7 @@ impl Worker {
             self.note_runs(request_id, runs);
         }
         for (name, is_hit) in first_asks {
-            let counters = self.shared.adapters.counters(&name);
-            if is_hit { &counters.hits } else { &counters.misses }.fetch_add(1, Relaxed);
-            *(if is_hit {
-                &mut self.stats.device_hits_total
-            } else {
-                &mut self.stats.device_misses_total
-            }) += 1;
+            self.note_first_ask(&name, is_hit);
         }
         for (request_id, error) in failed {
             self.push_event(request_id, TokenEvent::Failed(error));
@@ -474,6 +471,16 @@ impl Worker {
             self.publish();
         }
         Ok(step)
+    }
+
+    fn note_first_ask(&mut self, name: &Arc<str>, is_hit: bool) {
+        let counters = self.shared.adapters.counters(name);
+        if is_hit { &counters.hits } else { &counters.misses }.fetch_add(1, Relaxed);
+        *(if is_hit {
+            &mut self.stats.device_hits_total
+        } else {
+            &mut self.stats.device_misses_total
+        }) += 1;
     }
 
     fn note_runs(&mut self, request_id: RequestId, runs: bool) {
@@ -509,11 +516,45 @@ impl Worker {
     }
 
     fn commit_in_flight(&mut self) -> Result<(), BackendError> {
+        if self.in_flight.is_none() {
+            return Ok(());
+        }
+        self.await_step()?;
         let Some(in_flight) = self.in_flight.take() else {
             return Ok(());
         };
         let output = self.backend.collect()?;
         self.commit(in_flight, output)
+    }
+
+    /// Takes commands until the step in flight is done. The adapter of a request that comes meanwhile is on its way before its turn is.
+    fn await_step(&mut self) -> Result<(), BackendError> {
+        while !self.backend.is_collectable()? {
+            let Ok(command) = self.inbox.try_recv() else {
+                (0..SPINS_BETWEEN_POLLS).for_each(|_| std::hint::spin_loop());
+                continue;
+            };
+            let arrived = match &command {
+                Command::Submit(new) => Some(new.request_id),
+                _ => None,
+            };
+            self.handle(command);
+            if let Some(request_id) = arrived {
+                self.prefetch(request_id)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn prefetch(&mut self, request_id: RequestId) -> Result<(), BackendError> {
+        let mut residency = BackendResidency {
+            residency: &mut self.residency,
+            backend: &mut *self.backend,
+        };
+        if let Some((name, is_hit)) = self.scheduler.prefetch_arrival(request_id, &mut residency)? {
+            self.note_first_ask(&name, is_hit);
+        }
+        Ok(())
     }
 
     fn commit(&mut self, in_flight: InFlight, output: StepOutput) -> Result<(), BackendError> {

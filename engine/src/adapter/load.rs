@@ -163,7 +163,7 @@ impl std::fmt::Debug for LoraLimits {
 }
 
 impl LoraLimits {
-    /// No limit on rank and modules, no features beyond A and B; half of the cores pack an adapter, eight at most.
+    /// No limit on rank and modules, no features beyond A and B; a quarter of the cores packs an adapter, eight at most.
     pub fn new(dtype: PackedDtype) -> Self {
         Self {
             max_lora_rank: None,
@@ -175,7 +175,7 @@ impl LoraLimits {
             companion: None,
             max_packed_bytes: None,
             max_file_bytes: 32 << 30,
-            pack_threads: std::thread::available_parallelism().map_or(2, |cores| (cores.get() / 2).clamp(2, 8)),
+            pack_threads: std::thread::available_parallelism().map_or(2, |cores| (cores.get() / 4).clamp(2, 8)),
         }
     }
 

@@ -351,10 +351,15 @@ impl HostAdapter {
 
 /// Bytes at a 64-byte boundary.
 pub struct AlignedBytes {
-    /// Declared before the memory, so that it is dropped first.
-    hold: OnceLock<Option<Box<dyn Send + Sync>>>,
-    /// An adapter is streamed at every step that uses it.
-    storage: HugeBuffer<u8>,
+    hold: OnceLock<Option<Box<dyn HoldMemory>>>,
+    /// An adapter is streamed at every step that uses it. There until it is dropped.
+    storage: Option<HugeBuffer<u8>>,
+}
+
+/// Something that was done to memory and has to be undone before it goes, such as its registration with a driver.
+pub trait HoldMemory: Send + Sync {
+    /// Undoes it, now or on another thread, and drops the memory then.
+    fn release(self: Box<Self>, memory: HugeBuffer<u8>);
 }
 
 impl AlignedBytes {
@@ -362,24 +367,36 @@ impl AlignedBytes {
     pub fn zeroed(len: usize) -> Self {
         Self {
             hold: OnceLock::new(),
-            storage: HugeBuffer::zeroed(len),
+            storage: Some(HugeBuffer::zeroed(len)),
         }
     }
 
-    /// Ties something to the memory that is dropped before it is, such as its registration with a driver. `make` is called once in the
-    /// memory's life; whether it gave something is the answer then and later.
-    pub fn hold_with(&self, make: impl FnOnce(&[u8]) -> Option<Box<dyn Send + Sync>>) -> bool {
-        self.hold.get_or_init(|| make(&self.storage)).is_some()
+    /// Ties something to the memory. `make` is called once in the memory's life, and whoever else calls this meanwhile waits.
+    pub fn hold_with(&self, make: impl FnOnce(&[u8]) -> Option<Box<dyn HoldMemory>>) {
+        self.hold.get_or_init(|| make(self.as_bytes()));
+    }
+
+    /// Whether something is tied to it; `None` if nobody has tried to. Never waits.
+    pub fn is_held(&self) -> Option<bool> {
+        self.hold.get().map(Option::is_some)
     }
 
     /// All of them.
     pub fn as_bytes(&self) -> &[u8] {
-        &self.storage
+        self.storage.as_deref().expect("there until it is dropped")
     }
 
     /// All of them, to be written.
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.storage
+        self.storage.as_deref_mut().expect("there until it is dropped")
+    }
+}
+
+impl Drop for AlignedBytes {
+    fn drop(&mut self) {
+        if let (Some(Some(hold)), Some(memory)) = (self.hold.take(), self.storage.take()) {
+            hold.release(memory);
+        }
     }
 }
 

@@ -926,14 +926,22 @@ impl AdapterRegistry {
         let mut state = self.shared.state.lock();
         let mut moves = std::mem::take(&mut state.moves);
         if !on_device.is_empty() {
-            // A version that no name has any more counts for none.
+            // Once each, so that the sum is that of the device: for the name that was used last of those that have the version, for none if
+            // none has it any more.
+            let mut names: HashMap<VersionId, &Entry> = HashMap::new();
             for entry in state.entries.values() {
                 let version = entry.facts.as_ref().map(|facts| facts.version);
-                if let Some(device) = version.and_then(|version| on_device.get(&version)) {
-                    let moves = moves.entry(entry.name.clone()).or_default();
-                    moves.device_uploads += device.uploads;
-                    moves.device_evictions += device.evictions;
+                if let Some(version) = version.filter(|version| on_device.contains_key(version)) {
+                    let last = names.entry(version).or_insert(entry);
+                    if (last.last_used, &last.name) < (entry.last_used, &entry.name) {
+                        *last = entry;
+                    }
                 }
+            }
+            for (version, entry) in names {
+                let moves = moves.entry(entry.name.clone()).or_default();
+                moves.device_uploads += on_device[&version].uploads;
+                moves.device_evictions += on_device[&version].evictions;
             }
         }
         drop(state);
@@ -1409,6 +1417,8 @@ impl Shared {
     // The loader threads.
 
     fn run_loader(&self) {
+        // Those of a load, which this thread and those that it starts are, are not the ones that others wait for.
+        polylora_kernels::cpu::stand_back();
         let mut last_check = Instant::now();
         loop {
             let job = {

@@ -128,6 +128,13 @@ pub trait Backend: Send {
     fn launch(&mut self, batch: &StepBatch) -> Result<Launched, BackendError> {
         self.execute(batch).map(Launched::Done)
     }
+    /// Whether [`Self::collect`] would not wait. Never blocks.
+    ///
+    /// # Errors
+    /// As `execute`.
+    fn is_collectable(&mut self) -> Result<bool, BackendError> {
+        Ok(true)
+    }
     /// Waits for the oldest step that `launch` said is running.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ mod elementwise;
 mod gemm;
 mod lora;
 mod pool;
+mod priority;
 mod simd;
 
 pub use attention::{AttentionSequence, AttentionShape, paged_attention, write_kv};
@@ -19,6 +20,7 @@ pub use elementwise::{add_rms_norm, gelu_tanh_mul, rms_norm, rope, silu_mul};
 pub use gemm::{PackedMatrix, WeightDtype, gemm};
 pub use lora::{LoraElement, LoraJob, lora};
 pub use pool::ThreadPool;
+pub use priority::stand_back;
 
 /// The instructions that the kernels use on this CPU, for logs and benches.
 pub fn instruction_set() -> &'static str {

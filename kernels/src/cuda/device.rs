@@ -8,7 +8,7 @@ use std::{
     marker::PhantomData,
     ops::Range,
     sync::{Arc, PoisonError, RwLock, RwLockWriteGuard},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytemuck::Pod;
@@ -458,6 +458,9 @@ impl<T> Drop for PinnedBuffer<T> {
 
 /// Memory of the caller's that is page-locked while this lives: copies from it run in the background at the speed of the bus, if none of them
 /// crosses a multiple of [`Self::PART`] bytes.
+///
+/// The driver holds up every other thread's calls while it locks or unlocks a part (0.15 ms where the pages are there already, far longer where
+/// they have to be made first), and its lock is not a fair one: whoever locks beside launches leaves pauses between the parts.
 pub struct RegisteredMemory {
     parts: Vec<*mut c_void>,
     device: Arc<Device>,
@@ -469,33 +472,40 @@ unsafe impl Send for RegisteredMemory {}
 unsafe impl Sync for RegisteredMemory {}
 
 impl RegisteredMemory {
-    /// So much is locked at a time: the driver holds up other threads' launches meanwhile, some 10 ms for the whole of a large adapter.
-    pub const PART: usize = 4 << 20;
-    /// Between two parts, so that who waits for the driver's lock gets it: it is not a fair one.
-    const PAUSE: Duration = Duration::from_micros(100);
+    /// So much is locked at a time: a huge page.
+    pub const PART: usize = 2 << 20;
 
-    /// Locks the pages of `memory`.
+    /// Locks the pages of `memory`; `pause` is told after each part how long the driver took for it.
     ///
     /// # Safety
     /// `memory` stays allocated until this is dropped.
     ///
     /// # Errors
     /// The driver's: among others, memory that is registered already.
-    pub unsafe fn new(device: &Arc<Device>, memory: &[u8]) -> Result<Self, CudaError> {
+    pub unsafe fn new(device: &Arc<Device>, memory: &[u8], mut pause: impl FnMut(Duration)) -> Result<Self, CudaError> {
         device.bind()?;
         let mut registered = Self {
             parts: Vec::with_capacity(memory.len().div_ceil(Self::PART)),
             device: device.clone(),
         };
         for part in memory.chunks(Self::PART) {
-            if !registered.parts.is_empty() {
-                std::thread::sleep(Self::PAUSE);
-            }
             let data = part.as_ptr().cast_mut().cast::<c_void>();
+            let begin = Instant::now();
             driver!(cuMemHostRegister_v2(data, part.len(), 0))?;
             registered.parts.push(data);
+            pause(begin.elapsed());
         }
         Ok(registered)
+    }
+
+    /// Unlocks them likewise.
+    pub fn release(mut self, mut pause: impl FnMut(Duration)) {
+        let _ = self.device.bind();
+        while let Some(part) = self.parts.pop() {
+            let begin = Instant::now();
+            let _ = driver!(cuMemHostUnregister(part));
+            pause(begin.elapsed());
+        }
     }
 }
 

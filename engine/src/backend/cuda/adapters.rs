@@ -1,14 +1,15 @@
 //! Adapters in device memory: where each lies, its descriptors, and the thread that brings it there.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, VecDeque},
     ops::Range,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering::Relaxed},
-        mpsc::{Receiver, Sender, channel},
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
     },
     thread::JoinHandle,
+    time::Duration,
 };
 
 use bytemuck::{bytes_of, cast_slice, cast_slice_mut};
@@ -20,7 +21,7 @@ use polylora_kernels::cuda::{
     lora_output::OutputTerms,
 };
 
-use super::{arena::ALIGNMENT, region::Region};
+use super::{arena::ALIGNMENT, page_lock::PageLocker, region::Region};
 use crate::{
     adapter::{HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, TokenRows},
     backend::{BackendError, cpu::module_shape},
@@ -35,6 +36,8 @@ const STAGE_BYTES: usize = 8 << 20;
 const LINE_BYTES: usize = 64;
 /// Bytes of tables that are rewritten before the host waits: those of a hundred adapters of a large model.
 const MOVED_TABLE_BYTES: usize = 1 << 20;
+/// How often uploads that wait for steps are looked at while there are no others.
+const WAIT_INTERVAL: Duration = Duration::from_micros(100);
 /// Lines of an [`EmbeddingAdapter`].
 const EMBEDDING_LINES: usize = 2;
 /// Kernels take rows of so many columns, or twice as many, and so on: narrower ones are padded.
@@ -204,9 +207,14 @@ pub(super) struct Adapters {
 
 impl Adapters {
     /// In the upper part of `region`. Ranks above `max_lora_rank` are refused, and more than `max_vocab_size` tokens.
-    pub fn new(device: &Arc<Device>, region: Region, max_lora_rank: usize, max_vocab_size: usize) -> Result<Self, CudaError> {
+    pub fn new(
+        device: &Arc<Device>,
+        region: Region,
+        (max_lora_rank, max_vocab_size): (usize, usize),
+        locker: &PageLocker,
+    ) -> Result<Self, CudaError> {
         Ok(Self {
-            uploads: UploadThread::start(device)?,
+            uploads: UploadThread::start(device, locker)?,
             region,
             max_lora_rank,
             max_vocab_size,
@@ -324,7 +332,7 @@ impl Adapters {
             table: placement.table_bytes(address),
             placement: placement.clone(),
             address,
-            after: self.region.wait_before(offset..offset + placement.bytes),
+            after: self.region.wait_before(offset..offset + placement.bytes).map_err(super::device_error)?,
             upload: upload.clone(),
         };
         if !self.uploads.begin(job) {
@@ -741,8 +749,8 @@ struct UploadThread {
 }
 
 impl UploadThread {
-    fn start(device: &Arc<Device>) -> Result<Self, CudaError> {
-        let mut uploader = Uploader::new(device)?;
+    fn start(device: &Arc<Device>, locker: &PageLocker) -> Result<Self, CudaError> {
+        let mut uploader = Uploader::new(device, locker.clone())?;
         let (jobs, inbox) = channel();
         let is_ending = Arc::new(AtomicBool::new(false));
         let ends = is_ending.clone();
@@ -774,9 +782,12 @@ impl Drop for UploadThread {
     }
 }
 
-/// Uploads on a stream of its own: straight from the adapter's memory where that is page-locked.
+/// Uploads on a stream of its own: straight from the adapter's memory where that is page-locked. What has to wait for steps lets others pass.
 struct Uploader {
     device: Arc<Device>,
+    locker: PageLocker,
+    /// In the order in which they came.
+    waiting: VecDeque<Job>,
     stream: Stream,
     stages: [PinnedBuffer<bf16>; 2],
     copied: [Event; 2],
@@ -784,10 +795,12 @@ struct Uploader {
 }
 
 impl Uploader {
-    fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+    fn new(device: &Arc<Device>, locker: PageLocker) -> Result<Self, CudaError> {
         let stage = || PinnedBuffer::zeroed(device, STAGE_BYTES / 2);
         Ok(Self {
             device: device.clone(),
+            locker,
+            waiting: VecDeque::new(),
             stream: Stream::new(device)?,
             stages: [stage()?, stage()?],
             copied: [Event::new(device, false)?, Event::new(device, false)?],
@@ -797,12 +810,40 @@ impl Uploader {
 
     fn run(&mut self, inbox: &Receiver<Job>, is_ending: &AtomicBool) {
         let bound = self.device.bind();
-        while let Ok(job) = inbox.recv() {
-            if is_ending.load(Relaxed) {
-                break;
-            }
-            let result = bound.clone().and_then(|()| self.upload(&job));
+        while let Some((job, is_free)) = self.next_job(inbox, is_ending) {
+            let result = bound.clone().and(is_free).and_then(|()| self.upload(&job));
             job.upload.result.set(result).expect("one job an upload");
+            // Who was here once may come again.
+            self.locker.ask(&job.host);
+        }
+    }
+
+    /// The first one whose bytes no step uses any more, and what went wrong with finding that out.
+    fn next_job(&mut self, inbox: &Receiver<Job>, is_ending: &AtomicBool) -> Option<(Job, Result<(), CudaError>)> {
+        loop {
+            self.waiting.extend(inbox.try_iter());
+            if is_ending.load(Relaxed) {
+                return None;
+            }
+            let is_free = |job: &Job| job.after.as_ref().map_or(Ok(true), |event| event.is_done());
+            let states = self.waiting.iter().map(is_free).enumerate();
+            let first = states.into_iter().find_map(|(index, state)| match state {
+                Ok(false) => None,
+                Ok(true) => Some((index, Ok(()))),
+                Err(error) => Some((index, Err(error))),
+            });
+            if let Some((index, state)) = first {
+                return self.waiting.remove(index).map(|job| (job, state));
+            }
+            let next = match self.waiting.is_empty() {
+                true => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                false => inbox.recv_timeout(WAIT_INTERVAL),
+            };
+            match next {
+                Ok(job) => self.waiting.push_back(job),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return None,
+            }
         }
     }
 
@@ -814,10 +855,7 @@ impl Uploader {
     }
 
     fn enqueue(&mut self, job: &Job) -> Result<(), CudaError> {
-        let is_direct = page_lock(&self.device, &job.host);
-        if let Some(event) = &job.after {
-            self.stream.wait(event)?;
-        }
+        let is_direct = job.host.dtype == PackedDtype::Bf16 && job.host.blob.is_held() == Some(true);
         for range in &job.placement.zeros {
             let padding: View<'_, u8> = View::from_address(job.address + range.start as u64, range.len());
             self.stream.fill_bytes(padding, 0)?;
@@ -873,22 +911,6 @@ fn within_parts(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
         rest.start = end;
         (!cut.is_empty()).then_some(cut)
     })
-}
-
-/// Locks an adapter's memory, unless it is; it stays so for as long as the host keeps it. False where that is not possible (a limit on locked
-/// memory) or of no use, since f32 has to be rounded on the way: copies then go through a stage.
-pub(super) fn page_lock(device: &Arc<Device>, host: &HostAdapter) -> bool {
-    let lock = |memory: &[u8]| {
-        // SAFETY: what is held is dropped before the memory.
-        match unsafe { RegisteredMemory::new(device, memory) } {
-            Ok(registered) => Some(Box::new(registered) as Box<dyn Send + Sync>),
-            Err(error) => {
-                tracing::debug!(%error, "an adapter's memory is not page-locked");
-                None
-            }
-        }
-    };
-    host.dtype == PackedDtype::Bf16 && host.blob.hold_with(lock)
 }
 
 #[cfg(test)]

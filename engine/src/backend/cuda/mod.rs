@@ -7,7 +7,10 @@
 use std::{
     collections::{HashMap, VecDeque, hash_map::Entry},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::Instant,
 };
 
@@ -31,6 +34,7 @@ mod arena;
 mod forward;
 mod head;
 mod model;
+mod page_lock;
 mod plan;
 mod region;
 mod sampling;
@@ -41,6 +45,7 @@ use arena::ALIGNMENT;
 use forward::{Forward, HeadDeltasViews, HeadViews, StepViews, Workspace, WorkspaceSize};
 use head::HeadChunk;
 use model::Model;
+use page_lock::PageLocker;
 use plan::{ForwardPlaces, StepPlan, StepShape};
 use region::Region;
 use sampling::{RowResult, SampleWork, needs_logits};
@@ -216,6 +221,9 @@ pub struct CudaBackend {
     // Dropped in this order: graphs before the modules that their kernels are of.
     graphs: HashMap<StepShape, Graph>,
     in_flight: VecDeque<InFlight>,
+    /// As many as `in_flight` has, for other threads.
+    steps: Arc<AtomicUsize>,
+    locker: PageLocker,
     stream: Stream,
     kernels: Kernels,
     gemm: Gemm,
@@ -361,11 +369,15 @@ impl CudaBackend {
             mem_fraction: options.mem_fraction,
         })?;
         let region = Region::new(&stream, memory.bytes, memory.block_bytes, memory.num_blocks).map_err(MemoryUse::CacheAndAdapters.name(&device))?;
-        let adapters = Adapters::new(&device, region, options.max_lora_rank, config.vocab_size + MAX_ADDED_TOKENS)?;
+        let steps = Arc::new(AtomicUsize::new(0));
+        let locker = PageLocker::new(&device, &steps)?;
+        let adapters = Adapters::new(&device, region, (options.max_lora_rank, config.vocab_size + MAX_ADDED_TOKENS), &locker)?;
         stream.synchronize()?;
         let mut backend = Self {
             graphs: HashMap::new(),
             in_flight: VecDeque::new(),
+            steps,
+            locker,
             kernels,
             gemm,
             model,
@@ -462,12 +474,10 @@ impl CudaBackend {
         format!("cuda:{} ({})", info.ordinal, info.name)
     }
 
-    /// Locks the memory of adapters, so that their first upload finds it locked. For any thread.
+    /// Has the memory of adapters page-locked in the background, which makes their uploads faster. Returns at once, on any thread.
     pub fn page_locker(&self) -> impl Fn(&HostAdapter) + Send + Sync + 'static {
-        let device = self.device.clone();
-        move |host| {
-            adapters::page_lock(&device, host);
-        }
+        let locker = self.locker.clone();
+        move |host| locker.ask(host)
     }
 
     /// Bytes of the base model's weights on the device.
@@ -847,9 +857,18 @@ impl Backend for CudaBackend {
             return Ok(Launched::Done(StepOutput::default()));
         }
         self.device.bind().map_err(device_error)?;
+        // Before the launches: they are what is not to be held up.
+        self.steps.store(self.in_flight.len() + 1, Relaxed);
         let in_flight = self.enqueue(batch)?;
         self.in_flight.push_back(in_flight);
         Ok(Launched::Running)
+    }
+
+    fn is_collectable(&mut self) -> Result<bool, BackendError> {
+        let Some(InFlight { slot, .. }) = self.in_flight.front() else {
+            return Ok(true);
+        };
+        self.outputs.slots[*slot].done.is_done().map_err(device_error)
     }
 
     fn collect(&mut self) -> Result<StepOutput, BackendError> {
@@ -858,6 +877,7 @@ impl Backend for CudaBackend {
         };
         let slot = &mut self.outputs.slots[slot];
         slot.done.synchronize().map_err(device_error)?;
+        self.steps.store(self.in_flight.len(), Relaxed);
         let output = |(index, sample): (usize, &SampleRow)| {
             let tops = index * MAX_TOP..(index + 1) * MAX_TOP;
             RowResult {

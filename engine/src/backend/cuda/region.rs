@@ -131,22 +131,23 @@ impl Region {
         Ok(num_blocks)
     }
 
-    /// What another stream must wait for before it writes these bytes, which are a new run's. Work on this stream comes later anyway.
-    pub fn wait_before(&self, bytes: Range<usize>) -> Option<Arc<Event>> {
-        (bytes.start < self.left.end && self.left.start < bytes.end).then(|| self.left_until.clone())
+    /// What must have passed before another stream writes these bytes, which are a new run's. Work on this stream comes later anyway.
+    pub fn wait_before(&self, bytes: Range<usize>) -> Result<Option<Arc<Event>>, CudaError> {
+        let was_left = bytes.start < self.left.end && self.left.start < bytes.end;
+        Ok((was_left && !self.left_until.is_done()?).then(|| self.left_until.clone()))
     }
 
     fn kv_blocks_at_most(&self) -> usize {
         (self.memory.len() - self.arena.end()) / self.block_bytes
     }
 
-    /// Notes that what is on the stream now may still use these bytes. An upload that waits for earlier work waits for this too, if it has
-    /// not begun: later than need be, and right.
+    /// Notes that what is on the stream now may still use these bytes. Those who wait for what was there before go on waiting for that alone.
     fn leave(&mut self, bytes: Range<usize>, stream: &Stream) -> Result<(), CudaError> {
         self.left = match self.left.is_empty() || self.left_until.is_done()? {
             true => bytes,
             false => self.left.start.min(bytes.start)..self.left.end.max(bytes.end),
         };
+        self.left_until = Arc::new(Event::new(stream.device(), false)?);
         self.left_until.record(stream)
     }
 
