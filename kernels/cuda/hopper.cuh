@@ -126,10 +126,11 @@ DEVICE void put(const GemmArgs& args, int64_t row, int column, float4 sum, float
 
 // The end of a tile: threads 0 to THREADS - 1 put the rows of it that are this block's, each the sum of what `num_splits` blocks of the cluster have
 // at `sums` [rows, STRIDE], in their order: the first is `first_rank`, the others follow `rank_step` apart. `ready` comes between asking for what
-// the sums are added to and reading them: all blocks' sums are there after it. Several vectors at once, as each comes from afar.
-template <int TILE, int STRIDE, int THREADS, typename Ready>
+// the sums are added to and reading them: all blocks' sums are there after it. Up to four vectors of a thread at once, as each comes from afar, where
+// two splits of ROWS rows have so many for it.
+template <int ROWS, int TILE, int STRIDE, int THREADS, typename Ready>
 DEVICE void put_sums(const GemmArgs& args, const float* sums, int split, int num_splits, int first_rank, int rank_step, int column0, Ready ready) {
-  constexpr int VECTORS = TILE / 4, AT_ONCE = 4;
+  constexpr int VECTORS = TILE / 4, OF_A_THREAD = (ROWS * VECTORS / 2 + THREADS - 1) / THREADS, AT_ONCE = OF_A_THREAD < 4 ? OF_A_THREAD : 4;
   bool is_ready = false;
   for (int i0 = threadIdx.x;; i0 += THREADS * AT_ONCE) {
     float4 sum[AT_ONCE], old[AT_ONCE];

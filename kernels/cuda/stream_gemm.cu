@@ -116,7 +116,7 @@ DEVICE void stream_gemm(const TensorMap& w_map, const TensorMap& x_map, const Ge
 
   // Every block of the cluster writes its rows of the sum.
   const float* all_sums = reinterpret_cast<const float*>(stages);
-  put_sums<TILE, STRIDE, THREADS>(args, all_sums, split, num_splits, 0, 1, column0, [&] {
+  put_sums<ROWS, TILE, STRIDE, THREADS>(args, all_sums, split, num_splits, 0, 1, column0, [&] {
     __syncwarp();
     if (num_splits > 1) cluster_barrier();
   });

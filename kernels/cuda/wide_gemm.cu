@@ -232,7 +232,7 @@ DEVICE void wide_gemm(const TensorMap& w_map, const TensorMap& x_map, const Wide
         }
       }
       // Every block of a tile writes its rows of the sum.
-      put_sums<TILE, STRIDE, CONSUMERS>(args, sums, split, num_splits, member, num_sharing, column0, [] {
+      put_sums<128 * PARTS, TILE, STRIDE, CONSUMERS>(args, sums, split, num_splits, member, num_sharing, column0, [] {
         __syncwarp();
         cluster_barrier();
       });

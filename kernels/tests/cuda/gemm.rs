@@ -118,24 +118,36 @@ fn tuned_gemm_is_the_same() {
 
 #[test]
 #[ignore = "needs a GPU: --include-ignored"]
-fn own_gemms_agree() {
+fn own_gemms_agree_for_few_rows() {
+    own_gemms_agree(
+        23,
+        &[(1, 64, 128), (3, 40, 1032), (8, 48, 2048), (11, 16, 96), (16, 24, 1000), (32, 136, 264)],
+    );
+}
+
+#[test]
+#[ignore = "needs a GPU: --include-ignored"]
+fn own_gemms_agree_for_more_rows() {
+    own_gemms_agree(25, &[(33, 1048, 2056), (48, 136, 72), (64, 4096, 512), (61, 264, 4096)]);
+}
+
+#[test]
+#[ignore = "needs a GPU: --include-ignored"]
+fn own_gemms_agree_for_up_to_128_rows() {
+    own_gemms_agree(26, &[(65, 136, 1032), (128, 264, 4096)]);
+}
+
+#[test]
+#[ignore = "needs a GPU: --include-ignored"]
+fn own_gemms_agree_for_up_to_256_rows() {
+    own_gemms_agree(27, &[(129, 1048, 1032), (200, 264, 4096), (256, 472, 2056), (256, 3144, 520)]);
+}
+
+fn own_gemms_agree(seed: u64, shapes: &[(usize, usize, usize)]) {
     let gpu = gpu();
     let gemm = Gemm::new(&gpu.device).unwrap();
-    let mut rng = Rng(23);
-    let few_rows = [(1, 64, 128), (3, 40, 1032), (8, 48, 2048), (11, 16, 96), (16, 24, 1000), (32, 136, 264)];
-    let more_rows = [
-        (33, 1048, 2056),
-        (48, 136, 72),
-        (64, 4096, 512),
-        (61, 264, 4096),
-        (65, 136, 1032),
-        (128, 264, 4096),
-        (129, 1048, 1032),
-        (200, 264, 4096),
-        (256, 472, 2056),
-        (256, 3144, 520),
-    ];
-    for (m, n, k) in few_rows.into_iter().chain(more_rows) {
+    let mut rng = Rng(seed);
+    for &(m, n, k) in shapes {
         let (x, w, bias) = (rng.bf16s(m * k, 1.0), rng.bf16s(n * k, 0.1), rng.f32s(n, 1.0));
         let (bias16, old): (Vec<_>, Vec<_>) = (bias.iter().map(|value| half::bf16::from_f32(*value)).collect(), rng.f32s(m * n, 1.0));
         let (device_x, device_w) = (gpu.stream.upload(&x).unwrap(), gpu.stream.upload(&w).unwrap());
