@@ -66,7 +66,11 @@ fn main() {
         num_blocks,
         started.elapsed().as_secs_f64()
     );
-    let mut bench = Bench { backend, config };
+    let mut bench = Bench {
+        backend,
+        config,
+        hosts: Vec::new(),
+    };
     if "decode".contains(&filter) {
         bench.decode(&only);
     }
@@ -78,6 +82,8 @@ fn main() {
 struct Bench {
     backend: CudaBackend,
     config: DecoderConfig,
+    /// Those of the last row that had some.
+    hosts: Vec<Arc<HostAdapter>>,
 }
 
 /// One line of a table.
@@ -183,6 +189,9 @@ impl Bench {
     }
 
     fn upload(&mut self, ranks: &[usize], dora: bool) -> Vec<AdapterHandle> {
+        if ranks.is_empty() {
+            return Vec::new();
+        }
         let config = &self.config;
         let hosts: Vec<Arc<HostAdapter>> = std::thread::scope(|scope| {
             let made: Vec<_> = (ranks.iter().enumerate())
@@ -190,7 +199,12 @@ impl Bench {
                 .collect();
             made.into_iter().map(|host| host.join().expect("an adapter")).collect()
         });
+        // Unlocked and locked by another thread, in this order: not beside the steps that are timed.
+        self.hosts.clear();
         hosts.iter().for_each(|host| (self.backend.page_locker())(host));
+        while hosts.iter().any(|host| host.blob.is_held().is_none()) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let started = Instant::now();
         let bytes: usize = hosts.iter().map(|host| host.bytes()).sum();
         let handles: Vec<AdapterHandle> = hosts.iter().map(|host| self.backend.begin_upload(host).expect("room")).collect();
@@ -199,15 +213,14 @@ impl Bench {
                 std::thread::sleep(Duration::from_micros(50));
             }
         }
-        if !handles.is_empty() {
-            let seconds = started.elapsed().as_secs_f64();
-            println!(
-                "  (uploaded {} adapters, {:.2} GB, at {:.1} GB/s)",
-                handles.len(),
-                bytes as f64 / 1e9,
-                bytes as f64 / seconds / 1e9
-            );
-        }
+        let seconds = started.elapsed().as_secs_f64();
+        println!(
+            "  (uploaded {} adapters, {:.2} GB, at {:.1} GB/s)",
+            handles.len(),
+            bytes as f64 / 1e9,
+            bytes as f64 / seconds / 1e9
+        );
+        self.hosts = hosts;
         handles
     }
 
