@@ -515,6 +515,14 @@ impl Bench {
                     times,
                     bytes_of_group(group, shrink, widen),
                 );
+                if variant == ItemRows::UpTo64 {
+                    let weights: Vec<View<'_, bf16>> = adapters.iter().map(|(weights, _)| weights.view()).collect();
+                    let by_segments = self.gemm_of_segments(group, shrink, segment, rank, &weights, xs[group_idx].view());
+                    println!(
+                        "    cuBLASLt, a GEMM a segment: {by_segments:.4} ms, {:.0} % of its rate",
+                        by_segments / times[0] * 100.0
+                    );
+                }
             }
         }
         if variant != ItemRows::Naive {
@@ -554,6 +562,47 @@ impl Bench {
             GROUPS.iter().map(|group| bytes_of_group(group, true, true)).sum(),
         );
         let _ = bytes_of(&expand_items[0]);
+    }
+
+    /// Milliseconds of cuBLASLt for a group's shrinks or expands in all layers, each segment and each slice a GEMM of its own.
+    fn gemm_of_segments(&self, group: &Group, shrink: bool, segment: usize, rank: usize, adapters: &[View<'_, bf16>], x: View<'_, bf16>) -> f64 {
+        let mut gemm = Gemm::new(&self.device).expect("cuBLASLt");
+        let (y16, y32) = (self.zeros::<bf16>(segment * group.width()), self.zeros::<f32>(segment * group.width()));
+        // Of the same sizes as the adapters' own; their places do not matter.
+        let layer_len = adapters[0].len() / LAYERS;
+        let args = |adapter: usize, layer: usize, slice: usize| {
+            let (n, k) = if shrink {
+                (rank * group.d_out.len(), group.d_in)
+            } else {
+                (group.d_out[slice], rank)
+            };
+            let y = match group.f32_output && !shrink {
+                true => GemmOutput::AddF32(y32.view()),
+                false => GemmOutput::Bf16(y16.view()),
+            };
+            let w = adapters[adapter].slice(layer * layer_len..adapters[adapter].len());
+            let x = x.slice(adapter * segment * k..x.len());
+            GemmArgs {
+                x,
+                w,
+                bias: None,
+                y,
+                m: segment,
+                n,
+                k,
+            }
+        };
+        let slices = if shrink { 1 } else { group.d_out.len() };
+        for slice in 0..slices {
+            let first = args(0, 0, slice);
+            let weights: Vec<View<'_, bf16>> = (0..LAYERS).map(|layer| args(0, layer, slice).w).collect();
+            gemm.tune(&self.stream, &first, &weights, || Ok(())).expect("tune");
+        }
+        let all = (0..LAYERS).flat_map(|layer| (0..adapters.len()).flat_map(move |adapter| (0..slices).map(move |slice| (adapter, layer, slice))));
+        self.time_repeats(5, || {
+            all.clone()
+                .try_for_each(|(adapter, layer, slice)| gemm.launch(&self.stream, &args(adapter, layer, slice)))
+        })[0]
     }
 
     fn attention_decode(&self) {
