@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use futures::FutureExt;
 use polylora_engine::{AdapterError, AdapterLease, InferenceEngine, adapter::combine::parse_expression};
 
 use crate::{
@@ -182,8 +181,8 @@ impl Router<'_> {
         if !matches!(error, BadFile { .. } | Incompatible { .. } | Unsupported { .. }) {
             return error.into();
         }
-        // Until it is tried again, it gives its error at once.
-        let fails = |name: &&&str| matches!(self.engine.acquire_adapter(name).now_or_never(), Some(Err(other)) if other == error);
+        let said = error.to_string();
+        let fails = |name: &&&str| self.engine.adapter_info(name).and_then(|info| info.last_error).as_ref() == Some(&said);
         let name = match names {
             [name] => Some(*name),
             several => several.iter().find(fails).copied(),

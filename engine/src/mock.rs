@@ -400,6 +400,7 @@ impl MockEngine {
                 requests_total: 0,
                 hits_total: 0,
                 last_used: None,
+                last_error: None,
                 report: None,
                 parts: Vec::new(),
             },

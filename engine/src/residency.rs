@@ -4,9 +4,10 @@
 //! never leaves. Uploads are begun here and polled; nothing waits for one.
 //!
 //! Where adapters and KV blocks share their memory, the border between them is moved from here: ahead of need while the cache has blocks to
-//! spare, so that an upload need not wait for steps that use them still. An adapter that needs more takes KV blocks that are free; then it has others evicted; then cached prefixes are dropped for it. It never takes a block that a running sequence has or
-//! grows into next, so it makes none of them wait. A KV cache that runs out of blocks has adapters evicted that nobody uses, the one used
-//! longest ago first. Whether that helps is worked out before anything is given up.
+//! spare (those of cached prefixes are not), so that an upload need not wait for steps that use them still. An adapter that needs more takes
+//! KV blocks that are free; then it has others evicted; then cached prefixes are dropped for it. It never takes a block that a running sequence
+//! has or grows into next, so it makes none of them wait. A KV cache that runs out of blocks has adapters evicted that nobody uses, the one
+//! used longest ago first. Whether that helps is worked out before anything is given up.
 
 use std::{
     collections::{BTreeMap, HashMap},

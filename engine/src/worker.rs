@@ -324,7 +324,8 @@ impl Worker {
     }
 
     fn next_command(&self) -> Result<Command, RecvTimeoutError> {
-        let is_idle = self.requests.is_empty() && self.drain.is_none();
+        // A flush may have been asked for while the last step was waited for.
+        let is_idle = self.requests.is_empty() && self.drain.is_none() && self.flushes.is_empty();
         let waits_for_upload = if is_idle { self.residency.is_uploading() } else { self.is_stalled };
         if self.in_flight.is_some() || !(is_idle || waits_for_upload) {
             self.inbox.try_recv().map_err(|error| match error {

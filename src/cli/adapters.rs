@@ -400,7 +400,8 @@ fn models_table(answer: &Value) -> anyhow::Result<String> {
         table.row([
             text(&model["id"]),
             kind.to_owned(),
-            text(&more["state"]),
+            // --json has the reason.
+            text(&more["state"]) + if more["last_error"].is_null() { "" } else { ", failed" },
             // Enough to tell versions apart; --json has all of it.
             text(&more["version"]).chars().take(12).collect(),
             text(known("lora_rank")),

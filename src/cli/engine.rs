@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use anyhow::{Context, anyhow, bail, ensure};
+use anyhow::{Context, anyhow, ensure};
 use polylora_engine::{
     EngineConfig, EngineParts, FileSource, LlmEngine, LoraConfig, StartError,
     adapter::{
@@ -22,7 +22,7 @@ use polylora_engine::{
 mod cuda;
 
 use super::bench::BenchArgs;
-use crate::config::{Device, Dtype, EngineSettings, LoadFormat, LoraPath, LoraSettings, MemoryBudget, TargetModules};
+use crate::config::{Dtype, EngineSettings, LoadFormat, LoraPath, LoraSettings, MemoryBudget, TargetModules};
 use crate::text_side::BaseText;
 
 /// An engine and what is worth saying about it.
@@ -71,6 +71,7 @@ pub(super) fn build(inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine> {
     if cuda::is_chosen(inputs.settings.device)? {
         return cuda::start(inputs);
     }
+    #[cfg(not(feature = "cuda"))]
     refuse_cuda(inputs.settings.device)?;
     let compute = compute_dtype(inputs.dtype, inputs.weights.dtype(&inputs.decoder)?);
     let needs = MemoryNeeds {
@@ -186,9 +187,13 @@ impl LoraSettings {
     }
 }
 
-fn refuse_cuda(device: Device) -> anyhow::Result<()> {
-    if device == Device::Cuda {
-        bail!("--device cuda: this binary was built without the `cuda` feature");
+#[cfg(not(feature = "cuda"))]
+fn refuse_cuda(device: crate::config::Device) -> anyhow::Result<()> {
+    use crate::config::Device::{Auto, Cpu, Cuda};
+    match device {
+        Cuda => anyhow::bail!("--device cuda: this binary was built without the `cuda` feature"),
+        Auto => tracing::info!("running on the CPU: this binary was built without the `cuda` feature"),
+        Cpu => {}
     }
     Ok(())
 }

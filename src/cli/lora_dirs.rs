@@ -59,7 +59,10 @@ impl LoraDirs {
             match adapter_folders(directory) {
                 Ok(folders) => found.extend(folders),
                 // It may be back at the next look, with all that was in it.
-                Err(_) => found.extend(self.seen.iter().filter(|folder| folder.parent() == Some(directory)).cloned()),
+                Err(_) => {
+                    let known = self.seen.iter().chain(&self.away);
+                    found.extend(known.filter(|folder| folder.parent() == Some(directory)).cloned());
+                }
             }
         }
         let added = found.difference(&self.seen).filter(|folder| !self.away.contains(*folder));

@@ -887,6 +887,7 @@ mod tests {
             requests_total: 0,
             hits_total: 0,
             last_used: None,
+            last_error: None,
             report: None,
             parts: Vec::new(),
         }

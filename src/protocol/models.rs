@@ -67,4 +67,6 @@ pub struct AdapterCard {
     pub hits_total: u64,
     /// Unix time of the last of them, in seconds.
     pub last_used: Option<f64>,
+    /// Why its last load failed, until one succeeds; requests are told the same.
+    pub last_error: Option<String>,
 }

@@ -56,6 +56,7 @@ fn entry(info: &AdapterInfo, aliases: &mut HashMap<String, Vec<String>>) -> Adap
         requests_total: info.requests_total,
         hits_total: info.hits_total,
         last_used: info.last_used.map(unix_time),
+        last_error: info.last_error.clone(),
     }
 }
 
@@ -76,6 +77,7 @@ fn loading_entry(name: String, source: String) -> AdapterEntry {
         requests_total: 0,
         hits_total: 0,
         last_used: None,
+        last_error: None,
         aliases: Vec::new(),
     }
 }

@@ -70,6 +70,7 @@ fn adapter_card(state: &Gateway, info: AdapterInfo) -> ModelCard {
             requests_total: info.requests_total,
             hits_total: info.hits_total,
             last_used: info.last_used.map(unix_time),
+            last_error: info.last_error.clone(),
         }),
         alias: None,
     }

@@ -109,6 +109,8 @@ pub struct AdapterInfo {
     pub hits_total: u64,
     /// When a request last asked for it.
     pub last_used: Option<SystemTime>,
+    /// Why its last load failed, until one succeeds.
+    pub last_error: Option<String>,
     /// Coverage, keys without effect, and the like: what `inspect` shows.
     pub report: Option<Arc<CoverageReport>>,
     /// Of a combination (`a+b*0.5`): the names in it. Empty for an adapter.
@@ -337,6 +339,7 @@ struct Glance {
     requests_total: u64,
     hits_total: u64,
     last_used: Option<SystemTime>,
+    last_error: Option<AdapterError>,
 }
 
 impl Glance {
@@ -351,6 +354,7 @@ impl Glance {
             requests_total: entry.requests_total,
             hits_total: entry.hits_total,
             last_used: entry.last_used_time,
+            last_error: entry.failure.as_ref().map(|failure| failure.error.clone()),
         }
     }
 }
@@ -1278,6 +1282,7 @@ impl Shared {
             requests_total: glance.requests_total,
             hits_total: glance.hits_total,
             last_used: glance.last_used,
+            last_error: glance.last_error.map(|error| error.to_string()),
             report: facts.map(|facts| facts.report.clone()),
             parts: Vec::new(),
         }
@@ -2119,6 +2124,7 @@ fn combined_info(expression: &str, parts: &[AdapterInfo]) -> AdapterInfo {
         requests_total: 0,
         hits_total: 0,
         last_used: None,
+        last_error: parts.iter().find_map(|part| part.last_error.clone()),
         report: None,
         parts: parts.iter().map(|part| part.name.clone()).collect(),
     }
@@ -2353,6 +2359,7 @@ mod tests {
         AdapterFiles::simple(&tiny_decoder(), 1).write_to(&directory.path().join("a"));
         assert!(acquire(&registry, "a").unwrap_err().to_string().contains("damaged"));
         assert_eq!(registry.stats().load_failures_total, 1);
+        assert!(registry.info("a").unwrap().last_error.is_some_and(|error| error.contains("damaged")));
         registry
             .shared
             .state
@@ -2365,6 +2372,7 @@ mod tests {
             .unwrap()
             .retry_at = Instant::now();
         acquire(&registry, "a").unwrap();
+        assert_eq!(registry.info("a").unwrap().last_error, None);
         // The name is registered all the time: it was registered, not loaded.
         assert_eq!(names(&registry), ["a"]);
     }

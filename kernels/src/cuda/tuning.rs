@@ -1,10 +1,10 @@
 //! What [`super::gemm::Gemm::tune`] found, on disk: one text file per device and library, a line per shape.
 //!
 //! ```text
-//! polylora-gemm-tuning 2
+//! polylora-gemm-tuning 3
 //! for NVIDIA H100 80GB HBM3, compute capability 9.0, driver 13000, cuBLASLt 130000, kernels 0.1.0-91f2a7…
-//! 64 4096 14336 add_f32 plain beside stream 64 128 4 6
-//! 256 28672 4096 bf16 plain alone wide 9 1 2 4 3
+//! 64 4096 14336 add_f32 plain beside stream 10 4 6
+//! 256 28672 4096 gated plain alone wide 11 1 2 4 3
 //! 512 6144 4096 bf16 bias alone cublas 15 0 … (eight words, hexadecimal)
 //! end 3
 //! ```
@@ -26,7 +26,7 @@ use super::{
     wide_gemm::WideCut,
 };
 
-const MAGIC: &str = "polylora-gemm-tuning 2";
+const MAGIC: &str = "polylora-gemm-tuning 3";
 /// A shape's line has at most 200 bytes; a model has a few hundred shapes.
 const MAX_BYTES: u64 = 4 << 20;
 
@@ -305,9 +305,8 @@ mod tests {
             text.clone() + "8 8 8 bf16 plain alone skinny\n",
             text.replace("8 4096", "99999999999999999999999 4096"),
         ] {
-            if damaged != text {
-                assert!(Tuning::parse(&damaged, &device).is_err(), "{damaged}");
-            }
+            assert_ne!(damaged, text);
+            assert!(Tuning::parse(&damaged, &device).is_err(), "{damaged}");
         }
     }
 

@@ -87,6 +87,11 @@ impl Variant {
         [self.tile, self.rows].map(|rows| rows * DEPTH * 2)
     }
 
+    /// Whether the sums of splits fit in the rings.
+    fn may_split(&self) -> bool {
+        !self.is_gated && sums(self.rows, self.tile) <= MOST_SUMS_TO_SPLIT
+    }
+
     /// Stages of w and of x that fit, if they are enough for rings and, with splits, for a tile's sums. What is left over by as many of x as of
     /// w goes to w, which has the longer way.
     fn stages(&self, shared_bytes: usize, num_splits: usize) -> Option<[usize; 2]> {
@@ -97,7 +102,7 @@ impl Variant {
         let x_stages = (ring_bytes / (w_bytes + x_bytes)).min(MAX_STAGES);
         let w_stages = ((ring_bytes - x_stages * x_bytes) / w_bytes).min(MAX_STAGES);
         let holds_sums = w_stages * w_bytes + x_stages * x_bytes >= self.rows * (self.tile + 8) * 4;
-        let fits = x_stages >= MIN_STAGES && (num_splits == 1 || sums <= MOST_SUMS_TO_SPLIT && holds_sums && !self.is_gated);
+        let fits = x_stages >= MIN_STAGES && (num_splits == 1 || self.may_split() && holds_sums);
         fits.then_some([w_stages, x_stages])
     }
 }
@@ -162,7 +167,10 @@ impl WideGemm {
         for (index, variant) in self.variants.iter().enumerate().filter(|(_, variant)| is_for_it(variant)) {
             for num_sharing in [1, 2] {
                 let tiles = columns.div_ceil(variant.columns()).next_multiple_of(num_sharing);
-                let max_splits = (MAX_CLUSTER / num_sharing).min((steps / MIN_STEPS).max(1));
+                let max_splits = match variant.may_split() {
+                    true => (MAX_CLUSTER / num_sharing).min((steps / MIN_STEPS).max(1)),
+                    false => 1,
+                };
                 for num_splits in 1..=max_splits {
                     let blocks = tiles * num_splits;
                     let (too_many, too_few) = (blocks > self.num_multiprocessors, 2 * blocks < self.num_multiprocessors);

@@ -236,6 +236,7 @@ fn a_gated_gemm_is_a_gemm_and_its_activation() {
             }
             let apart = gpu.stream.upload(&poison_bf16(m * 2 * ffn)).unwrap();
             let is_own = !gemm.own_candidates(&args).is_empty();
+            assert_eq!(is_own, gpu.device.info().compute_capability == (9, 0));
             let tuned = gemm.tune_gated(
                 &gpu.stream,
                 &args,

@@ -338,14 +338,14 @@ impl CudaBackend {
         let stream = Stream::new(&device)?;
         let kernels = Kernels::load(&device)?;
         let model = load_model(&stream, &kernels).map_err(MemoryUse::Weights.name(&device))?;
-        let gemm = Gemm::new(&device)?;
+        let gemm = Gemm::new(&device).map_err(MemoryUse::StepBuffers.name(&device))?;
         let size = WorkspaceSize {
             max_rows: plan::bucket(options.max_batch_tokens),
             max_logits_rows: plan::bucket(options.max_batch_tokens.min(MAX_LOGITS_ROWS)),
             max_lora_rank: options.max_lora_rank,
         };
         let workspace = Workspace::new(&stream, config, &shape, size).map_err(MemoryUse::StepBuffers.name(&device))?;
-        let outputs = Outputs::new(&device, size.max_rows)?;
+        let outputs = Outputs::new(&device, size.max_rows).map_err(MemoryUse::StepBuffers.name(&device))?;
         let max_shrink_items = size.max_rows * (3 * options.max_lora_rank).div_ceil(16);
         let forward_bytes = ForwardPlaces::new(size.max_rows, max_shrink_items).1.bytes();
         let forward_staging = Staging::new(&device, forward_bytes, MAX_IN_FLIGHT)?;
@@ -859,9 +859,9 @@ impl Backend for CudaBackend {
         self.device.bind().map_err(device_error)?;
         // Before the launches: they are what is not to be held up.
         self.steps.store(self.in_flight.len() + 1, Relaxed);
-        let in_flight = self.enqueue(batch)?;
-        self.in_flight.push_back(in_flight);
-        Ok(Launched::Running)
+        let launched = self.enqueue(batch).map(|in_flight| self.in_flight.push_back(in_flight));
+        self.steps.store(self.in_flight.len(), Relaxed);
+        launched.map(|()| Launched::Running)
     }
 
     fn is_collectable(&mut self) -> Result<bool, BackendError> {

@@ -2,7 +2,8 @@
 //!
 //! The driver takes a lock for it that every launch needs. On an H100's host, four threads that locked 84 MB each made a launch wait for up to
 //! 4 ms (0.08 ms without them), one call for all of it for 19 ms, `cuMemHostAlloc` for as long as it took; and where the pages' memory had to be
-//! fetched by the hypervisor first, ten times as long. So nobody waits for this: an adapter that is not locked yet is copied through a stage.
+//! fetched by the hypervisor first, ten times as long. So nobody waits for this: an adapter that is not locked yet is copied through a stage, and
+//! the memory of one that left goes a little later than it is counted as gone (84 MB in 0.03 s beside steps).
 
 use std::{
     sync::{
