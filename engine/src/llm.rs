@@ -514,6 +514,9 @@ mod tests {
         },
     };
 
+    /// Long enough for any machine.
+    const PATIENCE: Duration = Duration::from_secs(120);
+
     fn config() -> EngineConfig {
         EngineConfig {
             context_length: 64,
@@ -706,7 +709,7 @@ mod tests {
         let expected = expected_events(&second);
         let second = engine.submit(second).expect("there is room");
         // Until it is told otherwise, no step ends: who waited for that would wait for ever.
-        let version = uploads_begun.recv_timeout(Duration::from_secs(120));
+        let version = uploads_begun.recv_timeout(PATIENCE);
         assert_eq!(version, Ok(adapter.version));
         is_busy.store(false, SeqCst);
         assert_eq!(collect(base), expected_base);
@@ -887,6 +890,47 @@ mod tests {
 
     fn lease_a(engine: &LlmEngine) -> AdapterLease {
         block_on(engine.acquire_adapter("a")).expect("it is loaded")
+    }
+
+    #[test]
+    fn what_is_asked_beside_the_last_step_is_done_without_another_command() {
+        let (looked, looks) = channel();
+        let (begun, uploads_begun) = channel();
+        let is_busy = Arc::new(AtomicBool::new(true));
+        let engine = start_with_adapter(capacity(), |backend| {
+            backend.is_pipelined = true;
+            backend.looked = Some(looked);
+            backend.is_busy = is_busy.clone();
+            backend.uploads_begun = Some(begun);
+        });
+        // A command is taken between two looks at a step.
+        let have_taken = |num_commands| {
+            looks.try_iter().for_each(drop);
+            (0..num_commands + 2).for_each(|_| looks.recv_timeout(PATIENCE).expect("it looks for the step's end"));
+        };
+        let first = engine.submit(ask(1)).expect("there is room");
+        have_taken(0);
+        let (tell, told) = channel();
+        let flusher = engine.clone();
+        std::thread::spawn(move || {
+            let flushed = flusher.flush_cache();
+            tell.send(None).ok();
+            tell.send(Some(block_on(flushed))).ok();
+        });
+        assert_eq!(told.recv_timeout(PATIENCE), Ok(None), "asked");
+        have_taken(1);
+        is_busy.store(false, SeqCst);
+        collect(first);
+        assert_eq!(told.recv_timeout(PATIENCE), Ok(Some(true)));
+
+        is_busy.store(true, SeqCst);
+        let second = engine.submit(ask(1)).expect("there is room");
+        have_taken(0);
+        engine.pin_adapter("a", true).expect("one may be pinned");
+        have_taken(1);
+        is_busy.store(false, SeqCst);
+        collect(second);
+        assert!(uploads_begun.recv_timeout(PATIENCE).is_ok(), "a pinned adapter is uploaded at once");
     }
 
     /// `max_tokens` of output on `a`.

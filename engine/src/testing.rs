@@ -301,6 +301,8 @@ pub struct FakeBackend {
     /// Looks at a step in flight before it can be collected.
     pub busy_looks: usize,
     looks: usize,
+    /// Told of each look.
+    pub looked: Option<Sender<()>>,
     /// While it says so, no step in flight can be collected.
     pub is_busy: Arc<AtomicBool>,
     /// Told of uploads that begin.
@@ -342,6 +344,7 @@ impl FakeBackend {
             is_pipelined: false,
             busy_looks: 0,
             looks: 0,
+            looked: None,
             is_busy: Arc::default(),
             uploads_begun: None,
             launched: VecDeque::new(),
@@ -573,6 +576,9 @@ impl Backend for FakeBackend {
 
     fn is_collectable(&mut self) -> Result<bool, BackendError> {
         self.looks += 1;
+        if let Some(looked) = &self.looked {
+            looked.send(()).ok();
+        }
         Ok(!self.is_busy.load(SeqCst) && self.looks.is_multiple_of(self.busy_looks + 1))
     }
 

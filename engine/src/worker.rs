@@ -220,6 +220,8 @@ pub(crate) struct Worker {
     /// Requests wait, but none can run before an upload is done.
     is_stalled: bool,
     in_flight: Option<InFlight>,
+    /// Commands were taken while a step was waited for: [`Self::admit`] has not yet done what it does about all commands.
+    has_taken: bool,
     last_commit: Instant,
     adapters: Option<Arc<AdapterRegistry>>,
     pins_generation: Option<usize>,
@@ -268,6 +270,7 @@ impl Worker {
             flushes: Vec::new(),
             is_stalled: false,
             in_flight: None,
+            has_taken: false,
             last_commit: Instant::now(),
             adapters,
             pins_generation: None,
@@ -323,11 +326,11 @@ impl Worker {
         Ok(!self.is_drained())
     }
 
-    fn next_command(&self) -> Result<Command, RecvTimeoutError> {
-        // A flush may have been asked for while the last step was waited for.
-        let is_idle = self.requests.is_empty() && self.drain.is_none() && self.flushes.is_empty();
+    fn next_command(&mut self) -> Result<Command, RecvTimeoutError> {
+        let is_idle = self.requests.is_empty() && self.drain.is_none();
         let waits_for_upload = if is_idle { self.residency.is_uploading() } else { self.is_stalled };
-        if self.in_flight.is_some() || !(is_idle || waits_for_upload) {
+        let has_taken = std::mem::take(&mut self.has_taken);
+        if has_taken || self.in_flight.is_some() || !(is_idle || waits_for_upload) {
             self.inbox.try_recv().map_err(|error| match error {
                 TryRecvError::Empty => RecvTimeoutError::Timeout,
                 TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
@@ -517,13 +520,10 @@ impl Worker {
     }
 
     fn commit_in_flight(&mut self) -> Result<(), BackendError> {
-        if self.in_flight.is_none() {
-            return Ok(());
-        }
-        self.await_step()?;
         let Some(in_flight) = self.in_flight.take() else {
             return Ok(());
         };
+        self.await_step()?;
         let output = self.backend.collect()?;
         self.commit(in_flight, output)
     }
@@ -540,6 +540,7 @@ impl Worker {
                 _ => None,
             };
             self.handle(command);
+            self.has_taken = true;
             if let Some(request_id) = arrived {
                 self.prefetch(request_id)?;
             }
