@@ -280,12 +280,9 @@ impl DeviceResidency {
             let began = Instant::now();
             match backend.begin_upload(adapter) {
                 Ok(handle) => {
-                    let ready = backend.poll_upload(handle)?;
-                    let resident = Arc::new(ResidentAdapter {
-                        version: adapter.version,
-                        handle,
-                    });
-                    self.insert(resident.clone(), bytes, began, ready);
+                    let version = adapter.version;
+                    let resident = Arc::new(ResidentAdapter { version, handle });
+                    let ready = self.insert(backend, resident.clone(), bytes, began)?;
                     return Ok(if ready { Residency::Ready(resident) } else { Residency::Uploading });
                 }
                 // There will be one free run when those on their way have arrived.
@@ -323,10 +320,9 @@ impl DeviceResidency {
             Err(error) => return Err(error),
         };
         self.clock += 1;
-        let ready = backend.poll_upload(handle)?;
         let version = adapter.version;
-        self.insert(Arc::new(ResidentAdapter { version, handle }), bytes, began, ready);
-        Ok(Some(ready))
+        let resident = Arc::new(ResidentAdapter { version, handle });
+        self.insert(backend, resident, bytes, began).map(Some)
     }
 
     fn bytes_of(&mut self, backend: &dyn Backend, adapter: &HostAdapter) -> Result<usize, BackendError> {
@@ -341,7 +337,9 @@ impl DeviceResidency {
         Ok(bytes)
     }
 
-    fn insert(&mut self, adapter: Arc<ResidentAdapter>, bytes: usize, began: Instant, ready: bool) {
+    /// Notes an upload that has begun. Whether it is done already.
+    fn insert(&mut self, backend: &mut dyn Backend, adapter: Arc<ResidentAdapter>, bytes: usize, began: Instant) -> Result<bool, BackendError> {
+        let ready = backend.poll_upload(adapter.handle)?;
         self.used_bytes += bytes;
         self.last_bytes = bytes;
         self.uploads += 1;
@@ -360,6 +358,7 @@ impl DeviceResidency {
         };
         let replaced = self.entries.insert(adapter.version, entry);
         assert!(replaced.is_none(), "one copy of a version");
+        Ok(ready)
     }
 
     fn never_fits(&self, bytes: usize) -> Option<String> {

@@ -78,6 +78,31 @@ impl Group {
     }
 }
 
+/// Input and outputs of a group's GEMM over `m` rows.
+struct GroupBuffers {
+    m: usize,
+    x: DeviceBuffer<bf16>,
+    y16: DeviceBuffer<bf16>,
+    y32: DeviceBuffer<f32>,
+}
+
+impl GroupBuffers {
+    fn args<'a>(&'a self, group: &Group, w: View<'a, bf16>) -> GemmArgs<'a> {
+        GemmArgs {
+            x: self.x.view(),
+            w,
+            bias: None,
+            y: match group.f32_output {
+                true => GemmOutput::AddF32(self.y32.view()),
+                false => GemmOutput::Bf16(self.y16.view()),
+            },
+            m: self.m,
+            n: group.width(),
+            k: group.d_in,
+        }
+    }
+}
+
 /// K and V of a layer in a cache whose blocks have all layers, as the engine's.
 fn layer_kv(cache: &DeviceBuffer<bf16>, layer: usize) -> [View<'_, bf16>; 2] {
     [0, 1].map(|kv| cache.view().slice((2 * layer + kv) * SHAPE.block_len()..cache.len()))
@@ -187,6 +212,15 @@ impl Bench {
         (0..LAYERS).map(weight).collect()
     }
 
+    fn group_buffers(&self, group: &Group, m: usize) -> GroupBuffers {
+        GroupBuffers {
+            m,
+            x: self.random(m * group.d_in, 5, 1.0),
+            y16: self.zeros(m * group.width()),
+            y32: self.zeros(m * group.width()),
+        }
+    }
+
     /// The own kernels' cuts of each shape, the fastest of them, beside cuBLASLt's first choice.
     fn gemm_cuts(&self) {
         for group in &GROUPS {
@@ -195,22 +229,8 @@ impl Bench {
             let (k, n) = (group.d_in, group.width());
             for m in [64, 128, 256] {
                 let mut gemm = Gemm::new(&self.device).expect("cuBLASLt");
-                let x = self.random(m * k, 5, 1.0);
-                let (y16, y32) = (self.zeros::<bf16>(m * n), self.zeros::<f32>(m * n));
-                let y = if group.f32_output {
-                    GemmOutput::AddF32(y32.view())
-                } else {
-                    GemmOutput::Bf16(y16.view())
-                };
-                let args = |w| GemmArgs {
-                    x: x.view(),
-                    w,
-                    bias: None,
-                    y,
-                    m,
-                    n,
-                    k,
-                };
+                let buffers = self.group_buffers(group, m);
+                let args = |w| buffers.args(group, w);
                 let bytes = (LAYERS * (n * k + m * k + m * n) * 2) as f64;
                 gemm.launch(&self.stream, &args(views[0])).expect("cuBLASLt");
                 let times = self.time_repeats(3, || views.iter().try_for_each(|w| gemm.launch(&self.stream, &args(*w))));
@@ -222,7 +242,7 @@ impl Bench {
                         views.iter().try_for_each(|w| {
                             gemm.launch(&self.stream, &args(*w))?;
                             let activation = &self.kernels.activation;
-                            activation.launch(&self.stream, Gate::Silu, y16.view(), activated.view(), m, FFN)
+                            activation.launch(&self.stream, Gate::Silu, buffers.y16.view(), activated.view(), m, FFN)
                         })
                     });
                     let bytes = (LAYERS * (n * k + m * k + m * FFN) * 2) as f64;
@@ -264,22 +284,8 @@ impl Bench {
             let mut total = 0.0;
             for (group, weights) in GROUPS.iter().zip(&weights) {
                 let (k, n) = (group.d_in, group.width());
-                let x = self.random(m * k, 5, 1.0);
-                let (y16, y32) = (self.zeros::<bf16>(m * n), self.zeros::<f32>(m * n));
-                let y = if group.f32_output {
-                    GemmOutput::AddF32(y32.view())
-                } else {
-                    GemmOutput::Bf16(y16.view())
-                };
-                let args = |w| GemmArgs {
-                    x: x.view(),
-                    w,
-                    bias: None,
-                    y,
-                    m,
-                    n,
-                    k,
-                };
+                let buffers = self.group_buffers(group, m);
+                let args = |w| buffers.args(group, w);
                 let views: Vec<View<'_, bf16>> = weights.iter().map(DeviceBuffer::view).collect();
                 gemm.tune(&self.stream, &args(views[0]), &views, || Ok(())).expect("tune");
                 let times = self.time_repeats(10, || views.iter().try_for_each(|w| gemm.launch(&self.stream, &args(*w))));

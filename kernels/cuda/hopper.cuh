@@ -42,6 +42,14 @@ DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
+// The next place in a ring, and the parity of its barriers' round.
+DEVICE void advance(int& stage, int& parity, int num_stages) {
+  if (++stage == num_stages) {
+    stage = 0;
+    parity ^= 1;
+  }
+}
+
 // Hints for the L2 cache: what is read once goes first, what every block reads stays.
 static constexpr uint64_t EVICT_FIRST = 0x12F0000000000000;
 static constexpr uint64_t EVICT_LAST = 0x14F0000000000000;

@@ -56,10 +56,7 @@ DEVICE void stream_gemm(const TensorMap& w_map, const TensorMap& x_map, const Ge
         barrier_wait(&empty[stage], parity);
         load_w(stage, step);
         load_x(stage, step);
-        if (++stage == args.num_stages) {
-          stage = 0;
-          parity ^= 1;
-        }
+        advance(stage, parity, args.num_stages);
       }
     }
     __syncwarp();
@@ -86,10 +83,7 @@ DEVICE void stream_gemm(const TensorMap& w_map, const TensorMap& x_map, const Ge
       warpgroup_wait<1>();
       if (step > 0 && lane == 0) barrier_arrive(&empty[last]);
       last = stage;
-      if (++stage == args.num_stages) {
-        stage = 0;
-        parity ^= 1;
-      }
+      advance(stage, parity, args.num_stages);
     }
     warpgroup_wait<0>();
     wait_for_previous_kernel();

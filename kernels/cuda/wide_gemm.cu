@@ -138,10 +138,7 @@ DEVICE void wide_gemm(const TensorMap& w_map, const TensorMap& x_map, const Wide
       for (int step = 0; step < num_steps; step++) {
         refill(step, stage, x_stage, parity);
         if (++x_stage == num_x_stages) x_stage = 0;
-        if (++stage == num_stages) {
-          stage = 0;
-          parity ^= 1;
-        }
+        advance(stage, parity, num_stages);
       }
     }
     __syncwarp();
@@ -184,10 +181,7 @@ DEVICE void wide_gemm(const TensorMap& w_map, const TensorMap& x_map, const Wide
       last_x = x_stage;
       last_parity = parity;
       if (++x_stage == num_x_stages) x_stage = 0;
-      if (++stage == num_stages) {
-        stage = 0;
-        parity ^= 1;
-      }
+      advance(stage, parity, num_stages);
     }
     warpgroup_wait<0>();
     wait_for_previous_kernel();

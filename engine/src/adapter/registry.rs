@@ -674,9 +674,7 @@ impl AdapterRegistry {
         state.insert(request, None);
         if pinned {
             if let Err(error) = shared.fetch(&mut state, &name, None) {
-                state.entries.remove(&name);
-                state.names.remove(&name);
-                state.num_pinned -= 1;
+                state.remove(&name);
                 return Err(error);
             }
             shared.pins_changed.fetch_add(1, Ordering::Release);
@@ -1078,6 +1076,17 @@ impl State {
         self.entries.insert(name, entry);
     }
 
+    /// What [`Self::insert`] did, undone.
+    fn remove(&mut self, name: &str) -> Option<Entry> {
+        let entry = self.entries.remove(name)?;
+        self.names.remove(name);
+        if let Tier::Host(weights) = &entry.tier {
+            self.leave_host(name, weights);
+        }
+        self.num_pinned -= usize::from(entry.pinned);
+        Some(entry)
+    }
+
     /// Counts a move of a name.
     fn moved(&mut self, name: &str, count: impl FnOnce(&mut AdapterMoves)) {
         if let Some(moves) = self.moves.get_mut(name) {
@@ -1394,14 +1403,9 @@ impl Shared {
     fn forget(&self, name: &str) -> Result<Vec<Arc<Hold>>, AdapterError> {
         let (entry, error) = {
             let mut state = self.state.lock();
-            let Some(entry) = state.entries.remove(name) else {
+            let Some(entry) = state.remove(name) else {
                 return Err(self.unknown(&state, name));
             };
-            state.names.remove(name);
-            if let Tier::Host(weights) = &entry.tier {
-                state.leave_host(name, weights);
-            }
-            state.num_pinned -= usize::from(entry.pinned);
             let error = matches!(entry.tier, Tier::Loading(_)).then(|| self.unknown(&state, name));
             (entry, error)
         };

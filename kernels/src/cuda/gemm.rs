@@ -182,6 +182,13 @@ impl GemmArgs<'_> {
         }
     }
 
+    /// As [`Self::check`], for outputs that cuBLASLt knows.
+    fn check_plain(&self) -> Result<(), CudaError> {
+        let is_gated = matches!(self.y, GemmOutput::Gated(..));
+        require(NAME, !is_gated, || "a gated output is launch_gated's".into())?;
+        self.check()
+    }
+
     fn check(&self) -> Result<(), CudaError> {
         require(NAME, self.m > 0 && self.n > 0 && self.k > 0, || {
             format!("m, n, k are {}, {}, {}", self.m, self.n, self.k)
@@ -344,9 +351,8 @@ impl Gemm {
     /// # Errors
     /// `Shape` for lengths that don't fit; `Cublas`.
     pub fn launch(&mut self, stream: &Stream, args: &GemmArgs<'_>) -> Result<(), CudaError> {
-        args.check()?;
+        args.check_plain()?;
         let key = args.key();
-        require(NAME, key.output != OutputKind::Gated, || "a gated output is launch_gated's".into())?;
         if let Some(own) = self.own.get(&key) {
             return self.enqueue_own(stream, args, *own);
         }
@@ -445,7 +451,7 @@ impl Gemm {
         weights: &[View<'_, bf16>],
         before: impl Fn() -> Result<(), CudaError>,
     ) -> Result<Tuned, CudaError> {
-        args.check()?;
+        args.check_plain()?;
         let key = args.key();
         if let Some(&choice) = self.tuning.0.get(&key)
             && self.adopt(args, choice)?

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use super::{
     CudaError, Device, LaunchConfig, Stream, arguments,
-    device::{Kernel, Module, TensorMap},
+    device::{Kernel, TensorMap},
     gemm::GemmArgs,
-    hopper::{DEPTH, MAX_CLUSTER, MAX_STAGES, MIN_STEPS, OTHER_SHARED_BYTES, RawArgs},
+    hopper::{DEPTH, MAX_CLUSTER, MAX_STAGES, MIN_STEPS, Multiprocessors, OTHER_SHARED_BYTES, RawArgs},
     images, require,
 };
 
@@ -78,27 +78,20 @@ impl Variant {
 /// The loaded kernels.
 pub(super) struct StreamGemm {
     variants: Vec<Variant>,
-    shared_bytes: usize,
-    num_multiprocessors: usize,
+    multiprocessors: Multiprocessors,
 }
 
 impl StreamGemm {
     /// `None` on devices other than Hopper.
     pub fn load(device: &Arc<Device>) -> Result<Option<Self>, CudaError> {
-        if device.info().compute_capability != (9, 0) {
+        let Some(multiprocessors) = Multiprocessors::of_hopper(device) else {
             return Ok(None);
-        }
-        let module = Module::load(device, images::STREAM_GEMM)?;
-        let shared_bytes = device.max_shared_bytes() as usize;
-        let variant = |&(rows, tile, name): &(usize, usize, &'static str)| {
-            let kernel = module.kernel(name)?;
-            kernel.allow_shared_bytes((shared_bytes - 256) as u32)?;
-            Ok(Variant { rows, tile, kernel })
         };
+        let kernels = multiprocessors.load(device, images::STREAM_GEMM, VARIANTS.map(|(.., name)| name))?;
+        let variants = VARIANTS.into_iter().zip(kernels);
         Ok(Some(Self {
-            variants: VARIANTS.iter().map(variant).collect::<Result<_, CudaError>>()?,
-            shared_bytes,
-            num_multiprocessors: device.num_multiprocessors() as usize,
+            variants: variants.map(|((rows, tile, _), kernel)| Variant { rows, tile, kernel }).collect(),
+            multiprocessors,
         }))
     }
 
@@ -113,19 +106,20 @@ impl StreamGemm {
         let Some(rows) = self.most_rows(args.m).filter(|_| args.n.is_multiple_of(8)) else {
             return cuts;
         };
+        let Multiprocessors { count, shared_bytes } = self.multiprocessors;
         let steps = args.k.div_ceil(DEPTH);
         for (index, variant) in self.variants.iter().enumerate().filter(|(_, variant)| variant.rows == rows) {
             let tiles = args.n.div_ceil(variant.tile);
             let max_splits = MAX_CLUSTER.min((steps / MIN_STEPS).max(1));
             for num_splits in 1..=max_splits {
                 let blocks = tiles * num_splits;
-                let (too_many, too_few) = (blocks > 2 * self.num_multiprocessors, 2 * blocks < self.num_multiprocessors);
+                let (too_many, too_few) = (blocks > 2 * count, 2 * blocks < count);
                 if (too_many && num_splits > 1) || (too_few && num_splits < max_splits) {
                     continue;
                 }
-                let shared_by = if blocks > self.num_multiprocessors { 2 } else { 1 };
+                let shared_by = if blocks > count { 2 } else { 1 };
                 for sharing in 1..=shared_by {
-                    if let Some(num_stages) = variant.stages(self.shared_bytes, sharing) {
+                    if let Some(num_stages) = variant.stages(shared_bytes, sharing) {
                         cuts.push(StreamCut {
                             variant: index,
                             num_splits,

@@ -6,9 +6,9 @@ use super::{
     CudaError, Device, LaunchConfig, Stream,
     activation::Gate,
     arguments,
-    device::{Kernel, Module, TensorMap},
+    device::{Kernel, TensorMap},
     gemm::{GemmArgs, GemmOutput},
-    hopper::{DEPTH, MAX_CLUSTER, MAX_STAGES, MIN_STEPS, OTHER_SHARED_BYTES, RawArgs},
+    hopper::{DEPTH, MAX_CLUSTER, MAX_STAGES, MIN_STEPS, Multiprocessors, OTHER_SHARED_BYTES, RawArgs},
     images, require,
 };
 
@@ -120,32 +120,25 @@ struct RawWideArgs {
 /// The loaded kernels.
 pub(super) struct WideGemm {
     variants: Vec<Variant>,
-    shared_bytes: usize,
-    num_multiprocessors: usize,
+    multiprocessors: Multiprocessors,
 }
 
 impl WideGemm {
     /// `None` on devices other than Hopper.
     pub fn load(device: &Arc<Device>) -> Result<Option<Self>, CudaError> {
-        if device.info().compute_capability != (9, 0) {
+        let Some(multiprocessors) = Multiprocessors::of_hopper(device) else {
             return Ok(None);
-        }
-        let module = Module::load(device, images::WIDE_GEMM)?;
-        let shared_bytes = device.max_shared_bytes() as usize;
-        let variant = |&(rows, tile, is_gated, name): &(usize, usize, bool, &'static str)| {
-            let kernel = module.kernel(name)?;
-            kernel.allow_shared_bytes((shared_bytes - 256) as u32)?;
-            Ok(Variant {
-                rows,
-                tile,
-                is_gated,
-                kernel,
-            })
+        };
+        let kernels = multiprocessors.load(device, images::WIDE_GEMM, VARIANTS.map(|(.., name)| name))?;
+        let variant = |((rows, tile, is_gated, _), kernel)| Variant {
+            rows,
+            tile,
+            is_gated,
+            kernel,
         };
         Ok(Some(Self {
-            variants: VARIANTS.iter().map(variant).collect::<Result<_, CudaError>>()?,
-            shared_bytes,
-            num_multiprocessors: device.num_multiprocessors() as usize,
+            variants: VARIANTS.into_iter().zip(kernels).map(variant).collect(),
+            multiprocessors,
         }))
     }
 
@@ -162,6 +155,7 @@ impl WideGemm {
             return cuts;
         };
         let (is_gated, columns) = (matches!(args.y, GemmOutput::Gated(..)), args.y_columns());
+        let Multiprocessors { count, shared_bytes } = self.multiprocessors;
         let steps = args.k.div_ceil(DEPTH);
         let is_for_it = |variant: &Variant| variant.rows == rows && variant.is_gated == is_gated;
         for (index, variant) in self.variants.iter().enumerate().filter(|(_, variant)| is_for_it(variant)) {
@@ -173,12 +167,12 @@ impl WideGemm {
                 };
                 for num_splits in 1..=max_splits {
                     let blocks = tiles * num_splits;
-                    let (too_many, too_few) = (blocks > self.num_multiprocessors, 2 * blocks < self.num_multiprocessors);
+                    let (too_many, too_few) = (blocks > count, 2 * blocks < count);
                     let waves_may_do = num_splits == 1 && variant.tile >= TILE_OF_WAVES;
                     if (too_many && !waves_may_do) || (too_few && num_splits < max_splits) {
                         continue;
                     }
-                    if let Some([num_stages, num_x_stages]) = variant.stages(self.shared_bytes, num_splits) {
+                    if let Some([num_stages, num_x_stages]) = variant.stages(shared_bytes, num_splits) {
                         cuts.push(WideCut {
                             variant: index,
                             num_splits,

@@ -293,7 +293,7 @@ impl Forward<'_> {
         let is_activated = step.lora.is_none() && gate_up.bias.is_none() && gemm.launch_gated(self.stream, &self.gated_args(layer, rows))?;
         if !is_activated {
             self.gemm_and_shrink(gemm, step, views, Group::GateUp, layer_idx, &gate_up)?;
-            self.activate(step, views, layer_idx)?;
+            self.add_and_activate(step, views, layer_idx)?;
         }
         self.set_aside(step, views, Group::Down, layer_idx)?;
         let down = add_args(&layer.down, w.activated.view(), w.residual.view(), rows);
@@ -319,24 +319,39 @@ impl Forward<'_> {
         }
     }
 
-    /// The activation, with the deltas of gate and up added on the way if any row has some.
-    fn activate(&self, step: &StepShape, views: &StepViews<'_>, layer: usize) -> Result<(), CudaError> {
-        let (w, ffn) = (self.workspace, self.config.intermediate_size);
-        let gate = self.gate();
-        let (from, to) = (w.gate_up.view().first(w.max_rows * 2 * ffn), w.activated.view());
+    /// The activation of what the GEMM of gate and up left.
+    fn activate(&self, rows: usize) -> Result<(), CudaError> {
+        let (from, to) = self.gate_up_and_activated();
+        let ffn = self.config.intermediate_size;
+        self.kernels.activation.launch(self.stream, self.gate(), from, to, rows, ffn)
+    }
+
+    fn gate_up_and_activated(&self) -> (View<'_, bf16>, View<'_, bf16>) {
+        let w = self.workspace;
+        let gate_up = w.gate_up.view().first(w.max_rows * 2 * self.config.intermediate_size);
+        (gate_up, w.activated.view())
+    }
+
+    /// The same with the deltas of gate and up added on the way, if any row has some.
+    fn add_and_activate(&self, step: &StepShape, views: &StepViews<'_>, layer: usize) -> Result<(), CudaError> {
+        let ffn = self.config.intermediate_size;
         let Some(lora) = step.lora else {
-            return self.kernels.activation.launch(self.stream, gate, from, to, step.rows, ffn);
+            return self.activate(step.rows);
         };
+        let (gate_up, activated) = self.gate_up_and_activated();
         if !lora.is_gated {
-            let y = ExpandInto::Bf16(from);
+            let y = ExpandInto::Bf16(gate_up);
             self.expand(step, views, Group::GateUp, layer, self.config.hidden_size, y, &[ffn, ffn])?;
-            self.output_terms(step, views, Group::GateUp, layer, OutputInto::Bf16(from), &[ffn, ffn])?;
-            return self.kernels.activation.launch(self.stream, gate, from, to, step.rows, ffn);
+            self.output_terms(step, views, Group::GateUp, layer, OutputInto::Bf16(gate_up), &[ffn, ffn])?;
+            return self.activate(step.rows);
         }
         let units = max_items(step.rows, lora) * Lora::gated_column_tiles(ffn);
         let work = self.covering_items(step, views, Group::GateUp, layer, units);
         let shrunk = self.shrunk(self.config.hidden_size, step.rows);
-        self.kernels.lora.launch_expand_gated(self.stream, work, shrunk, gate, (from, to), ffn)
+        let buffers = (gate_up, activated);
+        self.kernels
+            .lora
+            .launch_expand_gated(self.stream, work, shrunk, self.gate(), buffers, ffn)
     }
 
     /// Enqueues the logits of residual rows `rows` into the workspace, with what adapters have on the head and of it.
@@ -444,8 +459,9 @@ impl Forward<'_> {
         let (w, layers) = (self.workspace, &self.model.layers);
         let Some(layer) = layers.first() else { return Ok(tuned) };
         let weights = |of: fn(&Layer) -> View<'_, bf16>| layers.iter().map(of).collect::<Vec<_>>();
+        let before = || self.norm(&layer.input_norm, rows);
         let mut tune = |gemm: &mut Gemm, args: &GemmArgs<'_>, weights: &[View<'_, bf16>]| {
-            tuned += gemm.tune(self.stream, args, weights, || self.norm(&layer.input_norm, rows))?;
+            tuned += gemm.tune(self.stream, args, weights, before)?;
             Ok::<_, CudaError>(())
         };
         let qkv = bf16_args(&layer.qkv, w.normed.view(), w.qkv.view(), rows);
@@ -461,12 +477,9 @@ impl Forward<'_> {
         }
         if gate_up.bias.is_none() {
             let weights = weights(|layer| layer.gate_up.weight.view());
-            let before = || self.norm(&layer.input_norm, rows);
-            let ffn = self.config.intermediate_size;
-            let (from, to) = (w.gate_up.view().first(w.max_rows * 2 * ffn), w.activated.view());
             tuned += gemm.tune_gated(self.stream, &self.gated_args(layer, rows), &weights, before, |gemm, weight| {
                 gemm.launch(self.stream, &GemmArgs { w: weight, ..gate_up })?;
-                self.kernels.activation.launch(self.stream, self.gate(), from, to, rows, ffn)
+                self.activate(rows)
             })?;
         }
         // Sums that were added again and again may have overflowed; padded rows are never written.
