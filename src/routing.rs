@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use polylora_engine::{AdapterError, AdapterLease, InferenceEngine, adapter::combine::parse_expression};
+use polylora_engine::{AdapterError, AdapterInfo, AdapterLease, InferenceEngine, adapter::combine::parse_expression};
 
 use crate::{
     aliases::{Aliases, Names},
@@ -181,14 +181,22 @@ impl Router<'_> {
         if !matches!(error, BadFile { .. } | Incompatible { .. } | Unsupported { .. }) {
             return error.into();
         }
-        let said = error.to_string();
-        let fails = |name: &&&str| self.engine.adapter_info(name).and_then(|info| info.last_error).as_ref() == Some(&said);
-        let name = match names {
-            [name] => Some(*name),
-            several => several.iter().find(fails).copied(),
+        let reason = error.to_string();
+        let fails = |info: &AdapterInfo| info.last_error.as_ref() == Some(&reason);
+        // A sum and, before it, its parts: one of these it is, if any.
+        let with_parts = |name: &&str| {
+            let sum = self.engine.adapter_info(name);
+            let parts: Vec<AdapterInfo> = sum
+                .iter()
+                .flat_map(|sum| &sum.parts)
+                .filter_map(|part| self.engine.adapter_info(part))
+                .collect();
+            parts.into_iter().chain(sum)
         };
+        let failed = names.iter().flat_map(with_parts).find(fails).map(|info| info.name);
         let said = ApiError::from(error).for_param("model");
-        match name {
+        let only = names.first().copied().filter(|_| names.len() == 1);
+        match failed.as_deref().or(only) {
             Some(name) => said.with_message(|message| format!("adapter '{}': {message}", shown(name))),
             None => said,
         }

@@ -254,6 +254,9 @@ fn adapters_outside_the_limits_are_refused_at_start_and_at_first_use() {
         ("/generate", generate(json!("json")), "lora_path"),
         ("/generate", generate(json!(["lines", "json"])), "lora_path"),
         ("/v1/completions", json!({"model": "base:json", "prompt": LIST_3}), "model"),
+        // Of a sum, the part.
+        ("/v1/completions", json!({"model": "base:lines+json", "prompt": LIST_3}), "model"),
+        ("/generate", generate(json!([null, "lines*0.5+json"])), "lora_path"),
     ] {
         let (status, answer) = server.post(path, &body);
         assert_eq!((status, &answer["error"]["param"]), (400, &json!(param)), "{answer}");

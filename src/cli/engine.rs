@@ -90,9 +90,9 @@ pub(super) fn build(inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine> {
 pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result<BuiltEngine> {
     #[cfg(not(feature = "cuda"))]
     refuse_cuda(args.device)?;
-    let folder = args.model_path.clone().map(FileSource::Directory);
-    let decoder = match &folder {
-        Some(folder) => super::adapters::read_decoder_config(folder)?,
+    let decoder = match &args.model_path {
+        Some(folder) => super::adapters::read_decoder_config(&FileSource::Directory(folder.clone()))
+            .with_context(|| format!("--model-path {}", folder.display()))?,
         None => DecoderConfig::from_json(&serde_json::to_vec(&args.shape.config_json())?, None)?,
     };
     let stored = if args.dtype == Dtype::Bfloat16 {
@@ -100,7 +100,8 @@ pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result
     } else {
         StoredDtype::F32
     };
-    let files = folder.filter(|_| args.load_format == LoadFormat::Auto);
+    let folder = args.model_path.clone().filter(|_| args.load_format == LoadFormat::Auto);
+    let files = folder.map(FileSource::Directory);
     let weights = match &files {
         Some(files) => ModelWeights::open(files).context("--model-path (its config.json is enough with --load-format dummy)")?,
         None => ModelWeights::random(args.seed, stored),
