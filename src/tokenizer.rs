@@ -4,9 +4,11 @@
 //! SentencePiece with byte fallback) a token's text is a fixed string of bytes, so it is looked up in a table; any other decoder
 //! goes through [`TextTokenizer::decode`] on a small window.
 
-use std::sync::Arc;
-
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
 
 use tokenizers::{AddedToken, Tokenizer};
 
@@ -15,6 +17,9 @@ use tokenizers::{AddedToken, Tokenizer};
 const MEMORY_FOR_JSON: usize = 3;
 const MEMORY_FOR_TOKEN: usize = 200;
 const MEMORY_FOR_CACHE: usize = 1 << 20;
+
+/// Tokens that any tokenizer may have: the largest known has a fiftieth of it, and tables are as long as the largest id says.
+const MAX_TOKENS: usize = 1 << 24;
 
 /// Why a tokenizer can't be used, or a text not tokenized.
 #[derive(Debug, thiserror::Error)]
@@ -91,8 +96,11 @@ impl TextTokenizer {
     /// # Errors
     /// `BadFile`; `Added` for one that would get another id, `TooManyTokens`.
     pub fn from_bytes_within(json: &[u8], bos_token: Option<&str>, added: &BTreeMap<u32, AddedToken>, limit: usize) -> Result<Self, TokenizerError> {
-        let tokenizer = Tokenizer::from_bytes(json).map_err(|error| TokenizerError::BadFile(error.to_string()))?;
-        Self::from_tokenizer(tokenizer, bos_token, added, limit, json.len())
+        let read = || {
+            let tokenizer = Tokenizer::from_bytes(json).map_err(|error| TokenizerError::BadFile(error.to_string()))?;
+            Self::from_tokenizer(tokenizer, bos_token, added, limit, json.len())
+        };
+        without_panic(read).unwrap_or_else(|reason| Err(TokenizerError::BadFile(reason)))
     }
 
     /// This one with more tokens, or another beginning-of-sequence token.
@@ -100,7 +108,8 @@ impl TextTokenizer {
     /// # Errors
     /// As [`Self::from_bytes_within`].
     pub fn extended(&self, bos_token: Option<&str>, added: &BTreeMap<u32, AddedToken>, limit: usize) -> Result<Self, TokenizerError> {
-        Self::from_tokenizer(self.tokenizer.clone(), bos_token, added, limit, self.json_bytes)
+        let extend = || Self::from_tokenizer(self.tokenizer.clone(), bos_token, added, limit, self.json_bytes);
+        without_panic(extend).unwrap_or_else(|reason| Err(TokenizerError::BadFile(reason)))
     }
 
     fn from_tokenizer(
@@ -135,6 +144,7 @@ impl TextTokenizer {
         let added = tokenizer.get_added_tokens_decoder();
         let vocabulary = tokenizer.get_vocab(true);
         let vocab_size = vocabulary.values().map(|&id| id as usize + 1).max().unwrap_or(0);
+        let limit = limit.min(MAX_TOKENS);
         if vocab_size > limit {
             let beyond = vocabulary.iter().filter(|(_, id)| **id as usize >= limit);
             let count = beyond.clone().count();
@@ -176,10 +186,9 @@ impl TextTokenizer {
     /// # Errors
     /// `Encode`.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self
-            .tokenizer
-            .encode_fast(text, add_special_tokens)
-            .map_err(|error| TokenizerError::Encode(error.to_string()))?;
+        let encoding = without_panic(|| self.tokenizer.encode_fast(text, add_special_tokens))
+            .and_then(|encoding| encoding.map_err(|error| error.to_string()))
+            .map_err(TokenizerError::Encode)?;
         let mut ids = encoding.get_ids().to_vec();
         if let Some((bos_text, bos_id)) = &self.bos
             && text.starts_with(bos_text.as_str())
@@ -195,9 +204,9 @@ impl TextTokenizer {
     /// # Errors
     /// `Decode`.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, TokenizerError> {
-        self.tokenizer
-            .decode(ids, skip_special_tokens)
-            .map_err(|error| TokenizerError::Decode(error.to_string()))
+        without_panic(|| self.tokenizer.decode(ids, skip_special_tokens))
+            .and_then(|text| text.map_err(|error| error.to_string()))
+            .map_err(TokenizerError::Decode)
     }
 
     /// An estimate of what it takes of memory: the tables of the `tokenizers` crate, which tell nobody, and the ones here.
@@ -269,6 +278,16 @@ impl TextTokenizer {
     pub fn has_fixed_bytes(&self) -> bool {
         self.table.is_some()
     }
+}
+
+/// Calls the library, which panics where a file says what no tokenizer it ever wrote does: then the file is bad, or the text beyond it, and
+/// neither the server's start nor a request ends in a panic. Nothing that is kept is changed by the calls.
+fn without_panic<T>(call: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(call)).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let reason = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason");
+        format!("the tokenizer's library gives up on it: {reason}")
+    })
 }
 
 impl TokenTable {
@@ -476,6 +495,21 @@ pub(crate) mod tests {
     /// The character that stands for a byte in GPT-2's alphabet.
     fn char_of_byte(byte: u8) -> char {
         (0..0x144).filter_map(char::from_u32).find(|&c| byte_of_char(c) == Some(byte)).unwrap()
+    }
+
+    /// The library panics on a file that is cut off, and of another one it believes how long its tables are to be.
+    #[test]
+    fn files_that_no_library_wrote_are_refused() {
+        let json = byte_level_json();
+        let read = |json: &str| TextTokenizer::from_bytes(json.as_bytes(), None).map(|_| ()).unwrap_err().to_string();
+        let decoder = json.find("\"decoder\"").unwrap();
+        let error = read(&json[..decoder + 25]);
+        assert!(error.contains("the tokenizer's library gives up on it"), "{error}");
+        let error = read(&json.replacen("\"vocab\":{", "\"vocab\":{\"far\":4294967295,", 1));
+        assert!(
+            error.contains("\"far\" as 4294967295 (1 in all), and there are rows for 16777216"),
+            "{error}"
+        );
     }
 
     /// Byte-level BPE: token `i` is byte `i`, then some merges, then special tokens.
