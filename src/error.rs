@@ -186,11 +186,12 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, INVALID_REQUEST, Some("unsupported_parameter"), message).for_param(param)
     }
 
-    /// 404 for a model or an adapter; names what exists, or some of it.
-    pub fn model_not_found(name: &str, param: &str, available: &[String], are_all: bool) -> Self {
+    /// 404 for a model or an adapter; names what exists, or some of it, and what `part` of a combination does not.
+    pub fn model_not_found(name: &str, part: Option<&str>, param: &str, available: &[String], are_all: bool) -> Self {
         let list = available.join(", ");
+        let part = part.map_or_else(String::new, |part| format!(": there is no adapter '{}'", shown(part)));
         let more = if are_all { "" } else { ", and more (GET /v1/models lists all)" };
-        let message = format!("The model '{}' does not exist. Available: {list}{more}", shown(name));
+        let message = format!("The model '{}' does not exist{part}. Available: {list}{more}", shown(name));
         Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, Some("model_not_found"), message).for_param(param)
     }
 

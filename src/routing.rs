@@ -123,8 +123,14 @@ impl Router<'_> {
     fn missing(&self, asked: &str, adapter: &str, param: &str) -> ApiError {
         match parse_expression(adapter, usize::MAX) {
             Err(error) => ApiError::from(error).for_param(param),
-            Ok(_) => self.not_found(asked, param),
+            Ok(_) => self.not_found(asked, self.missing_part(adapter), param),
         }
+    }
+
+    /// What a combination is not served for want of; `None` if it is no combination.
+    pub fn missing_part<'n>(&self, name: &'n str) -> Option<&'n str> {
+        let parts = parse_expression(name, usize::MAX).ok()??;
+        parts.into_iter().map(|part| part.name).find(|part| self.find_one(part) == Found::Nothing)
     }
 
     /// A lease on a target whose aliases have been resolved: `None` is the base model.
@@ -205,18 +211,18 @@ impl Router<'_> {
     /// An adapter was unloaded since it was found; somebody may be loading it again, or have done so.
     fn gone(&self, name: &str) -> ApiError {
         match self.find(name) {
-            Found::Nothing => self.not_found(name, "model"),
+            Found::Nothing => self.not_found(name, self.missing_part(name), "model"),
             Found::Loading | Found::Served => ApiError::adapter_loading(name, "model"),
         }
     }
 
-    /// 404, with names that a request may use, base model first.
-    pub fn not_found(&self, asked: &str, param: &str) -> ApiError {
+    /// 404, with names that a request may use, base model first; `part` is what of a combination there is not.
+    pub fn not_found(&self, asked: &str, part: Option<&str>, param: &str) -> ApiError {
         let base = self.served.name();
         let (names, are_all) = self.some_adapters();
         let names = names.iter().map(|name| format!("{base}:{name}"));
         let available: Vec<String> = std::iter::once(base.to_owned()).chain(names).collect();
-        ApiError::model_not_found(asked, param, &available, are_all)
+        ApiError::model_not_found(asked, part, param, &available, are_all)
     }
 
     /// Aliases and adapters for a message, by name, and whether these are all that the caller may use. Not all of thousands are looked at,

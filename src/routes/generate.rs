@@ -133,13 +133,14 @@ async fn leases(state: &Gateway, caller: &Caller, prompts: &[PromptPart]) -> Res
 }
 
 fn never_loaded(state: &Gateway, caller: &Caller, name: &str) -> ApiError {
-    let (mut loaded, are_all) = state.router(&caller.identity).some_adapters();
+    let router = state.router(&caller.identity);
+    let (mut loaded, are_all) = router.some_adapters();
     if !are_all {
         loaded.push("and more".into());
     }
     let message = format!(
         "Got LoRA adapter that has never been loaded: {}\nAll loaded adapters: {}",
-        shown(name),
+        shown(router.missing_part(name).unwrap_or(name)),
         loaded.join(", ")
     );
     ApiError::invalid("lora_path", message)

@@ -126,7 +126,7 @@ pub async fn one(State(state): State<AppState>, caller: Caller, ApiPath(id): Api
         Target::Adapter(name) => match (state.aliases.get(&name), state.engine.adapter_info(&name)) {
             (Some(alias), _) => alias_card(&state, &alias),
             (None, Some(info)) => adapter_card(&state, info),
-            (None, None) => return Err(router.not_found(&id, "model")),
+            (None, None) => return Err(router.not_found(&id, None, "model")),
         },
     };
     Ok(Json(card))

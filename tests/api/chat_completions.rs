@@ -109,6 +109,7 @@ async fn an_unknown_name_is_never_the_base_model() {
         ("nope:sql", Value::Null, "model"),
         ("demo:", Value::Null, "model"),
         ("demo", json!("nope"), "lora_path"),
+        ("demo:sql+nope*0.5", Value::Null, "model"),
     ] {
         let error = server
             .post(PATH, chat(json!({"model": model, "lora_path": lora_path})))
@@ -118,6 +119,8 @@ async fn an_unknown_name_is_never_the_base_model() {
         assert_eq!((&error["code"], &error["param"]), (&json!("model_not_found"), &json!(param)), "{model}");
         let message = error["message"].as_str().unwrap();
         assert!(message.contains("demo:1b:sql") && message.contains("demo:1b:json"), "{message}");
+        // What a combination is not served for is one of its parts.
+        assert_eq!(message.contains(": there is no adapter 'nope'. "), model.contains('+'), "{message}");
     }
     assert!(server.engine.recorded().is_empty());
 }

@@ -12,6 +12,8 @@ use super::{
 
 /// Largest absolute weight in an expression.
 const MAX_WEIGHT: f32 = 16.0;
+/// Names (and repetitions of them) that are read of an expression, whatever it may have: each is compared with those before.
+const MAX_TERMS: usize = 256;
 
 /// One adapter of an expression and its weight.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,7 +28,7 @@ pub struct Part<'a> {
 /// occurs twice has the sum of its weights; the order does not matter and is that of the names.
 ///
 /// # Errors
-/// `BadName`: an empty name, a weight that is no number or too large, more than `max_parts` names.
+/// `BadName`: an empty name, a weight that is no number or too large, more than `max_parts` names, or more of them than are read.
 pub fn parse_expression(expression: &str, max_parts: usize) -> Result<Option<Vec<Part<'_>>>, AdapterError> {
     if !expression.contains(['+', '*']) {
         return Ok(None);
@@ -35,6 +37,10 @@ pub fn parse_expression(expression: &str, max_parts: usize) -> Result<Option<Vec
         name: expression.chars().take(256).collect(),
         reason,
     };
+    let num_terms = expression.split('+').count();
+    if num_terms > MAX_TERMS {
+        return Err(bad(format!("has {num_terms} names, at most {MAX_TERMS} are read")));
+    }
     let mut parts: Vec<Part<'_>> = Vec::new();
     for term in expression.split('+') {
         let (name, weight) = match term.rsplit_once('*') {
@@ -276,6 +282,17 @@ mod tests {
             let error = parse_expression(bad, 4).expect_err(bad);
             assert!(matches!(error, AdapterError::BadName { .. }), "{bad}: {error}");
         }
+    }
+
+    /// Who looks names up reads expressions of any length that a body has room for.
+    #[test]
+    fn an_expression_is_read_up_to_a_bound() {
+        let names: Vec<String> = (0..=MAX_TERMS).map(|index| index.to_string()).collect();
+        let most = names[1..].join("+");
+        assert_eq!(parse_expression(&most, usize::MAX).unwrap().unwrap().len(), MAX_TERMS);
+        let error = parse_expression(&names.join("+"), usize::MAX).unwrap_err().to_string();
+        assert!(error.contains("has 257 names, at most 256 are read"), "{error}");
+        assert!(error.len() < 1000, "{error}");
     }
 
     fn adapter(config: serde_json::Value, seed: u32, limits: &LoraLimits) -> HostAdapter {
