@@ -27,7 +27,7 @@ use crate::{
     auth::{AdapterSources, Auth, Identity, RATE_LIMIT_HEADERS, RequestPermit},
     beside::LARGE_BYTES,
     error::{ApiError, NativeError},
-    extract::BodyTime,
+    extract::{BodyTime, Received},
     lifecycle::{LoadingNames, NameLocks},
     metrics::{Metrics, MetricsConfig, RunsOn},
     prompt::PromptProcessor,
@@ -241,6 +241,8 @@ pub struct Caller {
     pub request_id: Arc<str>,
     /// When it came.
     pub arrived: Instant,
+    /// When its body was here.
+    pub received: Received,
     /// On what it runs, for the metrics.
     pub runs_on: RunsOn,
     /// Its place among its key's concurrent requests, once a route has asked for it.
@@ -250,6 +252,11 @@ pub struct Caller {
 }
 
 impl Caller {
+    /// From when on its sequences are measured: how long a client takes to send its body is not the server's time.
+    pub fn began(&self) -> Instant {
+        self.received.at().unwrap_or(self.arrived)
+    }
+
     /// What an alias's choice sticks to: the request's own `user`; else whom the request is counted under (the API key, or whom a
     /// gateway in front names); else nothing but the request itself.
     pub fn sticky_key<'a>(&'a self, users: [Option<&'a str>; 2], request: &'a str) -> &'a str {
@@ -316,11 +323,13 @@ async fn authenticated(state: &Gateway, mut request: Request, next: Next) -> Res
         identity,
         request_id: request_id(request.headers()).into(),
         arrived: Instant::now(),
+        received: Received::default(),
         // The layer that counts is around this one.
         runs_on: request.extensions().get().cloned().unwrap_or_default(),
         permit: None,
         is_large: is_large(request.headers()),
     };
+    request.extensions_mut().insert(caller.received.clone());
     request.extensions_mut().insert(caller);
     request.extensions_mut().insert(BodyTime(state.limits.body_timeout));
     next.run(request).await

@@ -1,6 +1,9 @@
 //! JSON bodies, paths and queries, with errors that say which field is wrong.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
 
 use axum::{
     body::Bytes,
@@ -19,6 +22,17 @@ use crate::{
 #[derive(Clone, Copy, Debug)]
 pub struct BodyTime(pub Duration);
 
+/// When a request's JSON body was here as a whole: from then on it is the server that takes time. In a request's extensions.
+#[derive(Clone, Debug, Default)]
+pub struct Received(Arc<OnceLock<Instant>>);
+
+impl Received {
+    /// `None`: it is not here yet.
+    pub fn at(&self) -> Option<Instant> {
+        self.0.get().copied()
+    }
+}
+
 /// A JSON body; its errors have OpenAI's form.
 pub struct ApiJson<T>(pub T);
 
@@ -35,6 +49,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for ApiJson<T> {
             ));
         }
         let time = request.extensions().get().map_or(Duration::MAX, |BodyTime(time)| *time);
+        let received: Received = request.extensions().get().cloned().unwrap_or_default();
         let body = tokio::time::timeout(time, Bytes::from_request(request, state)).await;
         let body = body.map_err(|_| {
             let message = format!("The body was not received within {} seconds.", time.as_secs_f64());
@@ -45,6 +60,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for ApiJson<T> {
             let status = if timed_out { StatusCode::REQUEST_TIMEOUT } else { rejection.status() };
             ApiError::bad_body(status, rejection.body_text())
         })?;
+        received.0.get_or_init(Instant::now);
         beside_if(body.len() > LARGE_BYTES, || parse(&body)).await.map(Self)
     }
 }

@@ -319,7 +319,9 @@ impl Gateway {
             })?;
             let held = Held {
                 // What the engine refuses, as a full queue does, has no sequence that could end.
-                metrics: self.metrics.begin_request(adapter.map(|name| &**name), job.prompt_tokens.len()),
+                metrics: self
+                    .metrics
+                    .begin_request(adapter.map(|name| &**name), job.prompt_tokens.len(), caller.began()),
                 reservation: Arc::clone(reservation),
                 permit: Arc::clone(permit),
                 running,

@@ -119,6 +119,21 @@ impl Gate {
         held.into_iter().for_each(|resume| resume());
     }
 
+    /// How many wait.
+    pub fn num_held(&self) -> usize {
+        self.0.lock().held.len()
+    }
+
+    /// Waits in async code.
+    async fn passed(&self) {
+        let (opened, wait) = tokio::sync::oneshot::channel();
+        self.pass(Box::new(move || {
+            let _ = opened.send(());
+        }));
+        // A gate that was dropped holds nobody.
+        let _ = wait.await;
+    }
+
     fn pass(&self, resume: Held) {
         let mut state = self.0.lock();
         if state.open {
@@ -193,6 +208,7 @@ impl MockEngineBuilder {
             adapters: Mutex::default(),
             load_errors: Mutex::default(),
             load_gate: Mutex::default(),
+            acquire_gate: Mutex::default(),
             acquire_errors: Mutex::default(),
             healthy: watch::Sender::new(true),
             shutting_down: AtomicBool::new(false),
@@ -215,6 +231,7 @@ pub struct MockEngine {
     adapters: Mutex<Vec<MockAdapter>>,
     load_errors: Mutex<VecDeque<AdapterError>>,
     load_gate: Mutex<Option<Gate>>,
+    acquire_gate: Mutex<Option<Gate>>,
     acquire_errors: Mutex<VecDeque<AdapterError>>,
     healthy: watch::Sender<bool>,
     shutting_down: AtomicBool,
@@ -301,6 +318,11 @@ impl MockEngine {
     /// Fails the next acquisition; several calls queue up.
     pub fn fail_next_acquire(&self, error: AdapterError) {
         self.acquire_errors.lock().push_back(error);
+    }
+
+    /// Requests wait for their adapters at this gate from now on, as for ones that are not in memory.
+    pub fn hold_acquisitions(&self, gate: &Gate) {
+        *self.acquire_gate.lock() = Some(gate.clone());
     }
 
     /// Loads wait for this gate from now on.
@@ -663,6 +685,10 @@ impl InferenceEngine for MockEngine {
             if !self.description.lora_enabled {
                 return Err(AdapterError::NotEnabled);
             }
+            let gate = self.acquire_gate.lock().clone();
+            if let Some(gate) = gate {
+                gate.passed().await;
+            }
             if let Some(error) = self.acquire_errors.lock().pop_front() {
                 return Err(error);
             }
@@ -689,11 +715,7 @@ impl InferenceEngine for MockEngine {
             }
             let gate = self.load_gate.lock().clone();
             if let Some(gate) = gate {
-                let (opened, wait) = tokio::sync::oneshot::channel();
-                gate.pass(Box::new(move || {
-                    let _ = opened.send(());
-                }));
-                let _ = wait.await;
+                gate.passed().await;
             }
             if let Some(error) = self.load_errors.lock().pop_front() {
                 return Err(error);

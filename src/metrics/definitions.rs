@@ -121,7 +121,7 @@ definitions! {
     CACHE_MISSES = "polylora_adapter_cache_misses_total", Kind::Counter, &["adapter", "tier"], "Requests that did not find their adapter in this tier on arrival.";
     ADAPTER_RUNNING = "polylora_adapter_running_requests", Kind::Gauge, &["adapter"], "Requests in the batch, by adapter with a label; the rest together.";
     ADAPTER_WAITING = "polylora_adapter_waiting_requests", Kind::Gauge, &["adapter"], "Requests waiting, by adapter with a label; the rest together.";
-    ADAPTER_WAITED = "polylora_adapter_waiting_seconds_total", Kind::Counter, &["adapter"], "Time that admitted requests had waited for their admission, by adapter.";
+    ADAPTER_WAITED = "polylora_adapter_waiting_seconds_total", Kind::Counter, &["adapter"], "From the arrival of requests to their admission to the batch, by adapter: a load of the adapter and the prompt's tokenization included.";
     LOADS = "polylora_adapter_loads_total", Kind::Counter, &["adapter", "outcome"], "Times that an adapter was read, checked and packed into host memory, by outcome (ok, error).";
     UNLOADS = "polylora_adapter_unloads_total", Kind::Counter, &[], "Adapters unloaded by an operator.";
     LOAD_SECONDS = "polylora_adapter_load_seconds", Kind::Histogram(LOAD_SECONDS_BOUNDS), &["stage"], "Time that loads of adapters took, by stage: fetch (find or download the files), pack (read, check, pack into host memory), upload (copy to the device).";

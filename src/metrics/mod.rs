@@ -272,16 +272,18 @@ impl Metrics {
         counted.series.answered(route, status);
     }
 
-    /// Starts measuring one sequence, at its arrival. To be finished, or dropped (which counts as an abort).
-    pub fn begin_request(self: &Arc<Self>, adapter: Option<&str>, prompt_tokens: usize) -> RequestMetrics {
-        let arrived = Instant::now();
+    /// Starts measuring one sequence that the engine has taken; `arrived` is when its request came, before its adapter was looked for. To be
+    /// finished, or dropped (which counts as an abort).
+    pub fn begin_request(self: &Arc<Self>, adapter: Option<&str>, prompt_tokens: usize, arrived: Instant) -> RequestMetrics {
+        let now = Instant::now();
         let name = adapter.unwrap_or(BASE_LABEL);
-        let counted = self.adapters.asked(Some(name), arrived);
+        let counted = self.adapters.asked(Some(name), now);
         RequestMetrics {
             metrics: self.clone(),
             contender: counted.is_other.then(|| name.into()),
             series: counted.series,
             arrived,
+            before_engine: now.saturating_duration_since(arrived),
             stages: None,
             is_started: false,
             has_waited: false,
@@ -583,6 +585,8 @@ pub struct RequestMetrics {
     /// The adapter's name, if it had no label.
     contender: Option<Arc<str>>,
     arrived: Instant,
+    /// From its arrival until the engine had it: the load of its adapter, its prompt's tokenization.
+    before_engine: Duration,
     /// As the engine has them, once it has the sequence.
     stages: Option<Arc<Stages>>,
     is_started: bool,
@@ -613,7 +617,7 @@ impl RequestMetrics {
         let queued = self.stages.as_ref().and_then(|stages| stages.queued());
         if let (false, Some(queued)) = (self.has_waited, queued) {
             self.has_waited = true;
-            self.series.waited(queued);
+            self.series.waited(self.before_engine + queued);
         }
     }
 
@@ -973,12 +977,12 @@ mod tests {
     #[test]
     fn a_request_is_counted_under_its_adapter_and_its_outcome() {
         let metrics = metrics(8);
-        let mut request = metrics.begin_request(Some("json"), 12);
+        let mut request = metrics.begin_request(Some("json"), 12, Instant::now() - Duration::from_secs(3));
         request.started(4);
         request.token();
         request.token();
         request.finish(Outcome::Length);
-        drop(metrics.begin_request(None, 5));
+        drop(metrics.begin_request(None, 5, Instant::now()));
 
         let text = metrics.text_from(&stats(), Default::default);
         assert_eq!(value(&text, "polylora_requests_total{adapter=\"json\",outcome=\"length\"}"), 1.0);
@@ -989,6 +993,8 @@ mod tests {
         assert_eq!(value(&text, "polylora_output_tokens_total{adapter=\"json\"}"), 2.0);
         let model = "{model_name=\"demo\",engine=\"0\"}";
         assert_eq!(value(&text, &format!("vllm:time_to_first_token_seconds_count{model}")), 1.0);
+        let ttft = value(&text, &format!("vllm:time_to_first_token_seconds_sum{model}"));
+        assert!(ttft >= 3.0, "from its arrival, got {ttft}");
         assert_eq!(value(&text, &format!("vllm:inter_token_latency_seconds_count{model}")), 1.0);
         assert_eq!(value(&text, &format!("vllm:e2e_request_latency_seconds_count{model}")), 2.0);
         assert_eq!(value(&text, &format!("vllm:request_prompt_tokens_sum{model}")), 17.0);
@@ -1010,7 +1016,7 @@ mod tests {
         let text = metrics.text_from(&stats(), report);
         assert_eq!(value(&text, "polylora_adapter_loads_total{adapter=\"loaded\",outcome=\"ok\"}"), 1.0);
         for name in ["a", "b", "c", "d", "a"] {
-            metrics.begin_request(Some(name), 1).finish(Outcome::Stop);
+            metrics.begin_request(Some(name), 1, Instant::now()).finish(Outcome::Stop);
         }
         let text = metrics.text_from(&stats(), Default::default);
         assert_eq!(value(&text, "polylora_requests_total{adapter=\"a\",outcome=\"stop\"}"), 2.0);
@@ -1098,7 +1104,7 @@ mod tests {
             let runs_on = RunsOn::default();
             runs_on.add(name);
             metrics.http_request("/generate", &runs_on, 200);
-            metrics.begin_request(Some(name), 1).finish(Outcome::Stop);
+            metrics.begin_request(Some(name), 1, Instant::now()).finish(Outcome::Stop);
             // The first key that it is chosen for: a request by the alias.
             let key = (0..)
                 .map(|key| key.to_string())
@@ -1213,7 +1219,7 @@ mod tests {
     #[test]
     fn label_values_are_escaped() {
         let metrics = metrics(8);
-        metrics.begin_request(Some("x\"y\\z\nw"), 1).finish(Outcome::Stop);
+        metrics.begin_request(Some("x\"y\\z\nw"), 1, Instant::now()).finish(Outcome::Stop);
         let mut stats = stats();
         stats.running_adapters = vec!["x\"y\\z\nw".into(), "\\\\".into()];
         let text = metrics.text_from(&stats, Default::default);

@@ -373,6 +373,38 @@ async fn until_loading(server: &Server, name: &str) {
     }
 }
 
+/// Whoever looks at waiting times and at first tokens wants to see what an adapter's absence costs.
+#[tokio::test]
+async fn waiting_for_an_adapter_is_time_until_the_first_token() {
+    let server = Server::new();
+    let gate = Gate::new();
+    server.engine.hold_acquisitions(&gate);
+    let (mut answer, waited) = tokio::join!(server.post("/generate", json!({"text": "a", "lora_path": "sql"})), async {
+        while gate.num_held() == 0 {
+            tokio::task::yield_now().await;
+        }
+        let since = std::time::Instant::now();
+        for _ in 0..20 {
+            server.post("/generate", json!({"text": "a"})).await.json(200).await;
+        }
+        let waited = since.elapsed().as_secs_f64();
+        gate.open();
+        waited
+    });
+    answer.json(200).await;
+    let text = server.get("/metrics").await.text().await;
+    for metric in [
+        "polylora_adapter_waiting_seconds_total",
+        "polylora_adapter_time_to_first_token_seconds_sum",
+    ] {
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(metric)?.strip_prefix("{adapter=\"sql\"} "));
+        let seconds: f64 = line.unwrap_or_else(|| panic!("no {metric}")).parse().unwrap();
+        assert!(seconds >= waited, "{metric} is {seconds}, it waited for {waited} s");
+    }
+}
+
 #[tokio::test]
 async fn an_adapter_that_is_being_loaded_is_a_503_that_says_so_and_no_404() {
     let server = Server::new();
