@@ -183,10 +183,14 @@ fn take_lock(directory: &Path) -> Result<File, String> {
 }
 
 /// The file's bytes for these changes.
-fn state_bytes(changes: &Changes) -> Vec<u8> {
-    let json = serde_json::to_vec_pretty(changes).expect("names are strings, and weights are finite");
-    let mut bytes = format!("{FORMAT} {}\n", checksum(&json)).into_bytes();
-    bytes.extend_from_slice(&json);
+pub(crate) fn state_bytes(changes: &Changes) -> Vec<u8> {
+    with_head(&serde_json::to_vec_pretty(changes).expect("names are strings, and weights are finite"))
+}
+
+/// The first line for these bytes, and they.
+pub(crate) fn with_head(json: &[u8]) -> Vec<u8> {
+    let mut bytes = format!("{FORMAT} {}\n", checksum(json)).into_bytes();
+    bytes.extend_from_slice(json);
     bytes
 }
 
@@ -206,7 +210,7 @@ fn read_state(path: &Path) -> io::Result<Result<Changes, String>> {
     Ok(parse_state(&bytes))
 }
 
-fn parse_state(bytes: &[u8]) -> Result<Changes, String> {
+pub(crate) fn parse_state(bytes: &[u8]) -> Result<Changes, String> {
     if bytes.len() as u64 > MAX_STATE_BYTES {
         return Err(format!("has more than {MAX_STATE_BYTES} bytes"));
     }
