@@ -167,7 +167,7 @@ struct ServeArgs {
     #[arg(long, num_args = 1.., value_name = "ADAPTER", help_heading = "LoRA")]
     lora_paths: Vec<LoraPath>,
     /// A folder of adapters; repeatable. Each subfolder is one, under its own name, read at its first use; what comes and goes is noticed
-    /// while serving, within seconds.
+    /// while serving, within seconds. Of two with the same name, the one in the folder given first counts.
     #[arg(long, value_name = "DIR", help_heading = "LoRA")]
     lora_dir: Vec<PathBuf>,
     /// A folder that keeps what is changed at run time: adapters that were loaded or pushed, pins, aliases. They are there again after a

@@ -20,7 +20,11 @@ const PERIOD: Duration = Duration::from_secs(5);
 ///
 /// A subfolder is registered once, when it is seen first: a name that was unloaded stays unloaded, until its folder has gone and comes
 /// again. The name of a folder that has gone is forgotten at the second look, since one that is being replaced is away for a moment;
-/// requests in flight end on it. It stays if it is pinned, if an alias points at it, or if it has been loaded from elsewhere meanwhile.
+/// requests in flight end on it. It stays as long as it is pinned or an alias points at it, and if it has been loaded from elsewhere
+/// meanwhile.
+///
+/// A name that two of the folders have is that of the one given first, or of the one that was there when the other came; the other takes
+/// its place when it has gone.
 pub(super) struct LoraDirs {
     registry: Arc<AdapterRegistry>,
     aliases: Arc<Aliases>,
@@ -29,6 +33,8 @@ pub(super) struct LoraDirs {
     seen: BTreeSet<PathBuf>,
     /// Those that were not there at the last look, but before.
     away: BTreeSet<PathBuf>,
+    /// Those that have gone, but whose names could not go with them yet.
+    kept: BTreeSet<PathBuf>,
 }
 
 /// What a look at the folders has changed: names.
@@ -49,52 +55,72 @@ impl LoraDirs {
             directories,
             seen: BTreeSet::new(),
             away: BTreeSet::new(),
+            kept: BTreeSet::new(),
         }
     }
 
     /// Registers what is new and forgets what has gone. Reads folders: not to be called in async code.
     pub fn scan(&mut self) -> Scanned {
-        let mut found = BTreeSet::new();
+        let known: Vec<PathBuf> = self.seen.iter().chain(&self.away).chain(&self.kept).cloned().collect();
+        let (mut found, mut scanned) = (BTreeSet::new(), Scanned::default());
         for directory in &self.directories {
-            match adapter_folders(directory) {
-                Ok(folders) => found.extend(folders),
-                // It may be back at the next look, with all that was in it.
-                Err(_) => {
-                    let known = self.seen.iter().chain(&self.away);
-                    found.extend(known.filter(|folder| folder.parent() == Some(directory)).cloned());
+            // One that can't be read may be back at the next look, with all that was in it.
+            let of_before = || known.iter().filter(|folder| folder.parent() == Some(directory)).cloned().collect();
+            let folders = adapter_folders(directory).unwrap_or_else(|_| of_before());
+            // In this order: the folder that was given first has the name.
+            let new = folders.iter().filter(|folder| !known.contains(folder));
+            scanned.added.extend(new.filter_map(|folder| self.register(folder)));
+            found.extend(folders);
+        }
+        let gone: Vec<PathBuf> = self.away.union(&self.kept).filter(|folder| !found.contains(*folder)).cloned().collect();
+        let kept_before = std::mem::take(&mut self.kept);
+        for folder in gone {
+            match self.forget(&folder) {
+                Gone::NotServed => {}
+                Gone::Kept(why) => {
+                    if !kept_before.contains(&folder) {
+                        tracing::warn!(folder = %folder.display(), why, "the folder of an adapter has gone, its name stays until it may go");
+                    }
+                    self.kept.insert(folder);
+                }
+                Gone::Forgotten(name) => {
+                    let others = self.directories.iter().map(|directory| directory.join(&name));
+                    scanned
+                        .added
+                        .extend(others.filter(|other| found.contains(other)).find_map(|other| self.register(&other)));
+                    scanned.removed.push(name);
                 }
             }
         }
-        let added = found.difference(&self.seen).filter(|folder| !self.away.contains(*folder));
-        let added = added.filter_map(|folder| self.register(folder)).collect();
-        let gone: Vec<PathBuf> = self.away.difference(&found).cloned().collect();
-        let removed = gone.iter().filter_map(|folder| self.forget(folder)).collect();
         self.away = self.seen.difference(&found).cloned().collect();
         self.seen = found;
-        Scanned { added, removed }
+        scanned
     }
 
     /// Forgets the name of a folder that has gone, if that is where it is from.
-    fn forget(&self, folder: &Path) -> Option<String> {
-        let name = folder.file_name()?.to_str()?.to_owned();
-        // Whoever is changing it just now knows better what it is to be.
-        let _changing = self.locks.try_lock(&name)?;
-        let info = self.registry.info(&name)?;
-        if info.source != folder.display().to_string() {
-            return None;
-        }
-        let kept = |why: &str| {
-            tracing::warn!(name, folder = %folder.display(), why, "the folder of an adapter has gone, its name stays");
-            None
+    fn forget(&self, folder: &Path) -> Gone {
+        let Some(name) = folder.file_name().and_then(|name| name.to_str()) else {
+            return Gone::NotServed;
         };
-        if info.pinned {
-            return kept("it is pinned");
-        }
-        let Ok(_leaving) = self.aliases.leave(&name) else {
-            return kept("an alias points at it");
+        let Some(_changing) = self.locks.try_lock(name) else {
+            // Whoever it is knows better what the name is to be.
+            return Gone::Kept("somebody is changing it");
         };
-        self.registry.unload(&name, UnloadMode::Drain).ok()?;
-        Some(name)
+        match self.registry.info(name) {
+            Some(info) if info.source == folder.display().to_string() => {
+                if info.pinned {
+                    return Gone::Kept("it is pinned");
+                }
+            }
+            _ => return Gone::NotServed,
+        }
+        let Ok(_leaving) = self.aliases.leave(name) else {
+            return Gone::Kept("an alias points at it");
+        };
+        match self.registry.unload(name, UnloadMode::Drain) {
+            Ok(_) => Gone::Forgotten(name.to_owned()),
+            Err(_) => Gone::NotServed,
+        }
     }
 
     fn register(&self, folder: &Path) -> Option<String> {
@@ -104,13 +130,23 @@ impl LoraDirs {
         let files = FileSource::Directory(folder.to_owned());
         let registered = arriving.and_then(|_arriving| self.registry.register(request(&name, files, folder.display().to_string())));
         match registered {
-            Ok(()) => Some(name),
-            // A name given by --lora-paths, or in two folders: the first counts.
-            Err(AdapterError::AlreadyLoaded { .. }) => None,
-            Err(error) => {
-                tracing::info!(folder = %folder.display(), %error, "a folder of --lora-dir is left out");
-                None
-            }
+            Ok(()) => return Some(name),
+            Err(AdapterError::AlreadyLoaded { .. }) => self.say_who_has(&name, folder),
+            Err(error) => tracing::info!(folder = %folder.display(), %error, "a folder of --lora-dir is left out"),
+        }
+        None
+    }
+
+    fn say_who_has(&self, name: &str, folder: &Path) {
+        let Some(info) = self.registry.info(name) else { return };
+        let served = Path::new(&info.source);
+        if served == folder {
+            return;
+        }
+        if self.directories.iter().any(|directory| served.parent() == Some(directory)) {
+            tracing::warn!(name, served = %served.display(), left_out = %folder.display(), "two folders of --lora-dir have the same name");
+        } else {
+            tracing::info!(name, served = info.source, left_out = %folder.display(), "a folder of --lora-dir has a name that is served from elsewhere");
         }
     }
 
@@ -137,6 +173,15 @@ impl LoraDirs {
     }
 }
 
+/// What became of the name of a folder that has gone.
+enum Gone {
+    Forgotten(String),
+    /// It is unknown, or from elsewhere.
+    NotServed,
+    /// It stays for now. Why.
+    Kept(&'static str),
+}
+
 fn request(name: &str, files: FileSource, source: String) -> LoadRequest {
     LoadRequest {
         name: name.to_owned(),
@@ -148,11 +193,14 @@ fn request(name: &str, files: FileSource, source: String) -> LoadRequest {
     }
 }
 
-/// Subfolders that hold an adapter.
+/// Subfolders that hold an adapter, in the order of their names.
 fn adapter_folders(directory: &Path) -> io::Result<Vec<PathBuf>> {
-    let children = std::fs::read_dir(directory)?.collect::<io::Result<Vec<_>>>()?;
-    let paths = children.into_iter().map(|child| child.path());
-    Ok(paths.filter(|path| path.join("adapter_config.json").is_file()).collect())
+    let mut folders = std::fs::read_dir(directory)?
+        .map(|child| Ok(child?.path()))
+        .collect::<io::Result<Vec<_>>>()?;
+    folders.retain(|path| path.join("adapter_config.json").is_file());
+    folders.sort();
+    Ok(folders)
 }
 
 #[cfg(test)]
@@ -273,6 +321,71 @@ mod tests {
         assert_eq!(dirs.scan(), Scanned::default());
         add(folder.path(), "gone");
         assert_eq!(dirs.scan(), added(&["gone"]));
+    }
+
+    #[test]
+    fn a_name_that_was_kept_goes_when_nothing_holds_it_any_more() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["pinned", "aliased", "changing", "back"] {
+            add(folder.path(), name);
+        }
+        let mut dirs = dirs(&[folder.path()]);
+        dirs.scan();
+        alias(&dirs, "canary", "aliased");
+        for name in ["pinned", "back"] {
+            dirs.registry.pin(name, true).unwrap();
+        }
+        let locks = Arc::clone(&dirs.locks);
+        let changing = locks.try_lock("changing");
+        for name in ["pinned", "aliased", "changing", "back"] {
+            fs::remove_dir_all(folder.path().join(name)).unwrap();
+        }
+        for _ in 0..3 {
+            assert_eq!(dirs.scan(), Scanned::default());
+        }
+        drop(changing);
+        assert_eq!(dirs.scan(), removed("changing"));
+        dirs.registry.pin("pinned", false).unwrap();
+        assert_eq!(dirs.scan(), removed("pinned"));
+        dirs.aliases.remove("canary").unwrap();
+        assert_eq!(dirs.scan(), removed("aliased"));
+        // One whose folder is there again is as if it had not gone.
+        add(folder.path(), "back");
+        dirs.registry.pin("back", false).unwrap();
+        for _ in 0..3 {
+            assert_eq!(dirs.scan(), Scanned::default());
+        }
+        assert!(dirs.registry.info("back").is_some());
+    }
+
+    #[test]
+    fn of_two_folders_with_one_name_the_first_given_counts_and_the_other_when_that_has_gone() {
+        let parent = tempfile::tempdir().unwrap();
+        // Given against the order of their paths.
+        let (first, second) = (parent.path().join("z"), parent.path().join("a"));
+        for folder in [&first, &second] {
+            add(folder, "both");
+        }
+        let mut dirs = dirs(&[&first, &second]);
+        assert_eq!(dirs.scan(), added(&["both"]));
+        let source = |dirs: &LoraDirs| dirs.registry.info("both").map(|info| PathBuf::from(info.source));
+        assert_eq!(source(&dirs), Some(first.join("both")));
+        fs::remove_dir_all(first.join("both")).unwrap();
+        assert_eq!(dirs.scan(), Scanned::default());
+        let moved = Scanned {
+            added: vec!["both".to_owned()],
+            removed: vec!["both".to_owned()],
+        };
+        assert_eq!(dirs.scan(), moved);
+        assert_eq!(source(&dirs), Some(second.join("both")));
+        // Who serves a name goes on, whoever else comes.
+        add(&first, "both");
+        assert_eq!(dirs.scan(), Scanned::default());
+        assert_eq!(source(&dirs), Some(second.join("both")));
+        // What was unloaded stays so, in both folders.
+        dirs.registry.unload("both", UnloadMode::Drain).unwrap();
+        assert_eq!(dirs.scan(), Scanned::default());
+        assert_eq!(source(&dirs), None);
     }
 
     #[test]
