@@ -4,7 +4,7 @@
 //! never leaves. Uploads are begun here and polled; nothing waits for one.
 //!
 //! Where adapters and KV blocks share their memory, the border between them is moved from here: ahead of need while the cache has blocks to
-//! spare (those of cached prefixes are not), so that an upload need not wait for steps that use them still. An adapter that needs more takes
+//! spare, those of prefixes that nobody uses included, so that an upload need not wait for steps that use them still. An adapter that needs more takes
 //! KV blocks that are free; then it has others evicted; then cached prefixes are dropped for it. It never takes a block that a running sequence
 //! has or grows into next, so it makes none of them wait. A KV cache that runs out of blocks has adapters evicted that nobody uses, the one
 //! used longest ago first. Whether that helps is worked out before anything is given up.
@@ -85,6 +85,8 @@ pub trait KvBlocks {
     fn num_blocks(&self) -> usize;
     /// Of those, free: nothing is lost with them.
     fn num_free(&self) -> usize;
+    /// Of those, the ones of cached prefixes that nobody uses.
+    fn num_cached(&self) -> usize;
     /// Blocks of running sequences, and one more for each to grow into. May be more than there are.
     fn num_needed(&self) -> usize;
     /// Goes down to `num_blocks`, no fewer than are needed. Whatever lies above moves as the result says; prefixes may be dropped for that.
@@ -108,8 +110,10 @@ struct Entry {
 /// [`FEWEST_READY`]: bytes that blocks gave up just now are those of steps in flight, and an upload into them waits.
 pub(crate) const READY_ADAPTERS: usize = 8;
 pub(crate) const FEWEST_READY: usize = 4;
-/// One part of so many is the most of the shared memory that is kept ready, and the least of the cache's blocks that stay free then.
+/// One part of so many is the most of the shared memory that is kept ready, and the least of the cache's blocks that nobody uses then.
 const READY_PART: usize = 16;
+/// When no more than one part of so many of the cache's blocks is free, it gets what is not kept ready; when no more is even unused, all.
+const SHORT_PART: usize = 64;
 
 /// Most sizes that are kept.
 const MAX_SIZES: usize = 1 << 16;
@@ -203,28 +207,41 @@ impl DeviceResidency {
                 self.request(backend, &adapter, cache)?;
             }
         }
-        // Far fewer than those that `make_ready` leaves free.
-        match cache.num_free() <= self.capacity.num_blocks / (4 * READY_PART) {
-            true => self.give_free_bytes(backend, cache),
-            false => self.make_ready(backend, cache),
+        if self.capacity.is_shared() {
+            self.keep_ready(backend, cache)?;
+        }
+        Ok(())
+    }
+
+    /// Has bytes ready for several adapters, before anybody needs them, and gives the others to a cache that has no free blocks.
+    fn keep_ready(&mut self, backend: &mut dyn Backend, cache: &mut dyn KvBlocks) -> Result<(), BackendError> {
+        let few = self.capacity.num_blocks / SHORT_PART;
+        let spare = cache.num_free() + cache.num_cached();
+        // Far fewer than those that are left when bytes are made ready.
+        let ready = if spare <= few { 0 } else { self.ready_bytes() };
+        if self.free_bytes(cache) < ready * FEWEST_READY / READY_ADAPTERS {
+            let spare = spare.saturating_sub(self.capacity.num_blocks / READY_PART);
+            self.make_ready(ready, spare, backend, cache)
+        } else if cache.num_free() <= few {
+            self.give_free_bytes(ready, backend, cache)
+        } else {
+            Ok(())
         }
     }
 
-    /// Takes free blocks of the cache, several adapters' worth at a time, before anybody needs them.
-    fn make_ready(&mut self, backend: &mut dyn Backend, cache: &mut dyn KvBlocks) -> Result<(), BackendError> {
+    /// Bytes that are to be ready; 0 as long as no adapter's size is known, or where there is no room for one more.
+    fn ready_bytes(&self) -> usize {
         let capacity = &self.capacity;
-        if !capacity.is_shared() || self.last_bytes == 0 {
-            return Ok(());
-        }
         let most = (capacity.shared_bytes / READY_PART).min(capacity.adapter_bytes.saturating_sub(self.used_bytes));
         let wanted = (READY_ADAPTERS * self.last_bytes).min(most);
-        // Whatever is a full block less than wanted is as good as wanted.
-        if wanted < self.last_bytes || self.free_bytes(cache) >= wanted * FEWEST_READY / READY_ADAPTERS {
-            return Ok(());
-        }
-        let spare = cache.num_free().saturating_sub(capacity.num_blocks / READY_PART);
+        if wanted < self.last_bytes { 0 } else { wanted }
+    }
+
+    /// Takes `spare` blocks of the cache at most: free ones, then those of the prefixes that nobody has used for longest.
+    fn make_ready(&mut self, ready_bytes: usize, spare: usize, backend: &mut dyn Backend, cache: &mut dyn KvBlocks) -> Result<(), BackendError> {
+        let capacity = &self.capacity;
         let fewest = cache.num_needed().max(capacity.min_blocks).max(cache.num_blocks() - spare);
-        let num_blocks = capacity.blocks_beside(self.used_bytes + wanted).max(fewest);
+        let num_blocks = capacity.blocks_beside(self.used_bytes + ready_bytes).max(fewest);
         if num_blocks < cache.num_blocks() {
             let moves = cache.shrink(num_blocks);
             backend.set_kv_blocks(num_blocks, &moves)?;
@@ -419,12 +436,13 @@ impl DeviceResidency {
         while self.capacity.blocks_beside(self.used_bytes) < wanted {
             assert!(self.evict_one(backend, EvictionPolicy::Lru, keep), "evictable bytes were counted");
         }
-        self.give_free_bytes(backend, cache)?;
+        self.give_free_bytes(0, backend, cache)?;
         Ok(cache.num_blocks() >= wanted)
     }
 
-    fn give_free_bytes(&mut self, backend: &mut dyn Backend, cache: &mut dyn KvBlocks) -> Result<(), BackendError> {
-        let num_blocks = self.capacity.blocks_beside(self.used_bytes);
+    /// Makes blocks of the bytes that no adapter has, all but `kept_bytes`.
+    fn give_free_bytes(&mut self, kept_bytes: usize, backend: &mut dyn Backend, cache: &mut dyn KvBlocks) -> Result<(), BackendError> {
+        let num_blocks = self.capacity.blocks_beside(self.used_bytes + kept_bytes);
         if num_blocks > cache.num_blocks() {
             cache.grow(backend.set_kv_blocks(num_blocks, &[])?);
         }

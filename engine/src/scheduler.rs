@@ -724,6 +724,10 @@ impl KvBlocks for SchedulerBlocks<'_> {
         self.pool.num_free()
     }
 
+    fn num_cached(&self) -> usize {
+        self.pool.num_cached()
+    }
+
     fn num_needed(&self) -> usize {
         self.pool.num_used() + self.num_reserved
     }
@@ -970,7 +974,7 @@ mod tests {
     };
 
     #[test]
-    fn bytes_are_ready_before_they_are_asked_for_and_go_back_to_a_full_cache() {
+    fn bytes_are_ready_before_they_are_asked_for_and_go_back_to_sequences_that_need_them() {
         let mut bench = Bench::new(Limits {
             num_blocks: 400,
             shared_but: Some(8),
@@ -1001,19 +1005,71 @@ mod tests {
         bench.schedule();
         assert_eq!(bench.backend.border_moves, moves + 1, "and again for several");
         assert_eq!(bench.residency.evictions(), 0);
-        // Whoever needs blocks gets them.
-        let (num_blocks, used_bytes) = (bench.scheduler.pool().num_blocks(), bench.residency.used_bytes());
-        assert!(num_blocks * BLOCK_BYTES + used_bytes < 400 * BLOCK_BYTES, "some are ready");
+        // Prefixes may fill the rest of the cache, but not these bytes.
+        let fill = |bench: &mut Bench, tenants: std::ops::Range<u32>, prompt_len: u32, max_tokens: u32| {
+            for first in tenants {
+                let prompt = (first..first + prompt_len).map(|position| position % 60).collect();
+                let mut request = bench.request(prompt, max_tokens, None);
+                request.fairness_key = first.to_string().into();
+                bench.add(request);
+            }
+            let mut fewest_ready = usize::MAX;
+            while !bench.scheduler.sequences.is_empty() {
+                bench.step();
+                let taken = bench.scheduler.pool().num_blocks() * BLOCK_BYTES + bench.residency.used_bytes();
+                fewest_ready = fewest_ready.min(400 * BLOCK_BYTES - taken);
+            }
+            fewest_ready
+        };
+        assert!(fill(&mut bench, 0..60, 40, 4) >= FEWEST_READY * 2 * BLOCK_BYTES, "some are ready");
+        assert!(bench.scheduler.pool().num_free() < 20, "{} are free", bench.scheduler.pool().num_free());
+        // What runs needs them and gets them: 16 sequences of 49 blocks.
+        assert_eq!(fill(&mut bench, 0..16, 96, 100), 0, "none is");
+        bench.scheduler.assert_consistent();
+    }
+
+    #[test]
+    fn a_cache_full_of_idle_prefixes_has_bytes_ready_for_the_next_adapter() {
+        let mut bench = Bench::new(Limits {
+            num_blocks: 400,
+            shared_but: Some(8),
+            adapter_bytes: 400 * BLOCK_BYTES,
+            ..ROOMY
+        });
+        let adapters: Vec<_> = (0..40).map(|number| host_adapter(number, 2 * BLOCK_BYTES)).collect();
+        let old: Vec<u32> = (0..41).collect();
+        let ask = |bench: &mut Bench, prompt: Vec<u32>| {
+            let request = bench.request(prompt, 1, None);
+            let request_id = bench.add(request);
+            bench.run();
+            bench.cached_tokens(request_id)
+        };
+        ask(&mut bench, old.clone());
         for first in 0..60 {
-            let request = bench.request((0..40).map(|position| (first + position) % 60).collect(), 4, None);
-            bench.add(request);
+            ask(
+                &mut bench,
+                (first..first + 41).map(|position| (7 * position + first) % VOCAB_SIZE).collect(),
+            );
         }
-        let mut most_taken = 0;
-        while !bench.scheduler.sequences.is_empty() {
-            bench.step();
-            most_taken = most_taken.max(bench.scheduler.pool().num_blocks() * BLOCK_BYTES + bench.residency.used_bytes());
+        assert!(bench.scheduler.pool().num_free() <= 1);
+        // The first one's size is not known before it comes; every later one finds its bytes ready, and is on its way before its turn.
+        for (number, adapter) in adapters.iter().enumerate() {
+            let request = bench.request(prompt(4), 2, Some(adapter));
+            let request_id = bench.add(request);
+            assert_eq!(bench.prefetch(request_id), (number > 0).then_some(true), "adapter {number}");
+            bench.run();
+            bench.schedule();
+            bench.assert_memory_is_shared_out();
+            let taken = 400 - bench.scheduler.pool().num_blocks();
+            assert!(
+                taken <= 2 * (number + 1 + READY_ADAPTERS),
+                "{taken} blocks for {number}: no more than a few adapters' ahead"
+            );
         }
-        assert_eq!(most_taken, 400 * BLOCK_BYTES, "none is");
+        assert_eq!(bench.residency.evictions(), 0);
+        let newest = (59..100).map(|position| (7 * position + 59) % VOCAB_SIZE).collect();
+        assert_eq!(ask(&mut bench, newest), 40, "the prefix used last is still there");
+        assert_eq!(ask(&mut bench, old), 0, "the one used longest ago is not");
         bench.scheduler.assert_consistent();
     }
 
