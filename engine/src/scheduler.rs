@@ -7,6 +7,9 @@
 //! **Admission** goes by [`FairQueue`]. A request is admitted when a sequence may still run, its adapter is on the device, and there are
 //! blocks for all of its known tokens; one whose adapter is not there yet is passed over, one that lacks blocks is waited for. One whose
 //! prefix another request is computing just now (`n` answers to one prompt arrive together) is passed over until that is in the cache.
+//! A prompt makes a step longer for everybody in it. One that is *late*, since its adapter was on its way when its turn came, would often
+//! meet the next one in a step, and its adapter's way would show in others' tokens: so while others decode and [few](FEW_WAITING) wait, it is
+//! looked at after the others, and leaves the step to them if one of theirs begins in it, or another late one's, at most [`MOST_YIELDS`] times.
 //! **Turns**: when running sequences have more distinct adapters than a step may have, the adapters whose last turn is longest ago go
 //! first; one that has just been admitted stands at the end of that ring. Base rows are in every step.
 //! **Preemption**: a sequence that needs a block when none is left pushes back the one admitted last (perhaps itself), whose KV is
@@ -35,6 +38,11 @@ use crate::{
     residency::{AdapterResidency, BlocksFor, KvBlocks, Residency, ResidentAdapter},
     sequence::{AppendedRows, Sequence, Start, StartRules},
 };
+
+/// A late prompt leaves so many steps to others' at most: at a hundred arrivals a second and 7 ms a step, three steps of four have one.
+const MOST_YIELDS: u32 = 8;
+/// And none when more requests than so many wait: then steps with several prompts are what they wait for.
+const FEW_WAITING: usize = 4;
 
 /// The limits of a scheduler.
 #[derive(Clone, Debug)]
@@ -301,6 +309,7 @@ impl Scheduler {
             let runs = self.running.contains(&sequence.request_id);
             assert_eq!(runs, sequence.num_blocks() > 0, "running sequences hold blocks, waiting ones do not");
             assert_eq!(runs && sequence.adapter().is_some(), sequence.resident().is_some(), "place on the device");
+            assert!(sequence.num_yields <= MOST_YIELDS, "nobody yields without an end");
             held.extend(sequence.block_ids());
             if let (true, Some(version)) = (runs, sequence.version()) {
                 *adapters.entry(version).or_default() += 1;
@@ -324,6 +333,9 @@ impl Scheduler {
             .map(|id| self.sequences[id].num_uncomputed())
             .filter(|rows| *rows > 1)
             .sum();
+        let spreads = self.spreads_prompts();
+        let mut late = Vec::new();
+        let mut num_prompts = 0;
         let mut overdue = self.waiting.overdue_turn();
         let mut cursor = None;
         // Blocks that the first request behind `cursor` waits for.
@@ -333,18 +345,17 @@ impl Scheduler {
             let Some((turn, request_id)) = overdue.take().or_else(|| self.waiting.next_turn(cursor)) else {
                 break;
             };
-            let admission = self.try_admit(turn, request_id, residency, schedule)?;
-            self.note_denied_room(request_id, &admission);
-            match admission {
+            if spreads && !is_overdue && self.may_yield(request_id, residency, schedule)? {
+                late.push((turn, request_id));
+                cursor = Some(turn);
+                continue;
+            }
+            match self.admit_one(turn, request_id, residency, schedule)? {
                 Admission::Admitted { num_rows } => {
                     prefill_rows += num_rows;
-                    schedule.admitted.push(request_id);
+                    num_prompts += usize::from(num_rows > 1);
                 }
-                Admission::Failed(error) => {
-                    self.remove(request_id);
-                    schedule.failed.push((request_id, error));
-                    continue;
-                }
+                Admission::Failed(_) => continue,
                 Admission::NotYet | Admission::NoRoom => {}
                 Admission::NoBlocks => {
                     // All: what is free now and more.
@@ -356,7 +367,61 @@ impl Scheduler {
                 cursor = Some(turn);
             }
         }
+        for (turn, request_id) in late {
+            if num_prompts > 0 {
+                self.sequences.get_mut(&request_id).expect("a queued request has a sequence").num_yields += 1;
+                continue;
+            }
+            // There is a place for each that waits.
+            match self.admit_one(turn, request_id, residency, schedule)? {
+                Admission::Admitted { num_rows } => num_prompts += usize::from(num_rows > 1),
+                Admission::NoBlocks => num_awaited = self.pool.num_blocks(),
+                Admission::NotYet | Admission::NoRoom | Admission::Failed(_) => {}
+            }
+        }
         self.prefetch(cursor, num_awaited, residency, schedule)
+    }
+
+    /// Whether late prompts are kept apart from others: somebody's next token would wait for both, and there is room for all that wait.
+    fn spreads_prompts(&self) -> bool {
+        let num_waiting = self.waiting.len();
+        num_waiting <= FEW_WAITING
+            && self.denied_room.is_none()
+            && self.running.len() + num_waiting <= self.config.max_running_requests
+            && self.running.iter().any(|request_id| self.sequences[request_id].num_schedulable() == 1)
+    }
+
+    /// Whether a waiting request is late, could be admitted now as far as its adapter goes, and has not yielded often enough. Asks for its adapter,
+    /// so that it does not leave for others' meanwhile.
+    fn may_yield(&mut self, request_id: RequestId, residency: &mut dyn AdapterResidency, schedule: &mut Schedule) -> Result<bool, BackendError> {
+        let sequence = &self.sequences[&request_id];
+        if !sequence.is_late || sequence.num_yields >= MOST_YIELDS {
+            return Ok(false);
+        }
+        let lease = sequence.adapter().cloned().expect("it was late by its adapter");
+        let answer = self.ask(request_id, &lease, 0, residency, schedule)?;
+        Ok(matches!(answer, Residency::Ready(_)))
+    }
+
+    /// Admits a request whose turn it is, if that is possible now, and notes what came of it.
+    fn admit_one(
+        &mut self,
+        turn: Turn,
+        request_id: RequestId,
+        residency: &mut dyn AdapterResidency,
+        schedule: &mut Schedule,
+    ) -> Result<Admission, BackendError> {
+        let admission = self.try_admit(turn, request_id, residency, schedule)?;
+        self.note_denied_room(request_id, &admission);
+        match &admission {
+            Admission::Admitted { .. } => schedule.admitted.push(request_id),
+            Admission::Failed(error) => {
+                self.remove(request_id);
+                schedule.failed.push((request_id, error.clone()));
+            }
+            Admission::NotYet | Admission::NoRoom | Admission::NoBlocks => {}
+        }
+        Ok(admission)
     }
 
     fn try_admit(
@@ -376,7 +441,10 @@ impl Scheduler {
         if let Some(lease) = adapter {
             match self.ask(request_id, &lease, 0, residency, schedule)? {
                 Residency::Ready(adapter) => resident = Some(adapter),
-                Residency::Uploading => return Ok(Admission::NotYet),
+                Residency::Uploading => {
+                    self.sequences.get_mut(&request_id).expect("a queued request has a sequence").is_late = true;
+                    return Ok(Admission::NotYet);
+                }
                 Residency::NoRoom => return Ok(Admission::NoRoom),
                 Residency::Impossible(reason) => {
                     let adapter = lease.name().to_string();
@@ -403,7 +471,8 @@ impl Scheduler {
                 }
             }
         }
-        let sequence = &self.sequences[&request_id];
+        let sequence = self.sequences.get_mut(&request_id).expect("a queued request has a sequence");
+        sequence.is_late = false;
         let num_rows = sequence.num_uncomputed();
         if let Some(version) = sequence.version() {
             let turn = self.running_adapters.entry(version).or_insert(AdapterTurn {
@@ -1464,6 +1533,121 @@ mod tests {
         assert!(bench.ended.contains(&base) && bench.events[&slow].is_empty());
         bench.run();
         assert_eq!(tokens(&bench.events[&slow]).len(), 1);
+    }
+
+    /// Four sequences decode. Prompts come at the first of each pair, each with an adapter of its own that is on the way for as long as the second
+    /// says (in microseconds of what steps take on an H100). Gives back how many steps had several prompts, and how many of those a late one; and
+    /// the most steps that began without a prompt whose adapter was there.
+    fn run_late_prompts(arrivals: &[(u64, u64)]) -> [usize; 3] {
+        const STEP: u64 = 5600;
+        const PROMPT: u64 = 1700;
+        let mut bench = Bench::new(Limits {
+            num_blocks: 4096,
+            token_budget: 512,
+            mixed_prefill: 512,
+            max_running: 32,
+            max_loras: 32,
+            ..ROOMY
+        });
+        bench.backend.upload_polls = usize::MAX;
+        for first in 0..4 {
+            let request = bench.request(vec![first, 1, 2], 2000, None);
+            bench.add(request);
+        }
+        bench.pipelined_step();
+        let (mut now, mut next) = (0, 0);
+        let mut num_prompts_in_flight = 0;
+        // Of those that have not begun: their adapters, when these are there, and the steps that began since.
+        let mut waiting: BTreeMap<RequestId, (VersionId, u64, usize)> = BTreeMap::new();
+        let mut late = BTreeSet::new();
+        let [mut several, mut several_late, mut most_waited] = [0; 3];
+        while next < arrivals.len() || !waiting.is_empty() {
+            let many_wait = waiting.len() > FEW_WAITING;
+            for (version, _, _) in waiting.values().filter(|(_, there_at, _)| *there_at <= now) {
+                bench.backend.end_upload(*version);
+            }
+            // Scheduled while the one before runs.
+            assert!(bench.pipelined_step(), "four decode");
+            bench.scheduler.assert_consistent();
+            let batch = &bench.in_flight.as_ref().expect("a step").batch;
+            let prompts: Vec<RequestId> = batch
+                .sequences
+                .iter()
+                .filter(|rows| rows.num_rows > 1)
+                .map(|rows| rows.request_id)
+                .collect();
+            several += usize::from(prompts.len() > 1);
+            let excused = |request_id: &RequestId| many_wait || waiting[request_id].2 >= MOST_YIELDS as usize;
+            several_late += usize::from(prompts.len() > 1 && prompts.iter().any(|id| late.contains(id) && !excused(id)));
+            for request_id in &prompts {
+                let (_, _, steps) = waiting.remove(request_id).expect("it waited until now");
+                most_waited = most_waited.max(steps);
+            }
+            for (request_id, (_, there_at, steps)) in &mut waiting {
+                late.insert(*request_id);
+                *steps += usize::from(*there_at <= now);
+            }
+            now += STEP + PROMPT * num_prompts_in_flight;
+            num_prompts_in_flight = prompts.len() as u64;
+            while let Some((arrival, upload)) = arrivals.get(next).filter(|(arrival, _)| *arrival <= now) {
+                let adapter = host_adapter(next as u32, 100);
+                let request = bench.request(prompt(32), 2, Some(&adapter));
+                let request_id = bench.add(request);
+                bench.prefetch(request_id).expect("there is room");
+                waiting.insert(request_id, (adapter.version, arrival + upload, 0));
+                next += 1;
+            }
+        }
+        [several, several_late, most_waited]
+    }
+
+    #[test]
+    fn a_prompt_that_its_adapter_made_late_meets_no_other_one_in_a_step() {
+        let mut rng = Rng(5);
+        let regular: Vec<(u64, u64)> = (0..300).map(|number| (number * 10_000, 0)).collect();
+        assert_eq!(run_late_prompts(&regular), [0, 0, 0], "without uploads none meet");
+        // One in three goes through a stage.
+        let mut upload = || if rng.one_in(3) { 8_000 } else { 2_200 };
+        let uploaded: Vec<(u64, u64)> = regular.iter().map(|(arrival, _)| (*arrival, upload())).collect();
+        let [several, _, most_waited] = run_late_prompts(&uploaded);
+        assert_eq!(several, 0, "nor with them");
+        assert!((1..MOST_YIELDS as usize).contains(&most_waited), "some waited {most_waited} steps");
+        let (mut random, mut at) = (Vec::new(), 0.0);
+        for _ in 0..600 {
+            at -= 10_000.0 * ((1 + rng.below(1 << 20)) as f64 / (1 << 20) as f64).ln();
+            random.push((at as u64, if rng.one_in(3) { 8_000 } else { 2_200 }));
+        }
+        let [several, several_late, most_waited] = run_late_prompts(&random);
+        assert!(several > 20, "prompts that come together are computed together: {several} times");
+        assert_eq!(several_late, 0);
+        assert!(most_waited <= MOST_YIELDS as usize, "one waited {most_waited} steps");
+    }
+
+    #[test]
+    fn late_prompts_go_together_where_many_wait_or_nobody_decodes() {
+        for (num_late, num_decoding, expected) in [(FEW_WAITING, 1, 1), (FEW_WAITING + 1, 1, FEW_WAITING + 1), (FEW_WAITING, 0, FEW_WAITING)] {
+            let mut bench = Bench::new(Limits { token_budget: 256, ..ROOMY });
+            bench.backend.upload_polls = 2;
+            for _ in 0..num_decoding {
+                let request = bench.request(prompt(3), 30, None);
+                bench.add(request);
+                bench.step();
+            }
+            for number in 0..num_late {
+                let request = bench.request(prompt(8), 4, Some(&host_adapter(number as u32, 100)));
+                bench.add(request);
+            }
+            let mut num_prompts = 0;
+            for _ in 0..10 {
+                let batch = bench.step();
+                num_prompts = batch.map_or(0, |batch| batch.sequences.iter().filter(|rows| rows.num_rows > 1).count());
+                if num_prompts > 0 {
+                    break;
+                }
+            }
+            assert_eq!(num_prompts, expected, "{num_late} late, {num_decoding} decoding");
+            bench.run();
+        }
     }
 
     #[test]

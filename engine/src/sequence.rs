@@ -25,6 +25,10 @@ pub struct Sequence {
     pub epoch: u32,
     /// Whether the residency of its adapter was already counted as a hit or a miss.
     pub counted_residency: bool,
+    /// Whether it was passed over since its adapter was on its way to the device, and has not been admitted since.
+    pub is_late: bool,
+    /// Steps that it left to others' prompts because of that.
+    pub num_yields: u32,
     /// The engine thread's; away while a mask is worked out.
     pub constraint: Option<Box<dyn Constraint>>,
     is_constrained: bool,
@@ -58,6 +62,8 @@ impl Sequence {
             fairness_key: request.fairness_key,
             epoch: 0,
             counted_residency: false,
+            is_late: false,
+            num_yields: 0,
             adapter: request.adapter,
             resident: None,
             penalties: TokenCounts::new(&request.sampling, &request.prompt_tokens),

@@ -357,6 +357,12 @@ impl FakeBackend {
         self.adapters.values().map(|upload| upload.version).collect()
     }
 
+    /// An upload is done at the next look.
+    pub fn end_upload(&mut self, version: VersionId) {
+        let mut uploads = self.adapters.values_mut();
+        uploads.find(|upload| upload.version == version).expect("it was begun").polls_left = 0;
+    }
+
     fn used_bytes(&self) -> usize {
         self.adapters.values().map(|upload| upload.bytes).sum()
     }
