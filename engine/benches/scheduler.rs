@@ -27,7 +27,7 @@ impl AdapterResidency for AllResident {
         Ok(Residency::Ready(self.0[number as usize].clone()))
     }
 
-    fn prefetch(&mut self, _adapter: &Arc<HostAdapter>, _cache: &dyn KvBlocks) -> Result<Option<bool>, BackendError> {
+    fn prefetch(&mut self, _adapter: &Arc<HostAdapter>, _cache: &mut dyn KvBlocks) -> Result<Option<bool>, BackendError> {
         Ok(Some(true))
     }
 

@@ -87,7 +87,8 @@ pub struct BlockPool {
     cached: BTreeMap<u64, BlockId>,
     by_key: HashMap<BlockKey, BlockId>,
     promised: HashMap<BlockKey, BlockId>,
-    releases: u64,
+    /// Of last uses: grows with each.
+    clock: u64,
 }
 
 impl BlockPool {
@@ -99,7 +100,7 @@ impl BlockPool {
             cached: BTreeMap::new(),
             by_key: HashMap::new(),
             promised: HashMap::new(),
-            releases: 0,
+            clock: 0,
         };
         pool.grow(num_blocks);
         pool
@@ -207,9 +208,9 @@ impl BlockPool {
         self.end_promise(block_id);
         let block = &mut self.blocks[block_id.0 as usize];
         if block.key.is_some() {
-            block.released_at = self.releases;
-            self.cached.insert(self.releases, block_id);
-            self.releases += 1;
+            self.clock += 1;
+            block.released_at = self.clock;
+            self.cached.insert(self.clock, block_id);
         } else {
             self.free.insert(block_id);
         }
@@ -223,10 +224,26 @@ impl BlockPool {
 
     /// Forgets every cached prefix that nobody uses.
     pub fn flush_cache(&mut self) {
-        while let Some((_, block_id)) = self.cached.pop_first() {
-            self.forget_key(block_id);
-            self.free.insert(block_id);
-        }
+        while self.forget_oldest() {}
+    }
+
+    /// The time of something's last use, later than that of every block released so far and earlier than those of all to come.
+    pub fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    /// The time of the last use of the cached block that was released longest ago.
+    pub fn oldest_use(&self) -> Option<u64> {
+        self.cached.first_key_value().map(|(released_at, _)| *released_at)
+    }
+
+    /// Makes a free block of that one. False if none is cached.
+    pub fn forget_oldest(&mut self) -> bool {
+        let Some((_, block_id)) = self.cached.pop_first() else { return false };
+        self.forget_key(block_id);
+        self.free.insert(block_id);
+        true
     }
 
     /// Gives up the blocks from `num_blocks` on, which are at least those in use. Cached prefixes that have no room left are forgotten, the
@@ -238,9 +255,7 @@ impl BlockPool {
             self.num_used()
         );
         while self.num_used() + self.cached.len() > num_blocks {
-            let (_, block_id) = self.cached.pop_first().expect("what is not used is cached");
-            self.forget_key(block_id);
-            self.free.insert(block_id);
+            assert!(self.forget_oldest(), "what is not used is cached");
         }
         if num_blocks >= self.blocks.len() {
             return Vec::new();

@@ -4,10 +4,15 @@
 //! never leaves. Uploads are begun here and polled; nothing waits for one.
 //!
 //! Where adapters and KV blocks share their memory, the border between them is moved from here: ahead of need while the cache has blocks to
-//! spare, those of prefixes that nobody uses included, so that an upload need not wait for steps that use them still. An adapter that needs more takes
-//! KV blocks that are free; then it has others evicted; then cached prefixes are dropped for it. It never takes a block that a running sequence
-//! has or grows into next, so it makes none of them wait. A KV cache that runs out of blocks has adapters evicted that nobody uses, the one
-//! used longest ago first. Whether that helps is worked out before anything is given up.
+//! spare, those of prefixes that nobody uses included, so that an upload need not wait for steps that use them still.
+//!
+//! Adapters that nobody uses and cached prefixes that nobody uses have one order of age, by the clock of [`KvBlocks::tick`]: what was used least
+//! recently leaves first, whoever needs the memory and whichever kind it is. (With [`EvictionPolicy::Fifo`], for adapters that come, the age of one
+//! that is there is that of its upload.)
+//! An adapter that needs room takes KV blocks that are free, then the oldest of both kinds; it never takes a block that a running sequence has or
+//! grows into next, so it makes none of them wait. A KV cache without free blocks gets those of adapters that are older than its oldest prefix, a
+//! sixteenth of the memory at a time since others may have to move for it; and, when what runs needs more, of all that nobody uses. Whether it
+//! helps is worked out before anything is given up.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -61,7 +66,7 @@ pub trait AdapterResidency {
     ///
     /// # Errors
     /// `Device`: the engine is done.
-    fn prefetch(&mut self, adapter: &Arc<HostAdapter>, cache: &dyn KvBlocks) -> Result<Option<bool>, BackendError>;
+    fn prefetch(&mut self, adapter: &Arc<HostAdapter>, cache: &mut dyn KvBlocks) -> Result<Option<bool>, BackendError>;
 
     /// Makes `missing` more KV blocks of what is free or nobody uses, or none. False if that is too little.
     ///
@@ -87,6 +92,12 @@ pub trait KvBlocks {
     fn num_free(&self) -> usize;
     /// Of those, the ones of cached prefixes that nobody uses.
     fn num_cached(&self) -> usize;
+    /// The time of a use now: later than those of all blocks released before, earlier than those of all released after.
+    fn tick(&mut self) -> u64;
+    /// When the cached prefix that nobody has used for longest was used last.
+    fn oldest_use(&self) -> Option<u64>;
+    /// Drops the last block of that one, which is free then. False if there is none.
+    fn forget_oldest(&mut self) -> bool;
     /// Blocks of running sequences, and one more for each to grow into. May be more than there are.
     fn num_needed(&self) -> usize;
     /// Goes down to `num_blocks`, no fewer than are needed. Whatever lies above moves as the result says; prefixes may be dropped for that.
@@ -101,9 +112,25 @@ struct Entry {
     /// When its upload began.
     began: Instant,
     ready: bool,
+    /// By the clock that blocks have, too.
     uploaded_at: u64,
+    /// When it was asked for, or was in use at the begin of a step.
     last_used: u64,
     asked_in_pass: u64,
+}
+
+impl Entry {
+    fn is_held(&self) -> bool {
+        Arc::strong_count(&self.adapter) > 1
+    }
+
+    /// The one with the lowest leaves first.
+    fn age(&self, policy: EvictionPolicy) -> (u64, u64) {
+        match policy {
+            EvictionPolicy::Lru => (self.last_used, self.uploaded_at),
+            EvictionPolicy::Fifo => (self.uploaded_at, self.uploaded_at),
+        }
+    }
 }
 
 /// Bytes are kept ready for so many adapters of the size that was asked for last, and taken from the cache when there are fewer than
@@ -112,7 +139,8 @@ pub(crate) const READY_ADAPTERS: usize = 8;
 pub(crate) const FEWEST_READY: usize = 4;
 /// One part of so many is the most of the shared memory that is kept ready, and the least of the cache's blocks that nobody uses then.
 const READY_PART: usize = 16;
-/// When no more than one part of so many of the cache's blocks is free, it gets what is not kept ready; when no more is even unused, all.
+/// When no more than one part of so many of the cache's blocks is free, it gets what is not kept ready, if that is as many; when no more is even
+/// unused, all.
 const SHORT_PART: usize = 64;
 
 /// Most sizes that are kept.
@@ -129,7 +157,6 @@ pub struct DeviceResidency {
     sizes: HashMap<VersionId, usize>,
     /// Of the adapter that came last.
     last_bytes: usize,
-    clock: u64,
     pass: u64,
     evictions: u64,
     uploads: u64,
@@ -147,7 +174,6 @@ impl DeviceResidency {
             entries: BTreeMap::new(),
             pinned: Vec::new(),
             used_bytes: 0,
-            clock: 0,
             pass: 0,
             sizes: HashMap::new(),
             last_bytes: 0,
@@ -194,7 +220,12 @@ impl DeviceResidency {
     /// `Device`.
     pub fn begin_step(&mut self, backend: &mut dyn Backend, cache: &mut dyn KvBlocks) -> Result<(), BackendError> {
         self.pass += 1;
-        for entry in self.entries.values_mut().filter(|entry| !entry.ready) {
+        let now = cache.tick();
+        for entry in self.entries.values_mut().filter(|entry| entry.is_held() || !entry.ready) {
+            entry.last_used = now;
+            if entry.ready {
+                continue;
+            }
             entry.ready = backend.poll_upload(entry.adapter.handle)?;
             if entry.ready {
                 self.upload_seconds.observe(entry.began.elapsed().as_secs_f64());
@@ -223,10 +254,37 @@ impl DeviceResidency {
             let spare = spare.saturating_sub(self.capacity.num_blocks / READY_PART);
             self.make_ready(ready, spare, backend, cache)
         } else if cache.num_free() <= few {
-            self.give_free_bytes(ready, backend, cache)
+            self.evict_aged(ready, backend, cache);
+            // Adapters may have to move for it: not for a few blocks, if there are others.
+            let num_gained = self.num_gained(ready, cache);
+            if num_gained > few || spare <= few {
+                self.give_free_bytes(ready, backend, cache)
+            } else {
+                Ok(())
+            }
         } else {
             Ok(())
         }
+    }
+
+    /// Evicts for the cache what is older than its oldest prefix, once that is worth it. Until then it is what adapters that come have evicted.
+    fn evict_aged(&mut self, ready_bytes: usize, backend: &mut dyn Backend, cache: &dyn KvBlocks) {
+        let Some(oldest) = cache.oldest_use() else { return };
+        let is_aged = |entry: &&Entry| entry.last_used < oldest && self.may_leave(entry, Keep::Recent);
+        let aged_bytes: usize = self.entries.values().filter(is_aged).map(|entry| entry.bytes).sum();
+        if aged_bytes < self.capacity.shared_bytes / READY_PART {
+            return;
+        }
+        while self.num_gained(ready_bytes, cache) < self.capacity.num_blocks / READY_PART
+            && self.evict_older(backend, EvictionPolicy::Lru, Keep::Recent, Some(oldest))
+        {}
+    }
+
+    /// Blocks that there could be more, beside so many bytes that adapters don't have.
+    fn num_gained(&self, ready_bytes: usize, cache: &dyn KvBlocks) -> usize {
+        self.capacity
+            .blocks_beside(self.used_bytes + ready_bytes)
+            .saturating_sub(cache.num_blocks())
     }
 
     /// Bytes that are to be ready; 0 as long as no adapter's size is known, or where there is no room for one more.
@@ -237,11 +295,19 @@ impl DeviceResidency {
         if wanted < self.last_bytes { 0 } else { wanted }
     }
 
-    /// Takes `spare` blocks of the cache at most: free ones, then those of the prefixes that nobody has used for longest.
+    /// Takes `spare` blocks of the cache at most: free ones, then what nobody has used for longest, which may be adapters.
     fn make_ready(&mut self, ready_bytes: usize, spare: usize, backend: &mut dyn Backend, cache: &mut dyn KvBlocks) -> Result<(), BackendError> {
-        let capacity = &self.capacity;
-        let fewest = cache.num_needed().max(capacity.min_blocks).max(cache.num_blocks() - spare);
-        let num_blocks = capacity.blocks_beside(self.used_bytes + ready_bytes).max(fewest);
+        let fewest = cache.num_needed().max(self.capacity.min_blocks).max(cache.num_blocks() - spare);
+        let num_left = |used_bytes: usize, capacity: &Capacity| capacity.blocks_beside(used_bytes + ready_bytes).max(fewest);
+        while cache.num_blocks() - cache.num_free() > num_left(self.used_bytes, &self.capacity)
+            && cache
+                .oldest_use()
+                .is_some_and(|used| self.evict_older(backend, self.policy, Keep::Recent, Some(used)) || cache.forget_oldest())
+        {}
+        self.shrink(num_left(self.used_bytes, &self.capacity), backend, cache)
+    }
+
+    fn shrink(&mut self, num_blocks: usize, backend: &mut dyn Backend, cache: &mut dyn KvBlocks) -> Result<(), BackendError> {
         if num_blocks < cache.num_blocks() {
             let moves = cache.shrink(num_blocks);
             backend.set_kv_blocks(num_blocks, &moves)?;
@@ -271,10 +337,10 @@ impl DeviceResidency {
     /// # Errors
     /// `Device`.
     pub fn request(&mut self, backend: &mut dyn Backend, adapter: &Arc<HostAdapter>, cache: &mut dyn KvBlocks) -> Result<Residency, BackendError> {
-        self.clock += 1;
+        let now = cache.tick();
         if let Some(entry) = self.entries.get_mut(&adapter.version) {
             entry.asked_in_pass = self.pass;
-            entry.last_used = self.clock;
+            entry.last_used = now;
             return Ok(if entry.ready {
                 Residency::Ready(entry.adapter.clone())
             } else {
@@ -299,13 +365,13 @@ impl DeviceResidency {
                 Ok(handle) => {
                     let version = adapter.version;
                     let resident = Arc::new(ResidentAdapter { version, handle });
-                    let ready = self.insert(backend, resident.clone(), bytes, began)?;
+                    let ready = self.insert(backend, resident.clone(), bytes, (began, now))?;
                     return Ok(if ready { Residency::Ready(resident) } else { Residency::Uploading });
                 }
                 // There will be one free run when those on their way have arrived.
                 Err(BackendError::OutOfMemory { .. }) if self.is_uploading() => return Ok(Residency::NoRoom),
                 // The backend's own measure of what fits may be stricter than the sum of the bytes.
-                Err(BackendError::OutOfMemory { .. }) if self.evict_one(backend, self.policy, Keep::Asked) => {}
+                Err(BackendError::OutOfMemory { .. }) if self.evict_older(backend, self.policy, Keep::Asked, None) => {}
                 Err(error @ BackendError::OutOfMemory { .. }) if self.entries.is_empty() => return Ok(Residency::Impossible(error.to_string())),
                 Err(BackendError::OutOfMemory { .. }) => return Ok(Residency::NoRoom),
                 Err(BackendError::BadBatch(reason)) => return Ok(Residency::Impossible(reason)),
@@ -318,7 +384,12 @@ impl DeviceResidency {
     ///
     /// # Errors
     /// `Device`.
-    pub fn prefetch(&mut self, backend: &mut dyn Backend, adapter: &Arc<HostAdapter>, cache: &dyn KvBlocks) -> Result<Option<bool>, BackendError> {
+    pub fn prefetch(
+        &mut self,
+        backend: &mut dyn Backend,
+        adapter: &Arc<HostAdapter>,
+        cache: &mut dyn KvBlocks,
+    ) -> Result<Option<bool>, BackendError> {
         if let Some(entry) = self.entries.get(&adapter.version) {
             return Ok(Some(entry.ready));
         }
@@ -336,10 +407,9 @@ impl DeviceResidency {
             Ok(None) | Err(BackendError::OutOfMemory { .. } | BackendError::BadBatch(_)) => return Ok(None),
             Err(error) => return Err(error),
         };
-        self.clock += 1;
         let version = adapter.version;
         let resident = Arc::new(ResidentAdapter { version, handle });
-        self.insert(backend, resident, bytes, began).map(Some)
+        self.insert(backend, resident, bytes, (began, cache.tick())).map(Some)
     }
 
     fn bytes_of(&mut self, backend: &dyn Backend, adapter: &HostAdapter) -> Result<usize, BackendError> {
@@ -355,7 +425,13 @@ impl DeviceResidency {
     }
 
     /// Notes an upload that has begun. Whether it is done already.
-    fn insert(&mut self, backend: &mut dyn Backend, adapter: Arc<ResidentAdapter>, bytes: usize, began: Instant) -> Result<bool, BackendError> {
+    fn insert(
+        &mut self,
+        backend: &mut dyn Backend,
+        adapter: Arc<ResidentAdapter>,
+        bytes: usize,
+        (began, now): (Instant, u64),
+    ) -> Result<bool, BackendError> {
         let ready = backend.poll_upload(adapter.handle)?;
         self.used_bytes += bytes;
         self.last_bytes = bytes;
@@ -368,8 +444,8 @@ impl DeviceResidency {
             bytes,
             began,
             ready,
-            uploaded_at: self.clock,
-            last_used: self.clock,
+            uploaded_at: now,
+            last_used: now,
             asked_in_pass: self.pass,
             adapter: adapter.clone(),
         };
@@ -394,23 +470,25 @@ impl DeviceResidency {
         })
     }
 
-    /// Makes `bytes` free: of free KV blocks, then by evicting, then of cached prefixes; or does nothing when all of that is too little.
+    /// Makes `bytes` free: of free KV blocks, then of what nobody has used for longest; or does nothing when all of that is too little.
     fn make_room(&mut self, backend: &mut dyn Backend, bytes: usize, cache: &mut dyn KvBlocks) -> Result<bool, BackendError> {
         let fewest = cache.num_needed().max(self.capacity.min_blocks);
+        let most_used = self.capacity.adapter_bytes.checked_sub(bytes);
+        let num_blocks = cache.num_blocks();
         let fits = |used_bytes: usize, fewest: usize, capacity: &Capacity| {
-            let blocks = capacity.blocks_beside(used_bytes + bytes);
-            used_bytes + bytes <= capacity.adapter_bytes && blocks >= fewest.min(cache.num_blocks())
+            most_used.is_some_and(|most| used_bytes <= most) && capacity.blocks_beside(used_bytes + bytes) >= fewest.min(num_blocks)
         };
         if !fits(self.used_bytes - self.evictable_bytes(Keep::Asked), fewest, &self.capacity) {
             return Ok(false);
         }
-        let without_loss = fewest.max(cache.num_blocks() - cache.num_free());
-        while !fits(self.used_bytes, without_loss, &self.capacity) && self.evict_one(backend, self.policy, Keep::Asked) {}
-        let num_blocks = self.capacity.blocks_beside(self.used_bytes + bytes);
-        if num_blocks < cache.num_blocks() {
-            let moves = cache.shrink(num_blocks);
-            backend.set_kv_blocks(num_blocks, &moves)?;
+        while !fits(self.used_bytes, fewest.max(num_blocks - cache.num_free()), &self.capacity) {
+            // Blocks help as long as more than the fewest have something, and adapters may have more bytes.
+            let is_helped_by_blocks = num_blocks - cache.num_free() > fewest && most_used.is_some_and(|most| self.used_bytes <= most);
+            let oldest_prefix = if is_helped_by_blocks { cache.oldest_use() } else { None };
+            let made = self.evict_older(backend, self.policy, Keep::Asked, oldest_prefix) || (oldest_prefix.is_some() && cache.forget_oldest());
+            assert!(made, "what may leave is enough");
         }
+        self.shrink(self.capacity.blocks_beside(self.used_bytes + bytes), backend, cache)?;
         Ok(true)
     }
 
@@ -434,7 +512,7 @@ impl DeviceResidency {
             return Ok(false);
         }
         while self.capacity.blocks_beside(self.used_bytes) < wanted {
-            assert!(self.evict_one(backend, EvictionPolicy::Lru, keep), "evictable bytes were counted");
+            assert!(self.evict_older(backend, EvictionPolicy::Lru, keep, None), "evictable bytes were counted");
         }
         self.give_free_bytes(0, backend, cache)?;
         Ok(cache.num_blocks() >= wanted)
@@ -457,15 +535,12 @@ impl DeviceResidency {
             .sum()
     }
 
-    fn evict_one(&mut self, backend: &mut dyn Backend, policy: EvictionPolicy, keep: Keep) -> bool {
-        let victim = self
-            .entries
-            .values()
-            .filter(|entry| self.may_leave(entry, keep))
-            .min_by_key(|entry| match policy {
-                EvictionPolicy::Lru => entry.last_used,
-                EvictionPolicy::Fifo => entry.uploaded_at,
-            })
+    /// Evicts the adapter that is to leave first, if it is older than the other, where there is another. False if none has left.
+    fn evict_older(&mut self, backend: &mut dyn Backend, policy: EvictionPolicy, keep: Keep, other: Option<u64>) -> bool {
+        let may_leave = self.entries.values().filter(|entry| self.may_leave(entry, keep));
+        let victim = may_leave
+            .min_by_key(|entry| entry.age(policy))
+            .filter(|entry| other.is_none_or(|other| entry.age(policy).0 < other))
             .map(|entry| entry.adapter.version);
         let Some(version) = victim else { return false };
         let entry = self.entries.remove(&version).expect("it was just found");
@@ -477,10 +552,13 @@ impl DeviceResidency {
     }
 
     fn may_leave(&self, entry: &Entry, keep: Keep) -> bool {
-        let is_held = Arc::strong_count(&entry.adapter) > 1;
         let is_pinned = self.pinned.iter().any(|pinned| pinned.version == entry.adapter.version);
-        let is_kept = keep == Keep::Asked && entry.asked_in_pass == self.pass;
-        entry.ready && !is_held && !is_pinned && !is_kept
+        let is_kept = match keep {
+            Keep::Held => false,
+            Keep::Asked => entry.asked_in_pass == self.pass,
+            Keep::Recent => entry.asked_in_pass + 1 >= self.pass,
+        };
+        entry.ready && !entry.is_held() && !is_pinned && !is_kept
     }
 }
 
@@ -491,6 +569,8 @@ enum Keep {
     Held,
     /// Those, and the ones that were asked for in this pass.
     Asked,
+    /// Those, and the ones that were asked for in the last: requests that wait ask for them again when this one has begun.
+    Recent,
 }
 
 impl Drop for DeviceResidency {
@@ -512,7 +592,7 @@ impl AdapterResidency for BackendResidency<'_> {
         self.residency.request(self.backend, adapter, cache)
     }
 
-    fn prefetch(&mut self, adapter: &Arc<HostAdapter>, cache: &dyn KvBlocks) -> Result<Option<bool>, BackendError> {
+    fn prefetch(&mut self, adapter: &Arc<HostAdapter>, cache: &mut dyn KvBlocks) -> Result<Option<bool>, BackendError> {
         self.residency.prefetch(self.backend, adapter, cache)
     }
 

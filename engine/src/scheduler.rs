@@ -523,7 +523,7 @@ impl Scheduler {
         let Some(lease) = self.sequences.get(&request_id).and_then(|sequence| sequence.adapter().cloned()) else {
             return Ok(None);
         };
-        let Some(is_there) = residency.prefetch(lease.weights(), &self.kv_blocks())? else {
+        let Some(is_there) = residency.prefetch(lease.weights(), &mut self.kv_blocks())? else {
             return Ok(None);
         };
         let sequence = self.sequences.get_mut(&request_id).expect("it was just found");
@@ -795,6 +795,18 @@ impl KvBlocks for SchedulerBlocks<'_> {
 
     fn num_cached(&self) -> usize {
         self.pool.num_cached()
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.pool.tick()
+    }
+
+    fn oldest_use(&self) -> Option<u64> {
+        self.pool.oldest_use()
+    }
+
+    fn forget_oldest(&mut self) -> bool {
+        self.pool.forget_oldest()
     }
 
     fn num_needed(&self) -> usize {
@@ -1107,18 +1119,10 @@ mod tests {
         });
         let adapters: Vec<_> = (0..40).map(|number| host_adapter(number, 2 * BLOCK_BYTES)).collect();
         let old: Vec<u32> = (0..41).collect();
-        let ask = |bench: &mut Bench, prompt: Vec<u32>| {
-            let request = bench.request(prompt, 1, None);
-            let request_id = bench.add(request);
-            bench.run();
-            bench.cached_tokens(request_id)
-        };
-        ask(&mut bench, old.clone());
+        ask(&mut bench, old.clone(), None);
         for first in 0..60 {
-            ask(
-                &mut bench,
-                (first..first + 41).map(|position| (7 * position + first) % VOCAB_SIZE).collect(),
-            );
+            let other = (first..first + 41).map(|position| (7 * position + first) % VOCAB_SIZE).collect();
+            ask(&mut bench, other, None);
         }
         assert!(bench.scheduler.pool().num_free() <= 1);
         // The first one's size is not known before it comes; every later one finds its bytes ready, and is on its way before its turn.
@@ -1137,8 +1141,8 @@ mod tests {
         }
         assert_eq!(bench.residency.evictions(), 0);
         let newest = (59..100).map(|position| (7 * position + 59) % VOCAB_SIZE).collect();
-        assert_eq!(ask(&mut bench, newest), 40, "the prefix used last is still there");
-        assert_eq!(ask(&mut bench, old), 0, "the one used longest ago is not");
+        assert_eq!(ask(&mut bench, newest, None), 40, "the prefix used last is still there");
+        assert_eq!(ask(&mut bench, old, None), 0, "the one used longest ago is not");
         bench.scheduler.assert_consistent();
     }
 
@@ -1265,42 +1269,84 @@ mod tests {
         assert_eq!((bench.ended.len(), bench.residency.uploads(), bench.preempted), (4, 1, 0));
     }
 
+    /// One request, to its end; its tokens that came from the cache.
+    fn ask(bench: &mut Bench, prompt: Vec<u32>, adapter: Option<&Arc<HostAdapter>>) -> u32 {
+        let request = bench.request(prompt, 1, adapter);
+        let request_id = bench.add(request);
+        bench.run();
+        bench.scheduler.assert_consistent();
+        bench.assert_memory_is_shared_out();
+        bench.cached_tokens(request_id)
+    }
+
     #[test]
-    fn idle_adapters_leave_before_cached_prefixes_and_those_before_a_request_fails() {
+    fn an_adapter_takes_of_what_was_used_least_recently_and_a_request_fails_when_there_is_nothing() {
         let mut bench = Bench::new(SHARED);
-        let adapters: Vec<_> = (0..3).map(|number| host_adapter(number, 6 * BLOCK_BYTES)).collect();
-        let ask = |bench: &mut Bench, prompt: Vec<u32>, adapter: Option<&Arc<HostAdapter>>| {
-            let request = bench.request(prompt, 1, adapter);
-            let request_id = bench.add(request);
-            bench.run();
-            bench.cached_tokens(request_id)
-        };
+        let adapters: Vec<_> = (0..4).map(|number| host_adapter(number, 6 * BLOCK_BYTES)).collect();
+        let state = |bench: &Bench| (bench.residency.evictions(), bench.scheduler.pool().num_cached());
         ask(&mut bench, prompt(41), None);
-        assert_eq!(bench.scheduler.pool().num_cached(), 10);
         ask(&mut bench, vec![1, 2], Some(&adapters[0]));
-        assert_eq!(
-            (bench.residency.evictions(), bench.scheduler.pool().num_cached()),
-            (0, 10),
-            "of free blocks"
-        );
+        assert_eq!(state(&bench), (0, 10), "of free blocks");
+        // The prefix is older: of 10 blocks 8 have room beside two adapters.
         ask(&mut bench, vec![1, 2], Some(&adapters[1]));
         assert_eq!(
-            (bench.residency.evictions(), bench.scheduler.pool().num_cached()),
-            (1, 10),
-            "of the other adapter"
+            (bench.residency.evictions(), bench.scheduler.pool().num_blocks()),
+            (0, 8),
+            "of the prefix"
         );
-        bench.residency.set_pinned(vec![adapters[1].clone()]);
+        assert_eq!(ask(&mut bench, prompt(29), None), 28, "the end of the long one was dropped first");
+        // The older adapter is the oldest now.
+        let (_, cached) = state(&bench);
         ask(&mut bench, vec![1, 2], Some(&adapters[2]));
-        assert_eq!((bench.residency.evictions(), bench.scheduler.pool().num_blocks()), (1, 8), "of prefixes");
-        assert_eq!(ask(&mut bench, prompt(28), None), 24, "the end of the long one was dropped first");
-        // Nothing of it is pinned or used any more.
+        assert_eq!(state(&bench), (1, cached), "of the adapter used longest ago");
+        assert!(bench.backend.resident_versions().contains(&adapters[1].version));
+        // Who is used again is not the oldest any more, and pinned ones stay.
+        ask(&mut bench, vec![1, 2], Some(&adapters[1]));
+        bench.residency.set_pinned(vec![adapters[2].clone()]);
+        ask(&mut bench, vec![1, 2], Some(&adapters[3]));
+        let resident = [2, 3].map(|number: usize| adapters[number].version);
+        assert_eq!(bench.backend.resident_versions(), resident.into());
         bench.residency.set_pinned(Vec::new());
-        assert_eq!(ask(&mut bench, prompt(28), None), 24);
         let too_large = host_adapter(9, 12 * BLOCK_BYTES + 1);
         let request = bench.request(prompt(2), 1, Some(&too_large));
         let failed = bench.add(request);
         bench.run();
         assert!(matches!(&bench.events[&failed][..], [TokenEvent::Failed(RequestError::Adapter { .. })]));
+    }
+
+    #[test]
+    fn prefixes_take_the_bytes_of_idle_adapters_that_were_used_before_them() {
+        for is_pinned in [false, true] {
+            let mut bench = Bench::new(Limits {
+                num_blocks: 400,
+                shared_but: Some(8),
+                adapter_bytes: 400 * BLOCK_BYTES,
+                ..ROOMY
+            });
+            let adapters: Vec<_> = (0..20).map(|number| host_adapter(number, 10 * BLOCK_BYTES)).collect();
+            for adapter in &adapters {
+                ask(&mut bench, vec![1, 2], Some(adapter));
+            }
+            if is_pinned {
+                bench.residency.set_pinned(adapters.clone());
+            }
+            // One is used all the time, and a prefix, too; sixty others are used once. Nothing that runs needs more than 11 blocks.
+            let old = |first: u32| -> Vec<u32> { (first..first + 41).map(|position| (7 * position + first) % VOCAB_SIZE).collect() };
+            for first in 0..60 {
+                ask(&mut bench, old(first), None);
+                ask(&mut bench, vec![1, 2], Some(&adapters[7]));
+                ask(&mut bench, prompt(25), None);
+            }
+            let resident = bench.backend.resident_versions();
+            assert!(resident.contains(&adapters[7].version));
+            let num_left = 20 - resident.len();
+            assert!(
+                if is_pinned { num_left == 0 } else { num_left >= 17 },
+                "{num_left} have left; pinned ones never do"
+            );
+            assert_eq!(ask(&mut bench, prompt(25), None), 24);
+            assert_eq!(ask(&mut bench, old(1), None), 0, "the oldest of the prefixes have gone, too");
+        }
     }
 
     #[test]

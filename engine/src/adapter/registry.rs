@@ -371,7 +371,8 @@ struct State {
     names: BTreeSet<Arc<str>>,
     /// Weights by content, as long as anything holds them.
     versions: HashMap<VersionId, Weak<HostAdapter>>,
-    /// What folders held when they were read, as long as the weights are anywhere: such a folder is not read again.
+    /// What folders held when they were read, as long as the weights are anywhere: such a folder is not read again. One with a companion is, once
+    /// it has left the host, even if the device uses the same bytes still: what left is most of it, and it goes into the version like the weights.
     read: HashMap<SourceStamp, (Weak<HostAdapter>, Arc<Facts>)>,
     /// Loads that found no room, the first to be tried first. Their entries are `Loading`.
     parked: VecDeque<Parked<Load>>,
