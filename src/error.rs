@@ -18,6 +18,7 @@
 //! | an adapter shall be unloaded that an alias points at | 409 | `adapter_in_use` |
 //! | a limit of the key is reached | 429 + Retry-After | `rate_limit_exceeded` |
 //! | ended by `/abort_request` before anything was sent | 499 | `request_aborted` |
+//! | its adapter was unloaded by force before anything was sent | 503 | `adapter_unloaded` |
 //! | the engine failed; a panic in a handler | 500 | `engine_error`, `internal_error` |
 //! | the model gave logits that are not finite | 500 | `not_finite` |
 //! | a change at run time is in effect, but not in `--state-dir` | 500 | `state_not_saved` |
@@ -240,6 +241,12 @@ impl ApiError {
     pub fn aborted() -> Self {
         let status = StatusCode::from_u16(499).expect("three digits");
         Self::new(status, "request_aborted", Some("request_aborted"), "The request was aborted.")
+    }
+
+    /// 503 for a request whose adapter an admin has unloaded by force: it was neither the client's doing nor its mistake.
+    pub fn adapter_unloaded() -> Self {
+        let message = "The adapter was unloaded while it answered your request.";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER_ERROR, Some("adapter_unloaded"), message).for_param("model")
     }
 
     /// 500 for a panic: `log` has what the client must not see.

@@ -68,15 +68,26 @@ pub enum Finish {
     Length,
     /// `/abort_request`.
     Aborted,
+    /// An admin has unloaded the adapter by force.
+    AdapterUnloaded,
 }
 
 impl Finish {
-    /// OpenAI's word; `None` for an abort, which it has no word for.
+    /// OpenAI's word; `None` for an abort, which it has no word for: see [`Self::error`].
     pub fn reason(&self) -> Option<&'static str> {
         match self {
             Self::StopToken(_) | Self::StopText(_) | Self::GrammarDone => Some("stop"),
             Self::Length => Some("length"),
-            Self::Aborted => None,
+            Self::Aborted | Self::AdapterUnloaded => None,
+        }
+    }
+
+    /// What is said of an end that OpenAI has no word for.
+    pub fn error(&self) -> ApiError {
+        if *self == Self::AdapterUnloaded {
+            ApiError::adapter_unloaded()
+        } else {
+            ApiError::aborted()
         }
     }
 
@@ -85,7 +96,7 @@ impl Finish {
         match self {
             Self::StopToken(id) => Some(MatchedStop::Token(*id)),
             Self::StopText(text) => Some(MatchedStop::Text(text.clone())),
-            Self::GrammarDone | Self::Length | Self::Aborted => None,
+            Self::GrammarDone | Self::Length | Self::Aborted | Self::AdapterUnloaded => None,
         }
     }
 }
@@ -218,6 +229,7 @@ impl TextStream {
                 FinishReason::Length => Finish::Length,
                 FinishReason::ConstraintDone => Finish::GrammarDone,
                 FinishReason::Aborted => Finish::Aborted,
+                FinishReason::AdapterUnloaded => Finish::AdapterUnloaded,
             },
         };
         if !matches!(finish, Finish::StopText(_)) {
@@ -241,7 +253,7 @@ impl TextStream {
         if let Some(held) = self.held.take() {
             held.metrics.finish(match &last {
                 TextEvent::Finished(Finish::Length) => Outcome::Length,
-                TextEvent::Finished(Finish::Aborted) => Outcome::Abort,
+                TextEvent::Finished(Finish::Aborted | Finish::AdapterUnloaded) => Outcome::Abort,
                 TextEvent::Failed(_) => Outcome::Error,
                 _ => Outcome::Stop,
             });
@@ -439,7 +451,7 @@ impl MergedStream {
             let done = match &event {
                 TextEvent::Started { .. } => false,
                 TextEvent::Failed(error) => return Err(error.clone().into()),
-                TextEvent::Finished(Finish::Aborted) => return Err(ApiError::aborted()),
+                TextEvent::Finished(finish) if finish.reason().is_none() => return Err(finish.error()),
                 TextEvent::Chunk { .. } | TextEvent::Finished(_) => true,
             };
             self.first.push_back((index, event));

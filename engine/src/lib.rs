@@ -60,7 +60,7 @@ pub trait InferenceEngine: Send + Sync + 'static {
     /// Leases on several adapters, all of them or none: a series of `acquire_adapter` could wait for room that it has itself.
     fn acquire_adapters<'a>(&'a self, names: &'a [&'a str]) -> BoxFuture<'a, Result<Vec<AdapterLease>, AdapterError>>;
     /// Forgets a name at once: it is unknown from here on. What is given says how many requests still run on it, and when they have
-    /// ended: of themselves, or with [`UnloadMode::Abort`] at the next step, each with `FinishReason::Aborted`.
+    /// ended: of themselves, or with [`UnloadMode::Abort`] at the next step, each with `FinishReason::AdapterUnloaded`.
     ///
     /// # Errors
     /// `Unknown`, `NotEnabled`.

@@ -1094,7 +1094,7 @@ mod tests {
             let late = submit(late);
             drop(open);
             for stream in of_a.into_iter().chain([late]) {
-                let reason = FinishReason::Aborted;
+                let reason = FinishReason::AdapterUnloaded;
                 assert_eq!(collect(stream).pop(), Some(TokenEvent::Finished { reason }));
             }
             let report = block_on(unloading.drained());

@@ -747,7 +747,7 @@ impl InferenceEngine for MockEngine {
         for live in self.requests.lock().iter() {
             let mut run = live.run.lock();
             if run.lease.as_ref().is_some_and(AdapterLease::is_revoked) {
-                let reason = FinishReason::Aborted;
+                let reason = FinishReason::AdapterUnloaded;
                 run.end(Some(TokenEvent::Finished { reason }));
             }
         }

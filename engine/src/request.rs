@@ -120,6 +120,8 @@ pub enum FinishReason {
     ConstraintDone,
     /// Ended by `abort`, or by shutdown.
     Aborted,
+    /// Its adapter was unloaded by force.
+    AdapterUnloaded,
 }
 
 /// Why a request failed after it was admitted. The engine itself goes on unless it says otherwise.

@@ -370,7 +370,7 @@ impl Worker {
         let is_revoked = new.request.adapter.as_ref().is_some_and(AdapterLease::is_revoked);
         self.scheduler.add(Sequence::new(request_id, new.request));
         if is_revoked {
-            let reason = FinishReason::Aborted;
+            let reason = FinishReason::AdapterUnloaded;
             return self.remove(request_id, TokenEvent::Finished { reason });
         }
         self.ask_for_mask(request_id, None);
@@ -394,7 +394,7 @@ impl Worker {
             .map(|sequence| sequence.request_id)
             .collect();
         for request_id in revoked {
-            let reason = FinishReason::Aborted;
+            let reason = FinishReason::AdapterUnloaded;
             self.remove(request_id, TokenEvent::Finished { reason });
         }
     }

@@ -446,7 +446,7 @@ fn choice(envelope: &Envelope, index: u32, output: Completed, parser: &mut Messa
     let finish = output.finish.unwrap_or(Finish::Aborted);
     let mut parts = parser.push_whole(output.pieces);
     parts.extend(parser.finish());
-    let reason = finish_reason(&finish, parser).ok_or_else(ApiError::aborted)?;
+    let reason = finish_reason(&finish, parser).ok_or_else(|| finish.error())?;
     Ok(ChatChoice {
         index,
         logprobs: envelope.with_logprobs.then(|| chat_logprobs(envelope.text.tokenizer(), &output.tokens)),
@@ -556,7 +556,7 @@ impl AnswerWriter for ChatWriter {
                 self.push_parts(index, rest);
                 self.push(index, ChatDelta::default(), Some(&finish));
             }
-            TextEvent::Finished(_) => self.fail(&ApiError::aborted()),
+            TextEvent::Finished(finish) => self.fail(&finish.error()),
             TextEvent::Failed(error) => self.fail(&error.into()),
         }
     }

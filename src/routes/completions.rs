@@ -380,7 +380,7 @@ async fn whole(mut answer: Answer, streams: Vec<TextStream>) -> Result<Response,
             index: index as u32,
             text,
             logprobs,
-            finish_reason: Some(finish.reason().ok_or_else(ApiError::aborted)?.into()),
+            finish_reason: Some(finish.reason().ok_or_else(|| finish.error())?.into()),
             matched_stop: finish.matched(),
         });
     }
@@ -441,7 +441,7 @@ impl AnswerWriter for CompletionWriter {
                 self.push_new(index, text, logprobs);
             }
             TextEvent::Finished(finish) if finish.reason().is_some() => self.push(index, String::new(), None, Some(&finish)),
-            TextEvent::Finished(_) => self.fail(&ApiError::aborted()),
+            TextEvent::Finished(finish) => self.fail(&finish.error()),
             TextEvent::Failed(error) => self.fail(&error.into()),
         }
     }

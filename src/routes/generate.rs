@@ -465,6 +465,9 @@ impl Output {
                 Finish::Aborted => NativeFinishReason::Abort {
                     message: "Aborted by request.".to_owned(),
                 },
+                Finish::AdapterUnloaded => NativeFinishReason::Abort {
+                    message: "The adapter was unloaded.".to_owned(),
+                },
                 stop => NativeFinishReason::Stop { matched: stop.matched() },
             }),
             prompt_tokens: self.prompt_tokens.len() as u32,

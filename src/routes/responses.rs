@@ -559,7 +559,7 @@ impl AnswerWriter for Answer {
                 parts.into_iter().for_each(|part| self.part(part));
                 self.finish(&finish);
             }
-            TextEvent::Finished(_) => self.fail(ApiError::aborted()),
+            TextEvent::Finished(finish) => self.fail(finish.error()),
             TextEvent::Failed(error) => self.fail(error.into()),
         }
     }

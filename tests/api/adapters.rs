@@ -340,9 +340,24 @@ async fn an_unload_waits_as_long_as_it_is_told_or_aborts() {
     );
     let last = aborted.json_events().await.pop().unwrap();
     assert_eq!(
-        (&last["text"], &last["meta_info"]["finish_reason"]["type"]),
-        (&json!("a"), &json!("abort"))
+        (&last["text"], &last["meta_info"]["finish_reason"]),
+        (&json!("a"), &json!({"type": "abort", "message": "The adapter was unloaded."}))
     );
+    // OpenAI's routes have no word for it: an error says whose doing it was.
+    server
+        .post("/load_lora_adapter", json!({"lora_name": "y", "lora_path": folder()}))
+        .await
+        .json(200)
+        .await;
+    server.engine.script_next(held());
+    let before = server.engine.recorded().len();
+    let (mut answer, ()) = tokio::join!(server.post("/v1/completions", json!({"model": "y", "prompt": "a"})), async {
+        while server.engine.recorded().len() == before {
+            tokio::task::yield_now().await;
+        }
+        delete("y?force=true").await.json(200).await;
+    });
+    assert_eq!(answer.error(503).await["code"], "adapter_unloaded");
     gate.open();
     assert_eq!(running.json_events().await.last().unwrap()["text"], "ab");
     for model in ["sql", "demo:json"] {

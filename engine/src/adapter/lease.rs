@@ -196,7 +196,7 @@ pub enum UnloadMode {
     /// They go on to their ends.
     #[default]
     Drain,
-    /// They end with `FinishReason::Aborted` at the next step.
+    /// They end with `FinishReason::AdapterUnloaded` at the next step.
     Abort,
 }
 
