@@ -504,6 +504,14 @@ pub enum AdapterError {
         /// At most.
         limit: usize,
     },
+    /// More combinations at once than there may ever be.
+    #[error("at most {limit} combinations of adapters may be in memory at once, but the request names {got}")]
+    TooManySums {
+        /// Different ones in the request.
+        got: usize,
+        /// At most.
+        limit: usize,
+    },
     /// More adapters at once than there may ever be in host memory.
     #[error("at most {limit} adapters may be in memory at once (max-loaded-loras), but the request names {got}")]
     TooManyAdapters {

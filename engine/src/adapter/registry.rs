@@ -762,11 +762,12 @@ impl AdapterRegistry {
     /// Leases on several, all of them or none. Two calls never wait for each other's, as two series of `acquire` may.
     ///
     /// # Errors
-    /// As `acquire`; `TooManyAdapters` for more than there may be in host memory.
+    /// As `acquire`; `TooManyAdapters` and `TooManySums` for more than there may be in host memory.
     pub fn acquire_all<'a>(&'a self, names: &'a [&'a str]) -> BoxFuture<'a, Result<Vec<AdapterLease>, AdapterError>> {
         Box::pin(async move {
             let wanted = names.iter().map(|name| self.shared.parse(name)).collect::<Result<Vec<_>, _>>()?;
             self.check_number(wanted.iter().flat_map(Wanted::names))?;
+            self.check_sums(&wanted)?;
             let _only_one = self.shared.gathering.lock().await;
             let mut leases = Vec::with_capacity(names.len());
             for wanted in wanted {
@@ -787,6 +788,15 @@ impl AdapterRegistry {
         let got = names.collect::<HashSet<_>>().len();
         match self.shared.config.max_loaded_loras {
             Some(limit) if got > limit => Err(AdapterError::TooManyAdapters { got, limit }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same of combinations: a request would wait for the end of those that it holds.
+    fn check_sums(&self, wanted: &[Wanted<'_>]) -> Result<(), AdapterError> {
+        let limit = self.shared.config.max_combinations;
+        match wanted.iter().filter_map(Wanted::sum).collect::<HashSet<_>>().len() {
+            got if got > limit => Err(AdapterError::TooManySums { got, limit }),
             _ => Ok(()),
         }
     }
@@ -1012,6 +1022,16 @@ impl Wanted<'_> {
             Self::Sum { parts, .. } => (None, &parts[..]),
         };
         one.into_iter().chain(parts.iter().map(|part| part.name))
+    }
+
+    /// What tells a combination from others, however it is written. One adapter in full is none.
+    fn sum(&self) -> Option<Vec<(&str, u32)>> {
+        match self {
+            Self::Sum { parts, .. } if !matches!(&parts[..], [Part { weight: 1.0, .. }]) => {
+                Some(parts.iter().map(|part| (part.name, part.weight.to_bits())).collect())
+            }
+            _ => None,
+        }
     }
 }
 
@@ -1728,26 +1748,50 @@ impl Shared {
     /// Ends the waiting of work that has found no room for too long.
     fn give_up_on_overdue(&self) {
         let now = Instant::now();
-        let (loads, combines, error) = {
+        let (loads, combines) = {
             let mut state = self.state.lock();
             let loads = take_overdue(&mut state.parked, now);
             let combines = take_overdue(&mut state.parked_combinations, now);
             self.parked.fetch_sub(loads.len() + combines.len(), Ordering::SeqCst);
-            let error = AdapterError::NothingToEvict {
-                loaded: state.loaded.len(),
-                limit: self.config.max_loaded_loras.unwrap_or(usize::MAX),
-            };
-            (loads, combines, error)
+            (self.without_room(&state, loads), self.without_room(&state, combines))
         };
-        if loads.is_empty() && combines.is_empty() {
-            return;
+        for (load, error) in loads {
+            self.finish_fetch(load, Err(error));
         }
-        for load in loads {
-            self.finish_fetch(load, Err(error.clone()));
+        for (combine, error) in combines {
+            combine.work.fail(error);
         }
-        for combine in combines {
-            combine.work.fail(error.clone());
-        }
+    }
+
+    /// Work with what there was no room of.
+    fn without_room<W: NeedsRoom>(&self, state: &State, works: Vec<Parked<W>>) -> Vec<(Parked<W>, AdapterError)> {
+        let reason = |work: &Parked<W>| {
+            let need = work.work.need();
+            let (limit, limit_bytes) = self.config.limits_of_host();
+            let (staying, in_use) = (state.staying(), state.combinations_in_use().count());
+            // What is not short of bytes may find all places granted to others.
+            let any_bytes = limit_bytes == usize::MAX;
+            if need.combinations > 0 && (any_bytes || in_use + need.combinations > self.config.max_combinations) {
+                let limit = self.config.max_combinations;
+                AdapterError::TooManyCombinations { in_use, limit }
+            } else if need.names > 0 && (any_bytes || staying.names + need.names > limit) {
+                let loaded = state.loaded.len();
+                AdapterError::NothingToEvict { loaded, limit }
+            } else {
+                AdapterError::HostMemoryFull {
+                    needed_bytes: need.bytes,
+                    used_bytes: staying.bytes(),
+                    limit_bytes,
+                }
+            }
+        };
+        works
+            .into_iter()
+            .map(|work| {
+                let error = reason(&work);
+                (work, error)
+            })
+            .collect()
     }
 
     fn finish_fetch(&self, load: Parked<Load>, loaded: Result<(Arc<HostAdapter>, Arc<Facts>), AdapterError>) {
@@ -2803,6 +2847,30 @@ mod tests {
         drop((held, again));
         drop(acquire(&registry, "a*0.3").unwrap());
         assert_eq!(registry.stats().combinations, 2);
+        assert_eq!(registry.stats().leases, 0);
+    }
+
+    #[test]
+    fn more_combinations_than_there_may_be_are_refused_at_once_in_a_batch_and_named_after_a_wait() {
+        let directory = folder(&["a", "b"]);
+        let registry = registry(|config| {
+            config.max_combinations = 2;
+            config.room_timeout = Duration::from_millis(1);
+        });
+        registry.register(request_in(&directory, "a")).unwrap();
+        registry.register(request_in(&directory, "b")).unwrap();
+        // The third would wait for the first to end, and all other batches behind it.
+        let all = futures::FutureExt::now_or_never(registry.acquire_all(&["a*0.1", "a+b", "a*0.3", "a"]));
+        assert_eq!(
+            all.expect("it waits for nothing").unwrap_err(),
+            AdapterError::TooManySums { got: 3, limit: 2 }
+        );
+        let held = block_on(registry.acquire_all(&["a*0.1", "a+b", "b+a", "b*0.5+b*0.5", "a"])).unwrap();
+        assert_eq!(
+            acquire(&registry, "a*0.3").unwrap_err(),
+            AdapterError::TooManyCombinations { in_use: 2, limit: 2 }
+        );
+        drop(held);
         assert_eq!(registry.stats().leases, 0);
     }
 
