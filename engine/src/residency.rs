@@ -600,3 +600,137 @@ impl AdapterResidency for BackendResidency<'_> {
         self.residency.make_blocks(self.backend, missing, whose, cache)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        block_pool::{BlockKey, BlockPool},
+        testing::{FakeBackend, Rng, host_adapter},
+    };
+
+    /// A cache that nothing runs in.
+    struct Cache(BlockPool);
+
+    impl KvBlocks for Cache {
+        fn num_blocks(&self) -> usize {
+            self.0.num_blocks()
+        }
+        fn num_free(&self) -> usize {
+            self.0.num_free()
+        }
+        fn num_cached(&self) -> usize {
+            self.0.num_cached()
+        }
+        fn tick(&mut self) -> u64 {
+            self.0.tick()
+        }
+        fn oldest_use(&self) -> Option<u64> {
+            self.0.oldest_use()
+        }
+        fn forget_oldest(&mut self) -> bool {
+            self.0.forget_oldest()
+        }
+        fn num_needed(&self) -> usize {
+            self.0.num_used()
+        }
+        fn shrink(&mut self, num_blocks: usize) -> Vec<BlockMove> {
+            self.0.shrink(num_blocks)
+        }
+        fn grow(&mut self, num_blocks: usize) {
+            self.0.grow(num_blocks);
+        }
+    }
+
+    /// Uses adapters and prefixes of one block at random. Whatever leaves for an adapter, or when a step begins, was used before all that stays.
+    /// Gives back how many adapters and how many blocks left.
+    fn random_uses(seed: u64) -> [usize; 2] {
+        const NUM_BLOCKS: usize = 64;
+        const BLOCK_BYTES: usize = 50;
+        let mut rng = Rng(seed);
+        let capacity = Capacity {
+            num_blocks: NUM_BLOCKS,
+            min_blocks: 1,
+            block_size: 4,
+            kv_block_bytes: BLOCK_BYTES,
+            max_batch_tokens: 64,
+            adapter_bytes: (NUM_BLOCKS - 1) * BLOCK_BYTES,
+            shared_bytes: NUM_BLOCKS * BLOCK_BYTES,
+            max_adapters_per_batch: 8,
+        };
+        let mut residency = DeviceResidency::new(capacity.clone(), EvictionPolicy::Lru, Arc::default());
+        let mut backend = FakeBackend::new(capacity);
+        let mut cache = Cache(BlockPool::new(NUM_BLOCKS));
+        // All of them fit into what adapters may have: then only ages decide.
+        let adapters: Vec<_> = (0..16).map(|number| host_adapter(number, 60 + 30 * rng.below(5))).collect();
+        // When each was used last: adapters by version; of prefixes as many of the last as are cached.
+        let mut adapters_used: BTreeMap<VersionId, usize> = BTreeMap::new();
+        let mut prefixes_used: BTreeMap<u32, usize> = BTreeMap::new();
+        let num_prefixes = 10 + rng.below(60);
+        let prefers_adapters = rng.one_in(2);
+        let mut left = [0, 0];
+        for now in 0..400 {
+            let adapter = &adapters[rng.below(16)];
+            let uses_adapter = if prefers_adapters { !rng.one_in(3) } else { rng.one_in(3) };
+            let cached_before = cache.num_cached();
+            residency.begin_step(&mut backend, &mut cache).unwrap();
+            if uses_adapter {
+                adapters_used.insert(adapter.version, now);
+                let answer = residency.request(&mut backend, adapter, &mut cache).unwrap();
+                assert!(matches!(answer, Residency::Ready(_)), "{answer:?}");
+            }
+            let resident = backend.resident_versions();
+            let mut prefixes: Vec<usize> = prefixes_used.values().copied().collect();
+            prefixes.sort_unstable();
+            let forgotten = prefixes.len() - cached_before..prefixes.len() - cache.num_cached();
+            let left_now = adapters_used
+                .iter()
+                .filter(|(version, _)| !resident.contains(version))
+                .map(|(_, used)| *used);
+            let last_lost = left_now.chain(prefixes[forgotten.clone()].iter().copied()).max();
+            let stay = adapters_used
+                .iter()
+                .filter(|(version, _)| resident.contains(version))
+                .map(|(_, used)| *used);
+            let first_kept = stay.chain(prefixes[forgotten.end..].iter().copied()).min();
+            if let (Some(lost), Some(kept)) = (last_lost, first_kept) {
+                assert!(lost < kept, "what was used at {lost} has gone at {now}, and not what was used at {kept}");
+            }
+            left[0] += adapters_used.len();
+            adapters_used.retain(|version, _| resident.contains(version));
+            left[0] -= adapters_used.len();
+            left[1] += forgotten.len();
+            prefixes_used.retain(|_, used| prefixes[forgotten.end..].contains(used));
+            if !uses_adapter {
+                // The pool itself takes the oldest block when none is free: that is no choice of this module's.
+                let number = rng.below(num_prefixes) as u32;
+                let key = BlockKey::root(None).child(&[number]);
+                let block_id = cache.0.try_share(&key).or_else(|| cache.0.try_allocate()).expect("nothing is in use");
+                cache.0.publish(block_id, key);
+                cache.0.release(block_id);
+                prefixes_used.insert(number, now);
+                let mut used: Vec<usize> = prefixes_used.values().copied().collect();
+                used.sort_unstable();
+                let first = used[used.len() - cache.num_cached()];
+                prefixes_used.retain(|_, used| *used >= first);
+            }
+            cache.0.assert_consistent();
+            assert_eq!(cache.num_blocks(), backend.num_blocks);
+            assert!(cache.num_blocks() * BLOCK_BYTES + residency.used_bytes() <= NUM_BLOCKS * BLOCK_BYTES);
+        }
+        left
+    }
+
+    #[test]
+    fn what_leaves_was_used_before_all_that_stays() {
+        let mut left = [0, 0];
+        for seed in 0..100 {
+            let [adapters, blocks] = std::panic::catch_unwind(|| random_uses(seed)).unwrap_or_else(|panic| {
+                eprintln!("failed with seed {seed}");
+                std::panic::resume_unwind(panic)
+            });
+            left = [left[0] + adapters, left[1] + blocks];
+        }
+        assert!(left[0] > 100 && left[1] > 100, "{} adapters and {} blocks have left", left[0], left[1]);
+    }
+}
