@@ -469,7 +469,9 @@ impl From<AdapterError> for ApiError {
             AdapterError::Incompatible { .. } => bad("adapter_incompatible").for_param("lora_path"),
             AdapterError::Unsupported { .. } => bad("adapter_unsupported").for_param("lora_path"),
             AdapterError::BadFile { .. } => bad("adapter_bad_file").for_param("lora_path"),
-            AdapterError::TooManyAdapters { .. } | AdapterError::TooManySums { .. } => bad("adapter_too_many").for_param("model"),
+            AdapterError::TooManyAdapters { .. } | AdapterError::TooManySums { .. } | AdapterError::TooManyBytes { .. } => {
+                bad("adapter_too_many").for_param("model")
+            }
             AdapterError::TooManyPinned { .. } => bad("adapter_too_many_pinned").for_param("pinned"),
             AdapterError::VersionConflict { .. } => {
                 Self::new(StatusCode::CONFLICT, INVALID_REQUEST, Some("adapter_version_conflict"), message).for_param("lora_name")

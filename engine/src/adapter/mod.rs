@@ -512,6 +512,14 @@ pub enum AdapterError {
         /// At most.
         limit: usize,
     },
+    /// Adapters that are larger together than host memory for adapters ever is.
+    #[error("the request's adapters take {got} bytes of host memory together, at most {limit} are for adapters (--max-loaded-lora-bytes)")]
+    TooManyBytes {
+        /// Of its adapters, as far as they are known, and its combinations.
+        got: usize,
+        /// At most.
+        limit: usize,
+    },
     /// More adapters at once than there may ever be in host memory.
     #[error("at most {limit} adapters may be in memory at once (max-loaded-loras), but the request names {got}")]
     TooManyAdapters {

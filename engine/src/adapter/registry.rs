@@ -762,7 +762,7 @@ impl AdapterRegistry {
     /// Leases on several, all of them or none. Two calls never wait for each other's, as two series of `acquire` may.
     ///
     /// # Errors
-    /// As `acquire`; `TooManyAdapters` and `TooManySums` for more than there may be in host memory.
+    /// As `acquire`; `TooManyAdapters`, `TooManySums` and `TooManyBytes` for more than there may be in host memory.
     pub fn acquire_all<'a>(&'a self, names: &'a [&'a str]) -> BoxFuture<'a, Result<Vec<AdapterLease>, AdapterError>> {
         Box::pin(async move {
             let wanted = names.iter().map(|name| self.shared.parse(name)).collect::<Result<Vec<_>, _>>()?;
@@ -770,12 +770,14 @@ impl AdapterRegistry {
             self.check_sums(&wanted)?;
             let _only_one = self.shared.gathering.lock().await;
             let mut leases = Vec::with_capacity(names.len());
-            for wanted in wanted {
-                leases.push(match wanted {
+            for next in &wanted {
+                // Each time: of what was just read for the first time more is known than before.
+                self.check_bytes(&wanted)?;
+                leases.push(match next {
                     Wanted::One(name) => self.acquire_one(name).await?,
                     Wanted::Sum { expression, parts } => {
-                        let own = self.acquire_parts(&parts).await?;
-                        self.combine(expression, &parts, own).await?
+                        let own = self.acquire_parts(parts).await?;
+                        self.combine(expression, parts, own).await?
                     }
                 });
             }
@@ -797,6 +799,29 @@ impl AdapterRegistry {
         let limit = self.shared.config.max_combinations;
         match wanted.iter().filter_map(Wanted::sum).collect::<HashSet<_>>().len() {
             got if got > limit => Err(AdapterError::TooManySums { got, limit }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same of bytes, as far as the adapters were ever read.
+    fn check_bytes(&self, wanted: &[Wanted<'_>]) -> Result<(), AdapterError> {
+        let Some(limit) = self.shared.config.max_loaded_bytes else {
+            return Ok(());
+        };
+        let (mut versions, mut sums) = (HashMap::new(), HashMap::new());
+        let state = self.shared.state.lock();
+        for wanted in wanted {
+            let facts = wanted.names().filter_map(|name| state.entries.get(name)?.facts.as_ref());
+            let mut bytes = 0;
+            for facts in facts {
+                versions.insert(facts.version, facts.bytes);
+                bytes += facts.bytes;
+            }
+            sums.extend(wanted.sum().map(|sum| (sum, bytes)));
+        }
+        drop(state);
+        match versions.into_values().chain(sums.into_values()).sum() {
+            got if got > limit => Err(AdapterError::TooManyBytes { got, limit }),
             _ => Ok(()),
         }
     }
@@ -1805,6 +1830,10 @@ impl Shared {
                 Err(error) if is_no_room(&error) && Instant::now() < load.deadline => {
                     // Others were faster to the room that there was, or it is larger than was known.
                     let bytes = state.staying().missing_bytes(&loaded.0);
+                    if let Some(entry) = state.entries.get_mut(&load.work.name) {
+                        // Who needs it beside others may now be told that it never fits.
+                        entry.facts.get_or_insert_with(|| Arc::clone(&loaded.1));
+                    }
                     drop(state);
                     drop(loaded);
                     let work = Load { bytes, ..load.work };
@@ -2790,7 +2819,10 @@ mod tests {
         assert_eq!(registry.info("large").unwrap().state, AdapterState::Registered);
         drop(acquire(&registry, "large").unwrap());
         assert_eq!(registry.shared.parked.load(Ordering::SeqCst), 0);
-        assert_eq!(registry.shared.granted.bytes.load(Ordering::SeqCst), 0);
+        // A loader gives back what it was granted when it has answered.
+        while registry.shared.granted.bytes.load(Ordering::SeqCst) > 0 {
+            std::thread::yield_now();
+        }
     }
 
     #[test]
@@ -2871,6 +2903,30 @@ mod tests {
             AdapterError::TooManyCombinations { in_use: 2, limit: 2 }
         );
         drop(held);
+        assert_eq!(registry.stats().leases, 0);
+    }
+
+    #[test]
+    fn a_batch_that_is_larger_than_host_memory_is_refused_at_once_when_that_is_known() {
+        let directory = folder(&["a", "b", "c"]);
+        let bytes = load_adapter(&source_of(&directory, "a"), &tiny_decoder(), &limits()).unwrap().0.bytes();
+        let registry = registry(|config| {
+            config.max_loaded_bytes = Some(2 * bytes);
+            config.room_timeout = Duration::from_millis(1);
+        });
+        for name in ["a", "b", "c"] {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        // Nobody knows how large the third is before it was read.
+        let full = block_on(registry.acquire_all(&["a", "b", "c"])).unwrap_err();
+        assert!(matches!(full, AdapterError::HostMemoryFull { .. }), "{full}");
+        let (got, limit) = (3 * bytes, 2 * bytes);
+        for batch in [&["a", "b", "c"][..], &["c", "b", "b", "a"], &["a", "a*0.5", "a*0.25"]] {
+            let now = futures::FutureExt::now_or_never(registry.acquire_all(batch));
+            assert_eq!(now.expect("it waits for nothing").unwrap_err(), AdapterError::TooManyBytes { got, limit });
+        }
+        drop(block_on(registry.acquire_all(&["a", "c", "a", "c*1.0"])).unwrap());
+        drop(block_on(registry.acquire_all(&["a", "a*0.5"])).unwrap());
         assert_eq!(registry.stats().leases, 0);
     }
 
