@@ -156,6 +156,13 @@ impl TextTokenizer {
                 limit,
             });
         }
+        // What it puts around a text is said by id.
+        if let Ok(around) = tokenizer.encode_fast("", true)
+            && let Some(id) = around.get_ids().iter().find(|id| **id as usize >= vocab_size)
+        {
+            let reason = format!("its post_processor puts the token {id} around texts, and it has {vocab_size} tokens");
+            return Err(TokenizerError::BadFile(reason));
+        }
         let mut special = vec![false; vocab_size];
         let mut is_added = vec![false; vocab_size];
         for (&id, token) in &added {
@@ -505,6 +512,9 @@ pub(crate) mod tests {
         let decoder = json.find("\"decoder\"").unwrap();
         let error = read(&json[..decoder + 25]);
         assert!(error.contains("the tokenizer's library gives up on it"), "{error}");
+        // Without this every prompt would have a token that is no row of the model's.
+        let error = read(&json.replace("\"ids\":[260]", "\"ids\":[262]"));
+        assert!(error.contains("puts the token 262 around texts, and it has 262 tokens"), "{error}");
         let error = read(&json.replacen("\"vocab\":{", "\"vocab\":{\"far\":4294967295,", 1));
         assert!(
             error.contains("\"far\" as 4294967295 (1 in all), and there are rows for 16777216"),
