@@ -612,7 +612,18 @@ impl Bench {
     }
 
     fn attention_decode(&self) {
-        for (rows, context) in [(1, 192), (8, 192), (64, 192), (256, 192), (1, 8192), (16, 4096)] {
+        for (rows, context) in [
+            (1, 192),
+            (8, 192),
+            (32, 192),
+            (64, 192),
+            (128, 192),
+            (256, 192),
+            (1, 8192),
+            (16, 4096),
+            (64, 1024),
+            (32, 2048),
+        ] {
             let blocks = context / 16;
             let num_blocks = rows * blocks;
             let cache = self.random(num_blocks * SHAPE.block_stride, 1, 1.0);

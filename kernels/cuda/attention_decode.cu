@@ -3,7 +3,7 @@
 // Shapes  q [rows, q_stride] bf16 (head h at h·D); sequence s has row rows[s], or row s if that is null; k, v [num_blocks, KV, block_size, D] bf16, blocks block_stride apart; context_lens [S] (0: the row is left alone);
 //         block_table_starts [S], block_tables: block of positions p of sequence s is block_tables[starts[s] + p / block_size];
 //         out [rows, H·D] bf16; partial [S, H, max_splits, D + 2] f32 and counters [S, KV] u32 (all 0, left 0) when max_splits > 1
-// Launch  grid (KV, S, max_splits), block 128 or 256, dynamic shared 4·warps·heads·(D + 6) bytes with heads 8 or 16: a block serves the H/KV
+// Launch  grid (KV, S, max_splits), block 128 or 256, dynamic shared 4·warps·heads·(D + 3) bytes with heads 8 or 16: a block serves the H/KV
 //         query heads that share a K/V head and one split of the positions; the last block of a (sequence, K/V head) to finish merges the
 //         splits, in their order
 // Cost    bytes 4·KV·D·Σ len, flops 4·H·D·Σ len: bandwidth is the roof
@@ -33,14 +33,15 @@ struct DecodeArgs {
   float scale;
 };
 
-// Each warp takes groups of 16 positions in turn: 16 x 16 scores by K fragments that come straight from memory (permuted k), then
-// probabilities as the left operand against V, whose rows are loaded 16 bytes wide and transposed in registers. Nothing passes through shared
-// memory until the warps' results are merged.
+// Each warp takes groups of 16 positions in turn: K, straight from memory (permuted k), is the left operand against the heads' queries, of which
+// few fill the right one, then V the left one against the probabilities, both transposed in registers. So scores and sums take the least
+// registers, and what hides memory's latency is blocks side by side. Nothing passes through shared memory until the warps' results are merged.
 template <int D, bool heads8>
 DEVICE void decode(const DecodeArgs& p) {
   constexpr int CHUNKS = D / 32;
-  constexpr int ROWS = heads8 ? 8 : 16;
-  constexpr int STRIDE = D + 4;
+  constexpr int TILES = heads8 ? 1 : 2;  // of 8 heads
+  constexpr int ROWS = 8 * TILES;
+  constexpr int STRIDE = D + 1;  // lanes that store together lie in 32 banks
   constexpr bool V_LATER = D > 128;  // K and V together would not fit the registers
   DYNAMIC_SHARED(float, shared);  // [warp][ROWS][STRIDE], then maxima and sums [warp][ROWS]
   __shared__ bool is_last;
@@ -71,9 +72,15 @@ DEVICE void decode(const DecodeArgs& p) {
   uint32_t blocks = block_of(begin + warp * 16 + lane * step);
   const int own = len - 1;
   const float scale_log2 = p.scale * 1.4426950408889634f;
-  uint4 q_low[CHUNKS], q_high[CHUNKS];
-  float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {};
-  float o[CHUNKS][4][4] = {};
+  // The heads' queries, of each warp its own, where its results will be.
+  constexpr int Q_STRIDE = D + 32;
+  bf16* q = reinterpret_cast<bf16*>(shared + warp * ROWS * STRIDE) + g * Q_STRIDE + t * 8;
+  // Of heads 2t and 2t + 1 of each tile; of all positions so far, and of the lane's.
+  float peak[TILES][2], sum[TILES][2];
+#pragma unroll
+  for (int i = 0; i < 2 * TILES; i++) peak[i / 2][i % 2] = -INFINITY, sum[i / 2][i % 2] = 0.f;
+  // o[c][i][tile]: (row g, heads 2t and 2t + 1), (row g + 8, the same), of which rows are columns 8·(g / 2) + g % 2 + 4·i of chunk c, and 2 more.
+  float o[CHUNKS][2][TILES][4] = {};
   bool waited = false;
   int turn = 0;
   for (int position = begin + warp * 16; position < end; position += step, turn++) {
@@ -100,11 +107,12 @@ DEVICE void decode(const DecodeArgs& p) {
       waited = true;
       wait_for_previous_kernel();
 #pragma unroll
-      for (int c = 0; c < CHUNKS; c++) {
-        const bf16* q = p.q + row_of_batch * p.q_stride + (int64_t)kv_head * group * D + c * 32 + t * 8;
-        q_low[c] = g < group ? load_16(q + g * D) : zero_16();
-        q_high[c] = !heads8 && g + 8 < group ? load_16(q + (g + 8) * D) : zero_16();
+      for (int i = 0; i < TILES * CHUNKS; i++) {
+        const int tile = i / CHUNKS, c = i % CHUNKS;
+        const bf16* from = p.q + row_of_batch * p.q_stride + ((int64_t)kv_head * group + tile * 8 + g) * D + c * 32 + t * 8;
+        *reinterpret_cast<uint4*>(q + tile * 8 * Q_STRIDE + c * 32) = tile * 8 + g < group ? load_16(from) : zero_16();
       }
+      __syncwarp();
     }
 #pragma unroll
     for (int n = 0; n < 2; n++) {
@@ -116,48 +124,51 @@ DEVICE void decode(const DecodeArgs& p) {
         }
       }
     }
-    float s[2][4] = {};
+    // Positions g and g + 8, heads 2t and 2t + 1 of each. Two chains of instructions, since each waits for the one before it.
+    float s[TILES][4] = {};
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
+    for (int tile = 0; tile < TILES; tile++) {
+      float other[4] = {};
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++) {
-        mma_bf16(s[n], q_low[c].x, q_high[c].x, q_low[c].y, q_high[c].y, keys[n][c].x, keys[n][c].y);
-        mma_bf16(s[n], q_low[c].z, q_high[c].z, q_low[c].w, q_high[c].w, keys[n][c].z, keys[n][c].w);
+        const uint4 &low = keys[0][c], &high = keys[1][c], query = load_16(q + tile * 8 * Q_STRIDE + c * 32);
+        mma_bf16(s[tile], low.x, high.x, low.y, high.y, query.x, query.y);
+        mma_bf16(other, low.z, high.z, low.w, high.w, query.z, query.w);
       }
+#pragma unroll
+      for (int i = 0; i < 4; i++) s[tile][i] += other[i];
     }
-    // Row g (and g+8): positions 2t, 2t+1 of each half of the 16.
-    uint32_t weights[4] = {};
+    uint32_t weights[TILES][2];
 #pragma unroll
-    for (int half = 0; half < (heads8 ? 1 : 2); half++) {
-      float x[4], peak = row_max[half];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int at = position + (i / 2) * 8 + 2 * t + i % 2;
-        x[i] = at < end && at >= visible_from ? s[i / 2][2 * half + i % 2] * scale_log2 : -INFINITY;
-        peak = fmaxf(peak, x[i]);
-      }
-      peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 1));
-      peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 2));
-      const float reference = peak == -INFINITY ? 0.f : peak;
-      const float keep = exp2_fast(row_max[half] - reference);
-      row_max[half] = peak;
-      float sum = 0.f;
+    for (int tile = 0; tile < TILES; tile++) {
+      float x[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        x[i] = exp2_fast(x[i] - reference);
-        sum += x[i];
+        const int at = position + i / 2 * 8 + g;
+        x[i] = at < end && at >= visible_from ? s[tile][i] * scale_log2 : -INFINITY;
       }
-      row_sum[half] = row_sum[half] * keep + sum;
-      weights[half] = pack_bf16(x[0], x[1]);
-      weights[half + 2] = pack_bf16(x[2], x[3]);
 #pragma unroll
-      for (int c = 0; c < CHUNKS; c++) {
+      for (int head = 0; head < 2; head++) {
+        float new_peak = fmaxf(peak[tile][head], fmaxf(x[head], x[head + 2]));
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-          o[c][j][2 * half] *= keep;
-          o[c][j][2 * half + 1] *= keep;
+        for (int mask = 4; mask < 32; mask *= 2) new_peak = fmaxf(new_peak, __shfl_xor_sync(0xffffffffu, new_peak, mask));
+        const float reference = new_peak == -INFINITY ? 0.f : new_peak;
+        const float keep = exp2_fast(peak[tile][head] - reference);
+        peak[tile][head] = new_peak;
+        x[head] = exp2_fast(x[head] - reference);
+        x[head + 2] = exp2_fast(x[head + 2] - reference);
+        sum[tile][head] = sum[tile][head] * keep + (x[head] + x[head + 2]);
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            o[c][i][tile][head] *= keep;
+            o[c][i][tile][head + 2] *= keep;
+          }
         }
       }
+      weights[tile][0] = transpose_8x8(pack_bf16(x[0], x[1]));
+      weights[tile][1] = transpose_8x8(pack_bf16(x[2], x[3]));
     }
     if (V_LATER) {
 #pragma unroll
@@ -172,27 +183,36 @@ DEVICE void decode(const DecodeArgs& p) {
       const uint32_t low[4] = {values[0][c].x, values[0][c].y, values[0][c].z, values[0][c].w};
       const uint32_t high[4] = {values[1][c].x, values[1][c].y, values[1][c].z, values[1][c].w};
 #pragma unroll
-      for (int j = 0; j < 4; j++) mma_bf16(o[c][j], weights[0], weights[1], weights[2], weights[3], transpose_8x8(low[j]), transpose_8x8(high[j]));
+      for (int i = 0; i < 2; i++) {
+        const uint32_t a0 = transpose_8x8(low[2 * i]), a1 = transpose_8x8(low[2 * i + 1]);
+        const uint32_t a2 = transpose_8x8(high[2 * i]), a3 = transpose_8x8(high[2 * i + 1]);
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) mma_bf16(o[c][i][tile], a0, a1, a2, a3, weights[tile][0], weights[tile][1]);
+      }
     }
   }
 
   if (!waited) wait_for_previous_kernel();
+  __syncwarp();
 
   // Merge of the warps, in their order.
 #pragma unroll
-  for (int half = 0; half < (heads8 ? 1 : 2); half++) {
-    const int row = half * 8 + g;
-    row_sum[half] += __shfl_xor_sync(0xffffffffu, row_sum[half], 1);
-    row_sum[half] += __shfl_xor_sync(0xffffffffu, row_sum[half], 2);
-    if (t == 0) {
-      shared_max[warp * ROWS + row] = row_max[half];
-      shared_sum[warp * ROWS + row] = row_sum[half];
-    }
+  for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-      float4* to = reinterpret_cast<float4*>(shared + (warp * ROWS + row) * STRIDE + c * 32 + t * 8);
-      to[0] = make_float4(o[c][0][2 * half], o[c][0][2 * half + 1], o[c][1][2 * half], o[c][1][2 * half + 1]);
-      to[1] = make_float4(o[c][2][2 * half], o[c][2][2 * half + 1], o[c][3][2 * half], o[c][3][2 * half + 1]);
+    for (int head = 0; head < 2; head++) {
+      const int row = tile * 8 + 2 * t + head;
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) sum[tile][head] += __shfl_xor_sync(0xffffffffu, sum[tile][head], mask);
+      if (g == 0) {
+        shared_max[warp * ROWS + row] = peak[tile][head];
+        shared_sum[warp * ROWS + row] = sum[tile][head];
+      }
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          shared[(warp * ROWS + row) * STRIDE + c * 32 + g / 2 * 8 + g % 2 + 2 * i] = o[c][i / 2][tile][i % 2 * 2 + head];
+      }
     }
   }
   __syncthreads();
@@ -204,10 +224,10 @@ DEVICE void decode(const DecodeArgs& p) {
     for (int w = 0; w < num_warps; w++) {
       const float warp_max = shared_max[w * ROWS + row];
       const float factor = warp_max == -INFINITY ? 0.f : exp2_fast(warp_max - peak);
-      const float2 value = *reinterpret_cast<const float2*>(shared + (w * ROWS + row) * STRIDE + column);
+      const float* value = shared + (w * ROWS + row) * STRIDE + column;
       sum += factor * shared_sum[w * ROWS + row];
-      a += factor * value.x;
-      b += factor * value.y;
+      a += factor * value[0];
+      b += factor * value[1];
     }
     if (num_splits == 1) {
       *reinterpret_cast<uint32_t*>(p.out + (row_of_batch * p.num_heads + kv_head * group + row) * D + column) = pack_bf16(a / sum, b / sum);
@@ -243,11 +263,14 @@ DEVICE void decode(const DecodeArgs& p) {
   }
 }
 
-// MOST_THREADS bounds the registers: 384 leave 168 a thread, so that three blocks of 4 warps fit a multiprocessor.
-#define DECODE_KERNEL(D, MOST_THREADS)                                                                                                         \
-  KERNEL __launch_bounds__(MOST_THREADS) attention_decode_d##D##_heads8(const __grid_constant__ DecodeArgs args) { decode<D, true>(args); } \
-  KERNEL __launch_bounds__(MOST_THREADS) attention_decode_d##D##_heads16(const __grid_constant__ DecodeArgs args) { decode<D, false>(args); }
-DECODE_KERNEL(64, 384)
-DECODE_KERNEL(96, 384)
-DECODE_KERNEL(128, 384)
-DECODE_KERNEL(256, 256)
+// MOST_THREADS bounds the registers: 512 leave 128 a thread, so that four blocks of 4 warps fit a multiprocessor, 384 leave 168.
+#define DECODE_KERNEL(D, HEADS, MOST_THREADS) \
+  KERNEL __launch_bounds__(MOST_THREADS) attention_decode_d##D##_heads##HEADS(const __grid_constant__ DecodeArgs args) { decode<D, HEADS == 8>(args); }
+DECODE_KERNEL(64, 8, 512)
+DECODE_KERNEL(64, 16, 512)
+DECODE_KERNEL(96, 8, 512)
+DECODE_KERNEL(96, 16, 384)
+DECODE_KERNEL(128, 8, 512)
+DECODE_KERNEL(128, 16, 384)
+DECODE_KERNEL(256, 8, 256)
+DECODE_KERNEL(256, 16, 256)

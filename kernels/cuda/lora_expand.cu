@@ -408,9 +408,9 @@ ROPE_KERNEL(lora_expand_rope_rows8_d128, expand_rows8, 128, 3)
 ROPE_KERNEL(lora_expand_rope_rows64_d64, expand_rows64, 64, 2)
 ROPE_KERNEL(lora_expand_rope_rows64_d128, expand_rows64, 128, 2)
 
-// residual += scaling · v · Bᵀ, then normed = the RMSNorm of the row: what rms_norm.cu would do next. A cluster of blocks has the whole rows of an
+// residual += scaling · v · Bᵀ, then normed = the RMSNorm of the row: what rms_norm.cu would do next. A cluster of blocks has 8 whole rows of an
 // item, a block 512 columns of them; the sums of squares go through distributed shared memory. Sums start from the residual, so that it takes no
-// registers of its own.
+// registers of its own. With 16 rows at a time B would be read less often, by too few blocks to hide what they wait for.
 struct NormArgs {
   float* residual;
   bf16* normed;
@@ -420,22 +420,24 @@ struct NormArgs {
 
 #if __CUDA_ARCH__ >= 900
 DEVICE void expand_norm(const ExpandArgs& args, const NormArgs& norm) {
-  constexpr int ROWS = 16, HALVES = 2;
+  constexpr int ROWS = 8, PARTS = 2;  // rows of a turn; turns of an item
   __shared__ float warp_squares[4][ROWS], squares[2][ROWS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int num_blocks = cluster_size(), hidden = args.slices.d_out[0];
   const int column0 = cluster_rank() * 512 + warp * 128 + t * 8;
   allow_next_kernel();
   bool waited = false;
-  const int num_items = (int)*args.num_items;
+  const int total = (int)*args.num_items * PARTS;
   int turn = 0;
-  for (int work = blockIdx.x / num_blocks; work < num_items; work += gridDim.x / num_blocks, turn ^= 1) {
-    const LoraItem item = args.items[work];
+  for (int work = blockIdx.x / num_blocks; work < total; work += gridDim.x / num_blocks) {
+    const LoraItem item = args.items[work / PARTS];
+    const int row0 = work % PARTS * ROWS, num_rows = min(ROWS, item.num_rows - row0);
+    if (num_rows <= 0) continue;
     const LoraDescriptor* d = item.descriptors == 0 ? nullptr : reinterpret_cast<const LoraDescriptor*>(item.descriptors + args.descriptor_offset);
-    const int lora_rank = d == nullptr ? 0 : d->lora_rank[0], num_rows = min(ROWS, (int)item.num_rows);
+    const int lora_rank = d == nullptr ? 0 : d->lora_rank[0];
     const bf16* b_t = d == nullptr ? nullptr : d->b_t[0];
-    const bf16* v = args.v + (int64_t)item.row_start * args.v_stride;
-    const int64_t first = ((int64_t)item.row_start + g) * hidden + column0;  // row g; row g + 8 is 8 · hidden further on
+    const bf16* v = args.v + ((int64_t)item.row_start + row0) * args.v_stride;
+    const int64_t first = ((int64_t)item.row_start + row0 + g) * hidden + column0;
     float acc[4][4][4] = {};
     for (int k0 = 0; k0 == 0 || k0 < lora_rank; k0 += 16) {
       uint4 low[4], high[4];
@@ -449,42 +451,36 @@ DEVICE void expand_norm(const ExpandArgs& args, const NormArgs& norm) {
         wait_for_previous_kernel();
         waited = true;
       }
-      if (k0 == 0) {
+      if (k0 == 0 && g < num_rows) {
 #pragma unroll
-        for (int half = 0; half < HALVES; half++) {
-#pragma unroll
-          for (int c = 0; c < 4; c++) {
-            if (half * 8 + g < num_rows && column0 + c * 32 < hidden) {
-              const float4* from = reinterpret_cast<const float4*>(norm.residual + first + half * 8 * (int64_t)hidden + c * 32);
-              const float4 a = from[0], b = from[1];
-              acc[c][0][2 * half] = a.x, acc[c][0][2 * half + 1] = a.y, acc[c][1][2 * half] = a.z, acc[c][1][2 * half + 1] = a.w;
-              acc[c][2][2 * half] = b.x, acc[c][2][2 * half + 1] = b.y, acc[c][3][2 * half] = b.z, acc[c][3][2 * half + 1] = b.w;
-            }
+        for (int c = 0; c < 4; c++) {
+          if (column0 + c * 32 < hidden) {
+            const float4* from = reinterpret_cast<const float4*>(norm.residual + first + c * 32);
+            const float4 a = from[0], b = from[1];
+            acc[c][0][0] = a.x, acc[c][0][1] = a.y, acc[c][1][0] = a.z, acc[c][1][1] = a.w;
+            acc[c][2][0] = b.x, acc[c][2][1] = b.y, acc[c][3][0] = b.z, acc[c][3][1] = b.w;
           }
         }
       }
       if (lora_rank == 0) break;
       uint32_t a[4];
-      load_v<false>(a, v, args.v_stride, g, num_rows, k0, lora_rank, t);
+      load_v<true>(a, v, args.v_stride, g, num_rows, k0, lora_rank, t);
 #pragma unroll
       for (int c = 0; c < 4; c++) {
         const uint32_t l[4] = {low[c].x, low[c].y, low[c].z, low[c].w}, h[4] = {high[c].x, high[c].y, high[c].z, high[c].w};
 #pragma unroll
-        for (int j = 0; j < 4; j++) mma_bf16(acc[c][j], a[0], a[1], a[2], a[3], transpose_8x8(l[j]), transpose_8x8(h[j]));
+        for (int j = 0; j < 4; j++) mma_bf16(acc[c][j], a[0], 0, a[2], 0, transpose_8x8(l[j]), transpose_8x8(h[j]));
       }
     }
+    float square = 0.f;
 #pragma unroll
-    for (int half = 0; half < HALVES; half++) {
-      float sum = 0.f;
+    for (int c = 0; c < 4; c++) {
 #pragma unroll
-      for (int c = 0; c < 4; c++) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) sum += acc[c][j][2 * half] * acc[c][j][2 * half] + acc[c][j][2 * half + 1] * acc[c][j][2 * half + 1];
-      }
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (t == 0) warp_squares[warp][half * 8 + g] = sum;
+      for (int j = 0; j < 4; j++) square += acc[c][j][0] * acc[c][j][0] + acc[c][j][1] * acc[c][j][1];
     }
+    square += __shfl_xor_sync(0xffffffffu, square, 1);
+    square += __shfl_xor_sync(0xffffffffu, square, 2);
+    if (t == 0) warp_squares[warp][g] = square;
     __syncthreads();
     if (threadIdx.x < ROWS) {
       float sum = 0.f;
@@ -495,38 +491,34 @@ DEVICE void expand_norm(const ExpandArgs& args, const NormArgs& norm) {
     __syncwarp();
     // Two turns of `squares`: a block that writes the next one may be one barrier ahead of a block that still reads this one.
     cluster_barrier();
+    float sum = 0.f;
+    for (int block = t; block < num_blocks; block += 4)
+      sum += load_in_cluster(address_in_cluster(static_cast<uint32_t>(__cvta_generic_to_shared(&squares[turn][g])), block));
+    turn ^= 1;
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    const float inverse = rsqrtf(sum / hidden + norm.eps);
 #pragma unroll
-    for (int half = 0; half < HALVES; half++) {
-      const int row = half * 8 + g;
-      float sum = 0.f;
-      for (int block = t; block < num_blocks; block += 4)
-        sum += load_in_cluster(address_in_cluster(static_cast<uint32_t>(__cvta_generic_to_shared(&squares[turn][row])), block));
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      const float inverse = rsqrtf(sum / hidden + norm.eps);
-      if (row < num_rows) {
+    for (int c = 0; c < 4; c++) {
+      if (g < num_rows && column0 + c * 32 < hidden) {
+        const int64_t at = first + c * 32;
+        float values[8];
 #pragma unroll
-        for (int c = 0; c < 4; c++) {
-          if (column0 + c * 32 < hidden) {
-            const int64_t at = first + half * 8 * (int64_t)hidden + c * 32;
-            float values[8];
-#pragma unroll
-            for (int j = 0; j < 4; j++) values[2 * j] = acc[c][j][2 * half], values[2 * j + 1] = acc[c][j][2 * half + 1];
-            if (lora_rank > 0) {
-              float4* to = reinterpret_cast<float4*>(norm.residual + at);
-              to[0] = make_float4(values[0], values[1], values[2], values[3]);
-              to[1] = make_float4(values[4], values[5], values[6], values[7]);
-            }
-            const uint4 weights = load_16(norm.weight + column0 + c * 32);
-            const uint32_t w[4] = {weights.x, weights.y, weights.z, weights.w};
-            uint32_t out[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++) out[j] = pack_bf16(values[2 * j] * inverse * low_bf16(w[j]), values[2 * j + 1] * inverse * high_bf16(w[j]));
-            *reinterpret_cast<uint4*>(norm.normed + at) = make_uint4(out[0], out[1], out[2], out[3]);
-          }
+        for (int j = 0; j < 4; j++) values[2 * j] = acc[c][j][0], values[2 * j + 1] = acc[c][j][1];
+        if (lora_rank > 0) {
+          float4* to = reinterpret_cast<float4*>(norm.residual + at);
+          to[0] = make_float4(values[0], values[1], values[2], values[3]);
+          to[1] = make_float4(values[4], values[5], values[6], values[7]);
         }
+        const uint4 weights = load_16(norm.weight + column0 + c * 32);
+        const uint32_t w[4] = {weights.x, weights.y, weights.z, weights.w};
+        uint32_t out[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) out[j] = pack_bf16(values[2 * j] * inverse * low_bf16(w[j]), values[2 * j + 1] * inverse * high_bf16(w[j]));
+        *reinterpret_cast<uint4*>(norm.normed + at) = make_uint4(out[0], out[1], out[2], out[3]);
       }
     }
+    __syncwarp();
   }
   if (!waited) wait_for_previous_kernel();
   // The barrier is for whole warps, and the rows and columns above part them.

@@ -16,7 +16,8 @@ const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
 
 /// Positions under which splitting a sequence among blocks costs more than it gives.
 const MIN_SPLIT: i32 = 256;
-/// Blocks a multiprocessor under which a block has 8 warps instead of 4: the fewer blocks, the more loads must each have in flight.
+/// Blocks a multiprocessor up to which a block has 8 warps instead of 4, and that it has room for then: the fewer blocks, the more loads must each
+/// have in flight.
 const FEW_BLOCKS: usize = 2;
 
 /// Arguments.
@@ -137,16 +138,14 @@ impl AttentionDecode {
         }
     }
 
-    /// A warp's outputs, maxima and sums for each of `heads` rows; output rows are padded by 4.
+    /// A warp's outputs, maxima and sums for each of `heads` rows; output rows are padded by 1.
     fn shared_bytes(head_dim: usize, heads: usize, warps: usize) -> u32 {
-        (4 * warps * heads * (head_dim + 4 + 2)) as u32
+        (4 * warps * heads * (head_dim + 1 + 2)) as u32
     }
 
-    /// Splits that fill the device when so many sequences decode.
+    /// Splits that fill the device when so many sequences decode, and leave no block for a second turn.
     pub fn splits_for(shape: &HeadShape, sequences: usize, num_multiprocessors: u32) -> usize {
-        (2 * num_multiprocessors as usize)
-            .div_ceil((sequences * shape.num_kv_heads).max(1))
-            .clamp(1, 32)
+        (FEW_BLOCKS * num_multiprocessors as usize / (sequences * shape.num_kv_heads).max(1)).clamp(1, 32)
     }
 
     /// Enqueues it. Block ids are trusted to lie in the cache.
