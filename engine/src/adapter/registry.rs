@@ -768,6 +768,12 @@ impl AdapterRegistry {
             let wanted = names.iter().map(|name| self.shared.parse(name)).collect::<Result<Vec<_>, _>>()?;
             self.check_number(wanted.iter().flat_map(Wanted::names))?;
             self.check_sums(&wanted)?;
+            // Who finds all there holds nothing while it waits, and so need not wait for who does.
+            if wanted.iter().all(|wanted| matches!(wanted, Wanted::One(_)))
+                && let Some(leases) = self.shared.leases_now(names)
+            {
+                return Ok(leases);
+            }
             let _only_one = self.shared.gathering.lock().await;
             let mut leases = Vec::with_capacity(names.len());
             for next in &wanted {
@@ -2903,6 +2909,24 @@ mod tests {
             AdapterError::TooManyCombinations { in_use: 2, limit: 2 }
         );
         drop(held);
+        assert_eq!(registry.stats().leases, 0);
+    }
+
+    #[test]
+    fn a_batch_whose_adapters_are_there_waits_for_nobody() {
+        let directory = folder(&["a", "b", "c"]);
+        let registry = registry(|config| config.max_loaded_loras = Some(2));
+        for name in ["a", "b", "c"] {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        let held = (acquire(&registry, "a").unwrap(), acquire(&registry, "b").unwrap());
+        let mut waiting = registry.acquire_all(&["a", "c"]);
+        assert!(futures::FutureExt::now_or_never(&mut waiting).is_none(), "there is no room for c");
+        let now = futures::FutureExt::now_or_never(registry.acquire_all(&["b", "a", "b"]));
+        let leases = now.expect("it waits for nothing").unwrap();
+        assert_eq!(leases.iter().map(|lease| &**lease.name()).collect::<Vec<_>>(), ["b", "a", "b"]);
+        drop((leases, held));
+        assert_eq!(block_on(waiting).unwrap().len(), 2);
         assert_eq!(registry.stats().leases, 0);
     }
 
