@@ -193,12 +193,13 @@ fn request(name: &str, files: FileSource, source: String) -> LoadRequest {
     }
 }
 
-/// Subfolders that hold an adapter, in the order of their names.
+/// Subfolders that hold an adapter, in the order of their names. One whose name begins with a dot is being written: its name comes last, by a rename.
 fn adapter_folders(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let mut folders = std::fs::read_dir(directory)?
         .map(|child| Ok(child?.path()))
         .collect::<io::Result<Vec<_>>>()?;
-    folders.retain(|path| path.join("adapter_config.json").is_file());
+    let is_hidden = |path: &Path| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+    folders.retain(|path| !is_hidden(path) && path.join("adapter_config.json").is_file());
     folders.sort();
     Ok(folders)
 }
@@ -276,6 +277,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         add(folder.path(), "a");
         fs::create_dir(folder.path().join("no-adapter")).unwrap();
+        add(folder.path(), ".half-written");
         let mut dirs = dirs(&[folder.path()]);
         assert_eq!(dirs.scan(), added(&["a"]));
         assert_eq!(dirs.scan(), Scanned::default());
