@@ -61,14 +61,14 @@ impl LoraDirs {
 
     /// Registers what is new and forgets what has gone. Reads folders: not to be called in async code.
     pub fn scan(&mut self) -> Scanned {
-        let known: Vec<PathBuf> = self.seen.iter().chain(&self.away).chain(&self.kept).cloned().collect();
+        let known: BTreeSet<PathBuf> = self.seen.iter().chain(&self.away).chain(&self.kept).cloned().collect();
         let (mut found, mut scanned) = (BTreeSet::new(), Scanned::default());
         for directory in &self.directories {
             // One that can't be read may be back at the next look, with all that was in it.
             let of_before = || known.iter().filter(|folder| folder.parent() == Some(directory)).cloned().collect();
             let folders = adapter_folders(directory).unwrap_or_else(|_| of_before());
             // In this order: the folder that was given first has the name.
-            let new = folders.iter().filter(|folder| !known.contains(folder));
+            let new = folders.iter().filter(|folder| !known.contains(*folder));
             scanned.added.extend(new.filter_map(|folder| self.register(folder)));
             found.extend(folders);
         }
