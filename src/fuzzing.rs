@@ -475,7 +475,7 @@ pub fn push(data: &[u8]) {
         );
         return;
     }
-    let unload = Request::delete("/v1/adapters/pushed").body(Body::empty());
+    let unload = request("DELETE", "/v1/adapters/pushed").body(Body::empty());
     assert_eq!(answer(unload.expect("a valid request")).0, StatusCode::OK);
     assert_eq!(GATEWAY.pushed.used_bytes(), 0, "what was unloaded is still there");
 }

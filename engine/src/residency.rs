@@ -255,19 +255,17 @@ impl DeviceResidency {
         let ready = if spare <= few { 0 } else { self.ready_bytes() };
         if self.free_bytes(cache) < ready * FEWEST_READY / READY_ADAPTERS {
             let spare = spare.saturating_sub(self.capacity.num_blocks / READY_PART);
-            self.make_ready(ready, spare, backend, cache)
-        } else if cache.num_free() <= few {
-            self.evict_aged(ready, backend, cache);
-            // Adapters may have to move for it: not for a few blocks, if there are others.
-            let num_gained = self.num_gained(ready, cache);
-            if num_gained > few || spare <= few {
-                self.give_free_bytes(ready, backend, cache)
-            } else {
-                Ok(())
-            }
-        } else {
-            Ok(())
+            return self.make_ready(ready, spare, backend, cache);
         }
+        if cache.num_free() > few {
+            return Ok(());
+        }
+        self.evict_aged(ready, backend, cache);
+        // Adapters may have to move for it: not for a few blocks, if there are others.
+        if self.num_gained(ready, cache) > few || spare <= few {
+            self.give_free_bytes(ready, backend, cache)?;
+        }
+        Ok(())
     }
 
     /// Evicts for the cache what is older than its oldest prefix, once that is worth it. Until then it is what adapters that come have evicted.

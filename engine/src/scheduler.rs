@@ -7,9 +7,9 @@
 //! **Admission** goes by [`FairQueue`]. A request is admitted when a sequence may still run, its adapter is on the device, and there are
 //! blocks for all of its known tokens; one whose adapter is not there yet is passed over, one that lacks blocks is waited for. One whose
 //! prefix another request is computing just now (`n` answers to one prompt arrive together) is passed over until that is in the cache.
-//! A prompt makes a step longer for everybody in it. One that is *late*, since its adapter was on its way when its turn came, would often
-//! meet the next one in a step, and its adapter's way would show in others' tokens: so while others decode and [few](FEW_WAITING) wait, it is
-//! looked at after the others, and leaves the step to them if one of theirs begins in it, or another late one's, at most [`MOST_YIELDS`] times.
+//! A prompt makes a step longer for everybody in it. One that is *late*, since its adapter was on its way when its turn came, may meet the
+//! next one in a step, and its adapter's way would show in others' tokens: so while others decode and [few](FEW_WAITING) wait, it is looked at
+//! after the others, and leaves the step to them if one of theirs begins in it, or another late one's, at most [`MOST_YIELDS`] times.
 //! **Turns**: when running sequences have more distinct adapters than a step may have, the adapters whose last turn is longest ago go
 //! first; one that has just been admitted stands at the end of that ring. Base rows are in every step.
 //! **Preemption**: a sequence that needs a block when none is left pushes back the one admitted last (perhaps itself), whose KV is
@@ -1054,14 +1054,17 @@ mod tests {
         ..ROOMY
     };
 
+    /// 400 blocks, of all but 8 of which adapters may have the memory.
+    const SHARED_AND_LARGE: Limits = Limits {
+        num_blocks: 400,
+        shared_but: Some(8),
+        adapter_bytes: 400 * BLOCK_BYTES,
+        ..ROOMY
+    };
+
     #[test]
     fn bytes_are_ready_before_they_are_asked_for_and_go_back_to_sequences_that_need_them() {
-        let mut bench = Bench::new(Limits {
-            num_blocks: 400,
-            shared_but: Some(8),
-            adapter_bytes: 400 * BLOCK_BYTES,
-            ..ROOMY
-        });
+        let mut bench = Bench::new(SHARED_AND_LARGE);
         let adapters: Vec<_> = (0..12).map(|number| host_adapter(number, 2 * BLOCK_BYTES)).collect();
         let ask = |bench: &mut Bench, adapter: usize| {
             let request = bench.request(prompt(4), 2, Some(&adapters[adapter]));
@@ -1111,18 +1114,12 @@ mod tests {
 
     #[test]
     fn a_cache_full_of_idle_prefixes_has_bytes_ready_for_the_next_adapter() {
-        let mut bench = Bench::new(Limits {
-            num_blocks: 400,
-            shared_but: Some(8),
-            adapter_bytes: 400 * BLOCK_BYTES,
-            ..ROOMY
-        });
+        let mut bench = Bench::new(SHARED_AND_LARGE);
         let adapters: Vec<_> = (0..40).map(|number| host_adapter(number, 2 * BLOCK_BYTES)).collect();
         let old: Vec<u32> = (0..41).collect();
         ask(&mut bench, old.clone(), None);
         for first in 0..60 {
-            let other = (first..first + 41).map(|position| (7 * position + first) % VOCAB_SIZE).collect();
-            ask(&mut bench, other, None);
+            ask(&mut bench, other_prompt(first), None);
         }
         assert!(bench.scheduler.pool().num_free() <= 1);
         // The first one's size is not known before it comes; every later one finds its bytes ready, and is on its way before its turn.
@@ -1145,8 +1142,7 @@ mod tests {
             );
         }
         assert_eq!(bench.residency.evictions(), 0);
-        let newest = (59..100).map(|position| (7 * position + 59) % VOCAB_SIZE).collect();
-        assert_eq!(ask(&mut bench, newest, None), 40, "the prefix used last is still there");
+        assert_eq!(ask(&mut bench, other_prompt(59), None), 40, "the prefix used last is still there");
         assert_eq!(ask(&mut bench, old, None), 0, "the one used longest ago is not");
         bench.scheduler.assert_consistent();
     }
@@ -1274,6 +1270,11 @@ mod tests {
         assert_eq!((bench.ended.len(), bench.residency.uploads(), bench.preempted), (4, 1, 0));
     }
 
+    /// 41 tokens, others for each `first`.
+    fn other_prompt(first: u32) -> Vec<u32> {
+        (first..first + 41).map(|position| (7 * position + first) % VOCAB_SIZE).collect()
+    }
+
     /// One request, to its end; its tokens that came from the cache.
     fn ask(bench: &mut Bench, prompt: Vec<u32>, adapter: Option<&Arc<HostAdapter>>) -> u32 {
         let request = bench.request(prompt, 1, adapter);
@@ -1322,12 +1323,7 @@ mod tests {
     #[test]
     fn prefixes_take_the_bytes_of_idle_adapters_that_were_used_before_them() {
         for is_pinned in [false, true] {
-            let mut bench = Bench::new(Limits {
-                num_blocks: 400,
-                shared_but: Some(8),
-                adapter_bytes: 400 * BLOCK_BYTES,
-                ..ROOMY
-            });
+            let mut bench = Bench::new(SHARED_AND_LARGE);
             let adapters: Vec<_> = (0..20).map(|number| host_adapter(number, 10 * BLOCK_BYTES)).collect();
             for adapter in &adapters {
                 ask(&mut bench, vec![1, 2], Some(adapter));
@@ -1336,9 +1332,8 @@ mod tests {
                 bench.residency.set_pinned(adapters.clone());
             }
             // One is used all the time, and a prefix, too; sixty others are used once. Nothing that runs needs more than 11 blocks.
-            let old = |first: u32| -> Vec<u32> { (first..first + 41).map(|position| (7 * position + first) % VOCAB_SIZE).collect() };
             for first in 0..60 {
-                ask(&mut bench, old(first), None);
+                ask(&mut bench, other_prompt(first), None);
                 ask(&mut bench, vec![1, 2], Some(&adapters[7]));
                 ask(&mut bench, prompt(25), None);
             }
@@ -1350,7 +1345,7 @@ mod tests {
                 "{num_left} have left; pinned ones never do"
             );
             assert_eq!(ask(&mut bench, prompt(25), None), 24);
-            assert_eq!(ask(&mut bench, old(1), None), 0, "the oldest of the prefixes have gone, too");
+            assert_eq!(ask(&mut bench, other_prompt(1), None), 0, "the oldest of the prefixes have gone, too");
         }
     }
 

@@ -52,6 +52,13 @@ DEVICE uint4 load_b(const bf16* b_t, int r, int lora_rank, int column, int d_out
   return column < d_out && r < lora_rank ? load_16(b_t + (int64_t)r * d_out + column) : zero_16();
 }
 
+// acc += 8 rows of v times 32 columns of Bᵀ, of which `low` and `high` are ranks g and g + 8 as `load_b` gives them.
+DEVICE void multiply_rows8(float (&acc)[4][4], const uint32_t (&a)[4], const uint4& low, const uint4& high) {
+  const uint32_t l[4] = {low.x, low.y, low.z, low.w}, h[4] = {high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int j = 0; j < 4; j++) mma_bf16(acc[j], a[0], 0, a[2], 0, transpose_8x8(l[j]), transpose_8x8(h[j]));
+}
+
 // The rotary embedding that follows the expand of q, k, v, as in rope_kv.cu.
 struct RopeArgs {
   const uint32_t* positions;
@@ -243,11 +250,7 @@ DEVICE void expand_rows8(Y* y, const ExpandArgs& args, const RopeArgs& rope) {
       uint32_t a[4];
       load_v<true>(a, v, args.v_stride, g, num_rows, k0, lora_rank, t);
 #pragma unroll
-      for (int c = 0; c < 4; c++) {
-        const uint32_t l[4] = {low[c].x, low[c].y, low[c].z, low[c].w}, h[4] = {high[c].x, high[c].y, high[c].z, high[c].w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) mma_bf16(acc[c][j], a[0], 0, a[2], 0, transpose_8x8(l[j]), transpose_8x8(h[j]));
-      }
+      for (int c = 0; c < 4; c++) multiply_rows8(acc[c], a, low[c], high[c]);
     }
     uint4 sums[4];
 #pragma unroll
@@ -466,11 +469,7 @@ DEVICE void expand_norm(const ExpandArgs& args, const NormArgs& norm) {
       uint32_t a[4];
       load_v<true>(a, v, args.v_stride, g, num_rows, k0, lora_rank, t);
 #pragma unroll
-      for (int c = 0; c < 4; c++) {
-        const uint32_t l[4] = {low[c].x, low[c].y, low[c].z, low[c].w}, h[4] = {high[c].x, high[c].y, high[c].z, high[c].w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) mma_bf16(acc[c][j], a[0], 0, a[2], 0, transpose_8x8(l[j]), transpose_8x8(h[j]));
-      }
+      for (int c = 0; c < 4; c++) multiply_rows8(acc[c], a, low[c], high[c]);
     }
     float square = 0.f;
 #pragma unroll
@@ -617,12 +616,7 @@ DEVICE void expand_gated_rows8(const bf16* gate_up, bf16* y, const ExpandArgs& a
 #pragma unroll
       for (int slice = 0; slice < 2; slice++) {
 #pragma unroll
-        for (int c = 0; c < 2; c++) {
-          const uint32_t l[4] = {low[slice][c].x, low[slice][c].y, low[slice][c].z, low[slice][c].w};
-          const uint32_t h[4] = {high[slice][c].x, high[slice][c].y, high[slice][c].z, high[slice][c].w};
-#pragma unroll
-          for (int j = 0; j < 4; j++) mma_bf16(acc[slice][c][j], a[slice][0], 0, a[slice][2], 0, transpose_8x8(l[j]), transpose_8x8(h[j]));
-        }
+        for (int c = 0; c < 2; c++) multiply_rows8(acc[slice][c], a[slice], low[slice][c], high[slice][c]);
       }
     }
 #pragma unroll
