@@ -56,7 +56,7 @@ pub struct LoraConfig {
     pub max_loaded_loras: Option<usize>,
     /// Bytes of adapters in host memory; `None` is unbounded.
     pub max_loaded_bytes: Option<usize>,
-    /// Which adapter leaves first.
+    /// Which adapter leaves the device first.
     pub eviction: EvictionPolicy,
     /// Largest rank accepted; `None` accepts every rank.
     pub max_lora_rank: Option<u32>,
@@ -64,7 +64,7 @@ pub struct LoraConfig {
     pub target_modules: Option<BTreeSet<String>>,
 }
 
-/// Which adapter leaves first.
+/// Which adapter leaves the device first. (Host memory is always left by the one used longest ago.)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EvictionPolicy {
     /// The one used longest ago.
@@ -81,7 +81,6 @@ impl LoraConfig {
             max_loaded_loras: self.max_loaded_loras,
             max_loaded_bytes: self.max_loaded_bytes,
             max_pinned: self.max_loras_per_batch.saturating_sub(1),
-            eviction: self.eviction,
             ..RegistryConfig::new(LoraLimits {
                 max_lora_rank: self.max_lora_rank,
                 target_modules: self.target_modules.clone(),
@@ -192,6 +191,16 @@ impl LlmEngine {
         let shared = Arc::new(Shared::new());
         let (commands, inbox) = channel();
         let commands = Arc::new(commands);
+        if let Some(registry) = &adapters {
+            let commands = Arc::downgrade(&commands);
+            registry.on_pins_changed(Box::new(move || {
+                if let Some(commands) = commands.upgrade() {
+                    commands.send(Command::Wake).ok();
+                }
+            }));
+        }
+        // What was pinned before.
+        commands.send(Command::Wake).ok();
         let worker = Worker::new(
             backend,
             scheduler,
@@ -222,11 +231,6 @@ impl LlmEngine {
 
     fn registry(&self) -> Result<&AdapterRegistry, AdapterError> {
         self.adapters.as_deref().ok_or(AdapterError::NotEnabled)
-    }
-
-    /// Lets the engine thread look at what changed outside of it: pins.
-    fn wake(&self) {
-        self.commands.send(Command::Wake).ok();
     }
 
     /// Checks a request and clips its `max_tokens` to what the context and the KV cache have room for beside the prompt.
@@ -310,11 +314,7 @@ impl InferenceEngine for LlmEngine {
     }
 
     fn load_adapter(&self, request: LoadRequest) -> BoxFuture<'_, Result<AdapterInfo, AdapterError>> {
-        Box::pin(async move {
-            let info = self.registry()?.load(request).await?;
-            self.wake();
-            Ok(info)
-        })
+        Box::pin(async move { self.registry()?.load(request).await })
     }
 
     fn acquire_adapters<'a>(&'a self, names: &'a [&'a str]) -> BoxFuture<'a, Result<Vec<AdapterLease>, AdapterError>> {
@@ -323,18 +323,14 @@ impl InferenceEngine for LlmEngine {
 
     fn unload_adapter(&self, name: &str, mode: UnloadMode) -> Result<Unloading, AdapterError> {
         let unloading = self.registry()?.unload(name, mode)?;
-        // The engine thread looks at pins, and at which leases were revoked.
-        match mode {
-            UnloadMode::Drain => self.wake(),
-            UnloadMode::Abort => drop(self.commands.send(Command::EndRevoked)),
+        if mode == UnloadMode::Abort {
+            self.commands.send(Command::EndRevoked).ok();
         }
         Ok(unloading)
     }
 
     fn pin_adapter(&self, name: &str, pinned: bool) -> Result<(), AdapterError> {
-        self.registry()?.pin(name, pinned)?;
-        self.wake();
-        Ok(())
+        self.registry()?.pin(name, pinned)
     }
 
     fn list_adapters(&self) -> Vec<AdapterInfo> {

@@ -726,6 +726,43 @@ mod tests {
     }
 
     #[test]
+    fn the_policy_says_who_leaves_the_device_and_pinned_ones_do_not() {
+        for (policy, gone, other) in [(EvictionPolicy::Lru, 1, 0), (EvictionPolicy::Fifo, 0, 1)] {
+            for (pinned, gone) in [(None, gone), (Some(gone), other)] {
+                let capacity = Capacity {
+                    num_blocks: 4,
+                    min_blocks: 4,
+                    block_size: 4,
+                    kv_block_bytes: 50,
+                    max_batch_tokens: 64,
+                    adapter_bytes: 200,
+                    shared_bytes: 0,
+                    max_adapters_per_batch: 8,
+                };
+                let mut residency = DeviceResidency::new(capacity.clone(), policy, Arc::default());
+                let (mut backend, mut cache) = (FakeBackend::new(capacity), Cache(BlockPool::new(4)));
+                let adapters: Vec<_> = (0..3).map(|number| host_adapter(number, 100)).collect();
+                residency.set_pinned(pinned.map(|number: usize| adapters[number].clone()).into_iter().collect());
+                // Room for two. Pinned ones are there before they are asked for, so that the first is asked for first in any case.
+                let mut ask = |number: usize| {
+                    let answer = residency.request(&mut backend, &adapters[number], &mut cache).unwrap();
+                    assert!(matches!(answer, Residency::Ready(_)), "{answer:?}");
+                    drop(answer);
+                    residency.begin_step(&mut backend, &mut cache).unwrap();
+                };
+                [0, 1, 0, 2].into_iter().for_each(&mut ask);
+                let mut left = adapters.iter().filter(|adapter| !backend.resident_versions().contains(&adapter.version));
+                assert_eq!(
+                    left.next().map(|adapter| adapter.version),
+                    Some(adapters[gone].version),
+                    "{policy:?}, {pinned:?} is pinned"
+                );
+                assert!(left.next().is_none());
+            }
+        }
+    }
+
+    #[test]
     fn what_leaves_was_used_before_all_that_stays() {
         let mut left = [0, 0];
         for seed in 0..100 {

@@ -11,7 +11,7 @@
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
     sync::{
-        Arc, Weak,
+        Arc, OnceLock, Weak,
         atomic::{AtomicUsize, Ordering},
     },
     time::{Duration, Instant, SystemTime},
@@ -30,7 +30,6 @@ use crate::{
     BoxFuture,
     decoder::DecoderConfig,
     files::{FileSource, SourceStamp},
-    llm::EvictionPolicy,
     stats::{AdapterMoves, Histogram, LOAD_SECONDS_BOUNDS},
 };
 
@@ -141,8 +140,6 @@ pub struct RegistryConfig {
     pub max_loaded_bytes: Option<usize>,
     /// Pinned adapters: `max_loras_per_batch - 1`.
     pub max_pinned: usize,
-    /// Which adapter leaves host memory first.
-    pub eviction: EvictionPolicy,
     /// Threads that read, check and pack.
     pub loader_threads: usize,
     /// Loads that may wait for a thread.
@@ -171,7 +168,6 @@ impl RegistryConfig {
             max_loaded_loras: None,
             max_loaded_bytes: None,
             max_pinned: 7,
-            eviction: EvictionPolicy::Lru,
             loader_threads: std::thread::available_parallelism().map_or(2, |cores| (cores.get() / 4).clamp(2, 8)),
             max_queued_loads: 1024,
             room_timeout: Duration::from_secs(60),
@@ -588,6 +584,8 @@ struct Shared {
     residents: Arc<ResidentSet>,
     leases: AtomicUsize,
     pins_changed: AtomicUsize,
+    /// Who is told of that.
+    on_pins_changed: OnceLock<Box<dyn Fn() + Send + Sync>>,
     /// As many as wait for room, or one more: read without the lock when a lease ends.
     parked: AtomicUsize,
     granted: Arc<Granted>,
@@ -633,6 +631,7 @@ impl AdapterRegistry {
             residents: Arc::default(),
             leases: AtomicUsize::new(0),
             pins_changed: AtomicUsize::new(0),
+            on_pins_changed: OnceLock::new(),
             gathering: tokio::sync::Mutex::default(),
             config,
         });
@@ -678,7 +677,7 @@ impl AdapterRegistry {
                 state.remove(&name);
                 return Err(error);
             }
-            shared.pins_changed.fetch_add(1, Ordering::Release);
+            shared.pins_have_changed();
         }
         Ok(())
     }
@@ -900,7 +899,7 @@ impl AdapterRegistry {
         state.num_pinned = if pinned { state.num_pinned + 1 } else { state.num_pinned - 1 };
         drop(state);
         shared.room_may_be();
-        shared.pins_changed.fetch_add(1, Ordering::Release);
+        shared.pins_have_changed();
         Ok(())
     }
 
@@ -926,6 +925,12 @@ impl AdapterRegistry {
     /// Grows whenever what `pinned` gives may have changed: cheap to ask at every step.
     pub fn pins_generation(&self) -> usize {
         self.shared.pins_changed.load(Ordering::Acquire)
+    }
+
+    /// Has `tell` called whenever that has grown, for one who sleeps between steps: the weights of a pinned adapter come when a loader has read
+    /// them. It is called on any thread and with the registry locked: it may not wait, nor ask the registry. The first one given stays.
+    pub fn on_pins_changed(&self, tell: Box<dyn Fn() + Send + Sync>) {
+        drop(self.shared.on_pins_changed.set(tell));
     }
 
     /// Every registered adapter, least recently used first; those never used come first, in order of registration.
@@ -1452,6 +1457,13 @@ impl Shared {
         }
     }
 
+    fn pins_have_changed(&self) {
+        self.pins_changed.fetch_add(1, Ordering::Release);
+        if let Some(tell) = self.on_pins_changed.get() {
+            tell();
+        }
+    }
+
     fn forget(&self, name: &str) -> Result<Vec<Arc<Hold>>, AdapterError> {
         let (entry, error) = {
             let mut state = self.state.lock();
@@ -1462,7 +1474,7 @@ impl Shared {
             (entry, error)
         };
         if entry.pinned {
-            self.pins_changed.fetch_add(1, Ordering::Release);
+            self.pins_have_changed();
         }
         self.room_may_be();
         if let (Tier::Loading(waiters), Some(error)) = (entry.tier, error) {
@@ -1873,7 +1885,7 @@ impl Shared {
                 state.loads_total += 1;
                 state.moved(name, |moves| moves.loads += 1);
                 if pinned {
-                    self.pins_changed.fetch_add(1, Ordering::Release);
+                    self.pins_have_changed();
                 }
                 let answers = self.leases_for(&mut state, name, waiters);
                 unlock(state);
@@ -1929,7 +1941,7 @@ impl Shared {
         state.loads_total += 1;
         state.moved(&name, |moves| moves.loads += 1);
         if pins_change {
-            self.pins_changed.fetch_add(1, Ordering::Release);
+            self.pins_have_changed();
         }
         let answers = self.leases_for(&mut state, &name, waiters);
         let info = state.entries.get(name.as_str()).map(|entry| self.info(entry));
@@ -2034,14 +2046,11 @@ impl Shared {
         }
     }
 
-    /// Lets the name leave whose turn it is.
+    /// Lets the name leave that was used least recently; to be loaded is a use, or what an admin loads ahead would leave for the next such load.
     fn evict(&self, state: &mut State) -> Result<(), AdapterError> {
         let names = state.loaded.iter().filter_map(|name| state.entries.get(name));
         let candidates = names.filter(|entry| may_leave(entry));
-        let victim = match self.config.eviction {
-            EvictionPolicy::Lru => candidates.min_by_key(|entry| (entry.last_used, entry.loaded_at)),
-            EvictionPolicy::Fifo => candidates.min_by_key(|entry| entry.loaded_at),
-        };
+        let victim = candidates.min_by_key(|entry| entry.last_used.max(entry.loaded_at));
         let Some(name) = victim.map(|entry| entry.name.clone()) else {
             return Err(AdapterError::NothingToEvict {
                 loaded: state.loaded.len(),
@@ -3138,20 +3147,34 @@ mod tests {
     }
 
     #[test]
-    fn the_first_that_came_leaves_first_under_fifo() {
+    fn what_was_loaded_just_now_stays_before_what_was_used_earlier() {
         let all = ["a", "b", "c"];
         let directory = folder(&all);
-        let registry = registry(|config| {
-            config.max_loaded_loras = Some(2);
-            config.eviction = EvictionPolicy::Fifo;
-        });
-        for name in ["a", "b"] {
-            block_on(registry.load(request_in(&directory, name))).unwrap();
-        }
+        let registry = registry(|config| config.max_loaded_loras = Some(2));
+        let load = |name| block_on(registry.load(request_in(&directory, name))).unwrap();
+        load("a");
         acquire(&registry, "a").unwrap();
-        block_on(registry.load(request_in(&directory, "c"))).unwrap();
-        assert_eq!(registry.info("a").unwrap().state, AdapterState::Registered);
-        assert_eq!(registry.info("b").unwrap().state, AdapterState::Host);
+        load("b");
+        load("c");
+        let states = all.map(|name| registry.info(name).unwrap().state);
+        assert_eq!(states, [AdapterState::Registered, AdapterState::Host, AdapterState::Host]);
+    }
+
+    #[test]
+    fn who_waits_for_pins_is_told_when_they_are_there() {
+        let directory = folder(&["a"]);
+        let registry = registry(|_| {});
+        let (tell, told) = std::sync::mpsc::channel();
+        registry.on_pins_changed(Box::new(move || tell.send(()).unwrap()));
+        registry.register(request_in(&directory, "a")).unwrap();
+        registry.pin("a", true).unwrap();
+        // Once for the pin, and once, if it has not come before, for the weights.
+        while registry.pinned().is_empty() {
+            told.recv_timeout(Duration::from_secs(120)).expect("it is told of");
+        }
+        told.try_iter().for_each(drop);
+        unload(&registry, "a").unwrap();
+        assert!(told.try_recv().is_ok(), "it is pinned no more");
     }
 
     #[test]
