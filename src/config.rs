@@ -76,7 +76,7 @@ struct ServeArgs {
     /// Settings from a TOML file; its keys are the names of these flags. A key that is no flag is an error.
     #[arg(long, value_name = "FILE", help_heading = "General")]
     config: Option<PathBuf>,
-    /// What is logged: error, warn, info, debug, trace, or a filter such as `polylora=debug,info`.
+    /// What is logged: error, warn (or warning), info, debug, trace, or a filter such as `polylora=debug,info`.
     #[arg(long, default_value = "info", value_name = "FILTER", help_heading = "General")]
     log_level: String,
     /// How log lines look.
@@ -786,7 +786,6 @@ impl Config {
     fn from_args(args: ServeArgs, environment: &Environment) -> Result<Self, String> {
         let model = args.model_path.clone().map_or(ModelSource::Demo, ModelSource::Path);
         require(args.model_path.as_deref() != Some(""), || "--model-path must not be empty".to_owned())?;
-        check_log_level(&args.log_level)?;
         let served_model_name = served_model_name(&args, &model)?;
         let keys = args.api_keys_file.as_deref().map_or(Ok(Vec::new()), read_keys_file);
         let keys = keys.map_err(|error| format!("--api-keys-file {error}"))?;
@@ -806,7 +805,7 @@ impl Config {
             return Err(format!("--chat-template {}: no such file", file.display()));
         }
         Ok(Self {
-            log_level: args.log_level.clone(),
+            log_level: log_filter(&args.log_level)?,
             log_format: args.log_format,
             otlp: OtlpSettings::from_args(&args, environment)?,
             model,
@@ -836,18 +835,23 @@ fn require(holds: bool, message: impl FnOnce() -> String) -> Result<(), String> 
     if holds { Ok(()) } else { Err(message()) }
 }
 
-/// A filter's parts are levels, or targets with a level: a word that is neither would silence the log.
-fn check_log_level(filter: &str) -> Result<(), String> {
+/// A filter's parts are levels, or targets with a level: a word that is neither would silence the log. Python's names of levels, which other
+/// servers' command lines have, are understood.
+fn log_filter(filter: &str) -> Result<String, String> {
     const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
-    let is_level = |part: &str| LEVELS.contains(&part.trim().to_ascii_lowercase().as_str());
-    let wrong = filter.split(',').find(|part| !part.contains(['=', '[', ']', '}']) && !is_level(part));
-    match wrong {
-        None => Ok(()),
-        Some(part) => Err(format!(
-            "--log-level: {part:?} is none of {}, and no filter such as polylora=debug",
-            LEVELS.join(", ")
-        )),
-    }
+    let parts = filter.split(',').map(|part| {
+        let level = part.trim().to_ascii_lowercase();
+        match level.as_str() {
+            "warning" => Ok("warn".to_owned()),
+            "critical" => Ok("error".to_owned()),
+            level if LEVELS.contains(&level) || part.contains(['=', '[', ']', '}']) => Ok(part.to_owned()),
+            _ => Err(format!(
+                "--log-level: {part:?} is none of {}, and no filter such as polylora=debug",
+                LEVELS.join(", ")
+            )),
+        }
+    });
+    Ok(parts.collect::<Result<Vec<_>, _>>()?.join(","))
 }
 
 fn served_model_name(args: &ServeArgs, model: &ModelSource) -> Result<String, String> {
@@ -1299,6 +1303,18 @@ mod tests {
             assert!(error.contains(reason) && error.contains(&path), "{text}: {error}");
         }
         assert!(serve(&["--config", "/does/not/exist"]).unwrap_err().contains("/does/not/exist"));
+    }
+
+    #[test]
+    fn levels_of_the_log_have_their_python_names_too() {
+        for (given, filter) in [
+            ("warning", "warn"),
+            ("CRITICAL", "error"),
+            ("warning,polylora=debug", "warn,polylora=debug"),
+            ("Info", "Info"),
+        ] {
+            assert_eq!(serve(&["--log-level", given]).unwrap().log_level, filter);
+        }
     }
 
     #[test]

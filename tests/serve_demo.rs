@@ -135,6 +135,119 @@ fn load_generate_unload_and_another_under_the_same_name() {
     server.stop();
 }
 
+/// The notebook "LoRA Serving" of SGLang's documentation, cell by cell: its flags and its requests, over the demo's model and adapters.
+#[test]
+fn sglang_s_walk_through_line_by_line() {
+    /// Prompts and `lora_path` as they stand there; what each is to answer.
+    #[track_caller]
+    fn generate(server: &Server, names: &[Option<&str>], adapters: &[Option<&str>]) {
+        let body = json!({
+            "text": vec![LIST_3; names.len()],
+            "sampling_params": {"max_new_tokens": 32, "temperature": 0},
+            "lora_path": names,
+        });
+        let (status, answers) = server.post("/generate", &body);
+        assert_eq!(status, 200, "{answers}");
+        let answers = answers.as_array().unwrap();
+        assert_eq!(answers.len(), names.len());
+        for ((answer, name), adapter) in answers.iter().zip(names).zip(adapters) {
+            let golden = golden(*adapter, LIST_3);
+            let expected = golden["output_ids"].as_array().unwrap();
+            let expected = &expected[..expected.len().min(32)];
+            assert_eq!(answer["output_ids"].as_array().unwrap(), expected, "{name:?}");
+            let text = answer["text"].as_str().unwrap();
+            assert!(
+                golden["output_text"].as_str().unwrap().starts_with(text) && text.len() > 20,
+                "{name:?}: {text}"
+            );
+            assert_eq!(answer["meta_info"]["lora"], json!(name));
+        }
+    }
+    let (base, lines, table, upper) = (base_path(), adapter_path("lines"), adapter_path("table"), adapter_path("upper"));
+    let load = |server: &Server, body: Value| server.post("/load_lora_adapter", &body);
+    let log = ["--log-level", "warning"];
+
+    // Serving a single adapter.
+    let paths = format!("lora0={table}");
+    let flags = [
+        "--model-path",
+        &base,
+        "--enable-lora",
+        "--lora-paths",
+        &paths,
+        "--max-loras-per-batch",
+        "1",
+    ];
+    let server = Server::start(&[&flags[..], &log].concat());
+    generate(&server, &[Some("lora0"), None], &[Some("table"), None]);
+    server.stop();
+
+    // Serving several.
+    let paths = [format!("lora0={table}"), format!("lora1={lines}")];
+    let flags = [
+        "--model-path",
+        &base,
+        "--enable-lora",
+        "--lora-paths",
+        &paths[0],
+        &paths[1],
+        "--max-loras-per-batch",
+        "2",
+    ];
+    let server = Server::start(&[&flags[..], &log].concat());
+    generate(&server, &[Some("lora0"), Some("lora1")], &[Some("table"), Some("lines")]);
+    server.stop();
+
+    // Loading and unloading while serving.
+    let flags = "--enable-lora --cuda-graph-max-bs 2 --max-loras-per-batch 2 --max-lora-rank 256 --lora-target-modules all --log-level warning";
+    let flags: Vec<&str> = ["--model-path", &base].into_iter().chain(flags.split(' ')).collect();
+    let server = Server::start(&flags);
+    assert_loaded(load(&server, json!({"lora_name": "lora0", "lora_path": lines})), &["lora0"]);
+    assert_loaded(load(&server, json!({"lora_name": "lora1", "lora_path": table})), &["lora0", "lora1"]);
+    generate(&server, &[Some("lora0"), Some("lora1")], &[Some("lines"), Some("table")]);
+    assert_loaded(server.post("/unload_lora_adapter", &json!({"lora_name": "lora0"})), &["lora1"]);
+    assert_loaded(load(&server, json!({"lora_name": "lora0", "lora_path": upper})), &["lora0", "lora1"]);
+    generate(&server, &[Some("lora0"), Some("lora1")], &[Some("upper"), Some("table")]);
+    server.stop();
+
+    // Pinned ones, at the start and while serving.
+    let pinned = format!(r#"{{"lora_name":"lora0","lora_path":"{lines}","pinned":true}}"#);
+    let unpinned = format!(r#"{{"lora_name":"lora1","lora_path":"{table}"}}"#);
+    let other = format!("lora2={upper}");
+    let flags = "--enable-lora --cuda-graph-max-bs 8 --max-loras-per-batch 3 --max-lora-rank 256 --lora-target-modules all --lora-paths";
+    let flags = ["--model-path", &base]
+        .into_iter()
+        .chain(flags.split(' '))
+        .chain([&*pinned, &unpinned, &other])
+        .chain(log);
+    let server = Server::start(&flags.collect::<Vec<_>>());
+    assert_loaded(server.post("/unload_lora_adapter", &json!({"lora_name": "lora1"})), &["lora0", "lora2"]);
+    let body = json!({"lora_name": "lora1", "lora_path": table, "pinned": true});
+    assert_loaded(load(&server, body), &["lora0", "lora1", "lora2"]);
+    generate(
+        &server,
+        &[Some("lora0"), Some("lora1"), Some("lora2")],
+        &[Some("lines"), Some("table"), Some("upper")],
+    );
+    server.stop();
+
+    // Kernels by name.
+    let paths = [format!("lora1={lines}"), format!("lora2={table}")];
+    let flags = [
+        "--model-path",
+        &base,
+        "--enable-lora",
+        "--lora-backend",
+        "csgmv",
+        "--max-loras-per-batch",
+        "16",
+        "--lora-paths",
+    ];
+    let server = Server::start(&[&flags[..], &[&*paths[0], &paths[1]]].concat());
+    generate(&server, &[Some("lora1"), Some("lora2")], &[Some("lines"), Some("table")]);
+    server.stop();
+}
+
 #[test]
 fn pinned_at_start_and_at_run_time_in_both_spellings() {
     let pinned = json!({"lora_name": "lora0", "lora_path": adapter_path("lines"), "pinned": true}).to_string();
@@ -276,6 +389,58 @@ fn adapters_outside_the_limits_are_refused_at_start_and_at_first_use() {
         "{}",
         server.log()
     );
+}
+
+/// One key of adapter_config.json at a time, on the model that PEFT was asked with (`engine/tests/golden/make_corpus.py`).
+#[test]
+fn every_odd_key_of_an_adapter_does_what_it_does_in_peft_or_is_a_400_that_names_it() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &str| -> Value { serde_json::from_slice(&std::fs::read(root.join(path)).unwrap()).unwrap() };
+    let corpus = read("engine/tests/golden/corpus.json");
+    let plain = read("engine/tests/golden/adapters/corpus/adapter_config.json");
+    let weights = std::fs::read(root.join("engine/tests/golden/adapters/corpus/adapter_model.safetensors")).unwrap();
+    // The model has no tokenizer, and a server asks for one.
+    let model = tempfile::tempdir().unwrap();
+    let fixture = format!("tests/fixtures/{}", corpus["base"].as_str().unwrap());
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(root.join(&fixture).join(file), model.path().join(file)).unwrap();
+    }
+    let vocab: serde_json::Map<String, Value> = (0..256).map(|id| (format!("w{id}"), json!(id))).collect();
+    let tokenizer = json!({"version": "1.0", "pre_tokenizer": {"type": "WhitespaceSplit"}, "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "w0"}});
+    std::fs::write(model.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let server = Server::start(&["--model-path", model.path().to_str().unwrap(), "--enable-lora", "--dtype", "float32"]);
+    let (mut refused, mut outputs) = (std::collections::BTreeSet::new(), std::collections::BTreeSet::new());
+    for case in corpus["cases"].as_array().unwrap() {
+        let key = case["key"].as_str().unwrap();
+        let mut config = plain.clone();
+        config[key] = case["value"].clone();
+        let (status, answer) = server.push_bytes("odd", config.to_string().as_bytes(), &weights).unwrap();
+        if status == 400 {
+            let error = &answer["error"];
+            assert_eq!(error["param"], "config", "{answer}");
+            assert!(error["message"].as_str().unwrap().contains(&format!("`{key}`")), "{key}: {answer}");
+            refused.insert(key);
+            continue;
+        }
+        assert_eq!(status, 200, "{key}: {answer}");
+        let body = json!({"input_ids": corpus["prompt_ids"], "lora_path": "odd", "sampling_params": {"temperature": 0, "max_new_tokens": 6}});
+        let (status, answer) = server.post("/generate", &body);
+        assert_eq!(
+            (status, &answer["output_ids"]),
+            (200, &case["output_ids"]),
+            "{key} = {}: {answer}",
+            case["value"]
+        );
+        outputs.insert(answer["output_ids"].to_string());
+        assert_eq!(server.unload("odd").0, 200);
+    }
+    let expected = "alora_invocation_tokens arrow_config bias init_lora_weights kasa_config layer_replication layers_pattern \
+        megatron_config modules_to_save monteclora_config new_name_of_next_year peft_type target_parameters task_type \
+        use_bdlora use_new_lora_of_next_year use_qalora";
+    assert_eq!(refused.into_iter().collect::<Vec<_>>(), expected.split_whitespace().collect::<Vec<_>>());
+    assert!(outputs.len() >= 4, "{outputs:?}");
+    server.stop();
 }
 
 #[test]
@@ -1123,6 +1288,41 @@ fn what_comes_into_the_folder_of_adapters_and_what_goes_is_noticed_while_serving
     let (status, answer) = server.post("/v1/completions", &json!({"model": "table", "prompt": LIST_3}));
     assert_eq!((status, &answer["error"]["code"]), (404, &json!("model_not_found")));
     check(&server, &[LIST_3], &[Some("json")], &[Some("json")]);
+    server.stop();
+}
+
+#[test]
+fn what_is_pinned_is_on_the_device_before_anyone_asks_also_after_a_kill() {
+    let (adapters, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for name in ["table", "json"] {
+        copy_adapter(name, adapters.path());
+    }
+    let folder = |folder: &tempfile::TempDir| folder.path().display().to_string();
+    let start = || {
+        Server::start(&[
+            "--model-path",
+            &base_path(),
+            "--lora-dir",
+            &folder(&adapters),
+            "--state-dir",
+            &folder(&state),
+        ])
+    };
+    let states = |server: &Server| ["json", "table"].map(|name| server.get(&format!("/v1/adapters/{name}")).1["state"].clone());
+    let wait = |server: &Server| {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(120);
+        while states(server) != [json!("registered"), json!("device")] {
+            assert!(std::time::Instant::now() < deadline, "{:?}", states(server));
+        }
+    };
+    let mut server = start();
+    assert_eq!(states(&server), [json!("registered"), json!("registered")]);
+    assert_eq!(server.post("/pin_lora_adapter", &json!({"lora_name": "table", "pinned": true})).0, 200);
+    wait(&server);
+    server.kill();
+    server.wait();
+    let server = start();
+    wait(&server);
     server.stop();
 }
 

@@ -1,8 +1,13 @@
-//! Adapters of every kind that is applied, against what PEFT computes with the same files (`golden/make_adapters.py`).
+//! Adapters of every kind that is applied, against what PEFT computes with the same files (`golden/make_adapters.py`), and of every key of their
+//! configuration (`golden/make_corpus.py`).
 
-use std::sync::Arc;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use polylora_engine::{
+    AdapterError,
     adapter::{HostAdapter, PackedDtype, combine::combine, load::CoverageReport},
     backend::{
         Backend,
@@ -14,7 +19,7 @@ use polylora_engine::{
 
 mod peft;
 
-use peft::{Answer, BaseModel, Case, Golden, head64};
+use peft::{Answer, BaseModel, Case, Golden, adapter_folder, head64};
 
 /// Log-probabilities in f32 against PEFT's in f32: sums of other order over two layers.
 const TOLERANCE: f32 = 1e-4;
@@ -117,6 +122,78 @@ fn computes_what_peft_computes(golden: &Golden) {
         for ((case, alone), together) in cases.iter().zip(&alone).zip(&together) {
             assert_eq!(alone, together, "{}: alone and in a batch", case.name);
         }
+    }
+}
+
+/// `golden/corpus.json`
+#[derive(serde::Deserialize)]
+struct Corpus {
+    base: String,
+    prompt_ids: Vec<u32>,
+    peft_keys: Vec<String>,
+    with_tensors: BTreeMap<String, String>,
+    cases: Vec<OddKey>,
+}
+
+/// A plain adapter whose configuration has one key set to something else.
+#[derive(serde::Deserialize)]
+struct OddKey {
+    key: String,
+    value: serde_json::Value,
+    /// Without one PEFT does not take it.
+    #[serde(flatten)]
+    answer: Option<Answer>,
+}
+
+fn read_config(folder: &std::path::Path) -> serde_json::Map<String, serde_json::Value> {
+    serde_json::from_slice(&std::fs::read(folder.join("adapter_config.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn every_odd_key_computes_what_peft_computes_or_is_refused_by_its_name() {
+    let corpus: Corpus = serde_json::from_str(include_str!("golden/corpus.json")).unwrap();
+    let mut base = base(&corpus.base, ComputeDtype::Float32);
+    let plain = read_config(&adapter_folder("corpus"));
+    let folder = tempfile::tempdir().unwrap();
+    let weights = "adapter_model.safetensors";
+    std::fs::copy(adapter_folder("corpus").join(weights), folder.path().join(weights)).unwrap();
+    let (mut computed, mut refused, mut answers) = (0, 0, BTreeSet::new());
+    for case in &corpus.cases {
+        let what = format!("{} = {}", case.key, case.value);
+        let mut config = plain.clone();
+        config.insert(case.key.clone(), case.value.clone());
+        std::fs::write(folder.path().join("adapter_config.json"), serde_json::to_vec(&config).unwrap()).unwrap();
+        match base.model.try_load(folder.path(), PackedDtype::F32, CpuBackend::LORA_FEATURES) {
+            Ok((adapter, _)) => {
+                let answer = case.answer.as_ref().unwrap_or_else(|| panic!("{what}: PEFT does not take it"));
+                let handle = base.backend.begin_upload(&Arc::new(adapter)).unwrap();
+                let run = answer.run(&corpus.prompt_ids, Some(handle), TOP_K);
+                check(&what, &generate(&mut base.backend, &[run]).unwrap().remove(0), answer);
+                base.backend.free_adapter(handle);
+                computed += 1;
+                answers.insert(format!("{:?}", answer.top_logprobs));
+            }
+            Err(AdapterError::Unsupported { key, .. }) => {
+                assert_eq!(key, case.key, "{what}");
+                refused += 1;
+            }
+            Err(error) => {
+                assert!(error.to_string().contains(&format!("`{}`", case.key)), "{what}: {error}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(computed >= 30 && refused >= 18, "{computed} computed, {refused} refused");
+    assert!(answers.len() >= 6, "only {} of them differ", answers.len());
+    // No key of PEFT's is left out: those that come with tensors of their own have a case of their own.
+    let golden = golden();
+    for (key, name) in &corpus.with_tensors {
+        assert_ne!(read_config(&adapter_folder(name))[key], plain[key], "{key} of {name}");
+        assert!(golden.cases.iter().any(|case| case.name == *name), "{name}");
+    }
+    for key in &corpus.peft_keys {
+        let is_odd = corpus.cases.iter().any(|case| case.key == *key && Some(&case.value) != plain.get(key));
+        assert!(is_odd || corpus.with_tensors.contains_key(key), "{key}");
     }
 }
 

@@ -550,7 +550,9 @@ impl Client {
     fn answer(&self, response: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> anyhow::Result<Value> {
         let mut response = response.with_context(|| format!("no server answers at {} (--url says where)", self.url))?;
         let status = response.status();
-        let text = response.body_mut().read_to_string()?;
+        // As long as it is: the list of some ten thousand adapters is larger than what is read by default.
+        let mut text = String::new();
+        response.body_mut().as_reader().read_to_string(&mut text)?;
         if status.is_success() {
             return serde_json::from_str(&text).with_context(|| format!("the server's answer is no JSON: {text}"));
         }
@@ -645,6 +647,28 @@ without effect on inference: lora_dropout
             row,
             ["new", "adapter", "registered", "-", "-", "-", "-", "false", "0", "0", "0", "-", "/x"]
         );
+    }
+
+    #[test]
+    fn a_list_of_any_length_is_read() {
+        use std::io::{BufRead, BufReader};
+        // As of twenty thousand adapters.
+        let list = json!({"data": ["x".repeat(11 << 20)]});
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let answer = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut stream, _) = listener.accept().unwrap();
+                let head = BufReader::new(stream.try_clone().unwrap()).lines().map(Result::unwrap);
+                head.take_while(|line| !line.is_empty()).for_each(drop);
+                let body = list.to_string();
+                let length = body.len();
+                // A client that has read enough of it is not this thread's to judge.
+                write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}").ok();
+            });
+            Client::new(&url, None).get("/v1/models")
+        });
+        assert!(answer.unwrap() == list);
     }
 
     #[test]

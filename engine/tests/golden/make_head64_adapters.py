@@ -12,6 +12,7 @@ from make_adapters import ALL, write
 LLAMA, QWEN = "tiny-llama-head64", "tiny-qwen2-head64"
 CASES = {
     "plain": (LLAMA, dict(r=4, lora_alpha=8, target_modules="all-linear")),
+    "sharded": (LLAMA, dict(r=5, lora_alpha=7, use_rslora=True, target_modules=ALL + ["lm_head"])),
     "few": (LLAMA, dict(r=3, target_modules=["k_proj", "gate_proj"], layers_to_transform=1, layers_pattern="layers")),
     "embedding_and_head": (LLAMA, dict(r=3, lora_alpha=5, target_modules=["embed_tokens", "lm_head", "q_proj"])),
     "dora": (LLAMA, dict(r=4, lora_alpha=8, use_dora=True, target_modules="all-linear")),

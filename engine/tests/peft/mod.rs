@@ -1,9 +1,13 @@
 //! What PEFT computes in f32 with adapters of every kind (`golden/make_adapters.py`, `golden/make_head64_adapters.py`), and how they are read.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use polylora_engine::{
-    FileSource,
+    AdapterError, FileSource,
     adapter::{
         HostAdapter, PackedDtype,
         load::{CoverageReport, LoraFeatures, LoraLimits, checkpoint_opener, load_adapter},
@@ -92,12 +96,22 @@ impl BaseModel {
 
     /// An adapter of `golden/adapters`.
     pub fn load(&self, name: &str, dtype: PackedDtype, features: LoraFeatures) -> (HostAdapter, CoverageReport) {
-        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/adapters").join(name);
+        self.try_load(&adapter_folder(name), dtype, features)
+            .unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    /// An adapter of any folder.
+    pub fn try_load(&self, folder: &Path, dtype: PackedDtype, features: LoraFeatures) -> Result<(HostAdapter, CoverageReport), AdapterError> {
         let limits = LoraLimits {
             features,
             base: Some(checkpoint_opener(self.files.clone(), self.decoder.clone())),
             ..LoraLimits::new(dtype)
         };
-        load_adapter(&FileSource::Directory(folder), &self.decoder, &limits).unwrap_or_else(|error| panic!("{name}: {error}"))
+        load_adapter(&FileSource::Directory(folder.to_owned()), &self.decoder, &limits)
     }
+}
+
+/// Where an adapter of `golden/adapters` is.
+pub fn adapter_folder(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/adapters").join(name)
 }
