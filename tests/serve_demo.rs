@@ -1326,6 +1326,82 @@ fn what_is_pinned_is_on_the_device_before_anyone_asks_also_after_a_kill() {
     server.stop();
 }
 
+/// Ten thousand names by Zipf's law over HTTP. (`engine/tests/thousands_of_adapters.rs` has bytes of their own for each, and looks at the counters.)
+#[cfg(unix)]
+#[test]
+fn ten_thousand_names_of_a_folder_have_their_golden_answers_and_take_no_memory() {
+    const NUM_NAMES: usize = 10_000;
+    let adapters = ["flags", "json", "lines", "pirate", "sql", "table", "upper", "yaml"];
+    let folder = tempfile::tempdir().unwrap();
+    for number in 0..NUM_NAMES {
+        let (own, adapter) = (
+            folder.path().join(format!("adapter-{number}")),
+            adapter_path(adapters[number % adapters.len()]),
+        );
+        std::fs::create_dir(&own).unwrap();
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            std::os::unix::fs::symlink(format!("{adapter}/{file}"), own.join(file)).unwrap();
+        }
+    }
+    let directory = folder.path().to_str().unwrap();
+    let limits = [
+        "--max-loaded-loras",
+        "200",
+        "--max-loras-per-batch",
+        "16",
+        "--mem-fraction-static",
+        "64MiB",
+    ];
+    let server = Server::start(&[&["--model-path", &base_path(), "--lora-dir", directory], &limits[..]].concat());
+    assert_eq!(ids(&server.get("/v1/adapters").1, "name").len(), NUM_NAMES);
+    let golden = adapters.map(|adapter| golden(Some(adapter), LIST_3));
+    // Name `i` in proportion to `1 / (i + 1)`.
+    let until: Vec<f64> = (1..=NUM_NAMES)
+        .scan(0.0, |sum, place| {
+            *sum += 1.0 / place as f64;
+            Some(*sum)
+        })
+        .collect();
+    let (mut state, mut asked) = (1u64, std::collections::BTreeSet::new());
+    let mut run = |num_calls: usize| {
+        for _ in 0..num_calls {
+            let numbers: Vec<usize> = std::iter::repeat_with(|| {
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                let drawn = (state >> 11) as f64 / (1u64 << 53) as f64 * until[NUM_NAMES - 1];
+                until.partition_point(|sum| *sum <= drawn)
+            })
+            .take(24)
+            .collect();
+            let names: Vec<String> = numbers.iter().map(|number| format!("adapter-{number}")).collect();
+            let answers = server.generate(
+                &vec![LIST_3; names.len()],
+                &names.iter().map(|name| Some(name.as_str())).collect::<Vec<_>>(),
+            );
+            for ((answer, name), number) in answers.iter().zip(&names).zip(&numbers) {
+                assert_eq!(answer["output_ids"], golden[number % adapters.len()]["output_ids"], "{name}");
+                assert_eq!(answer["meta_info"]["lora"], json!(name));
+            }
+            asked.extend(numbers);
+        }
+        asked.len()
+    };
+    assert!(run(25) > 200, "host memory is full");
+    let before = server.memory_bytes("VmRSS");
+    assert!(run(50) > 600);
+    let grown = server.memory_bytes("VmRSS").saturating_sub(before);
+    assert!(grown < 32 << 20, "{grown} bytes more");
+    let list = server.get("/v1/adapters").1;
+    assert!(list["data"].as_array().unwrap().iter().all(|adapter| adapter["leases"] == 0));
+    let metrics = server.get("/metrics").1;
+    let left = metrics
+        .as_str()
+        .unwrap()
+        .lines()
+        .find_map(|line| line.strip_prefix("polylora_host_adapter_evictions_total "));
+    assert!(left.unwrap().parse::<u64>().unwrap() > 400, "{left:?}");
+    server.stop();
+}
+
 /// Puts a copy of a demo adapter into a folder of adapters.
 fn copy_adapter(name: &str, folder: &std::path::Path) {
     let own = folder.join(name);
