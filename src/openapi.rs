@@ -107,7 +107,7 @@ error_sets! {
     /// Of routes that generate.
     GenerationErrors: ErrorBody = ["400", "401", "403", "404", "408", "413", "415", "429", "499", "500", "503"];
     /// The same in SGLang's form.
-    NativeGenerationErrors: NativeErrorBody = ["400", "401", "403", "408", "413", "415", "429", "500", "503"];
+    NativeGenerationErrors: NativeErrorBody = ["400", "401", "403", "404", "408", "413", "415", "429", "500", "503"];
     /// Of routes that read a body and generate nothing.
     BodyErrors: ErrorBody = ["400", "401", "403", "404", "408", "413", "415", "500", "503"];
     /// The same in SGLang's form.

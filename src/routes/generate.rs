@@ -108,7 +108,7 @@ pub async fn put_generate(state: State<AppState>, caller: Caller, request: Nativ
     generate(state, caller, request).await
 }
 
-/// The adapters of the prompts, by their names. An unknown one is a 400 in SGLang's words.
+/// The adapters of the prompts, by their names. An unknown one is a 404, as everywhere, in SGLang's words.
 async fn leases(state: &Gateway, caller: &Caller, prompts: &[PromptPart]) -> Result<Vec<Option<AdapterLease>>, ApiError> {
     let router = state.router(&caller.identity);
     let target = |name: &str| match router.adapter(name, "lora_path") {
@@ -138,12 +138,13 @@ fn never_loaded(state: &Gateway, caller: &Caller, name: &str) -> ApiError {
     if !are_all {
         loaded.push("and more".into());
     }
+    let part = router.missing_part(name);
     let message = format!(
         "Got LoRA adapter that has never been loaded: {}\nAll loaded adapters: {}",
-        shown(router.missing_part(name).unwrap_or(name)),
+        shown(part.unwrap_or(name)),
         loaded.join(", ")
     );
-    ApiError::invalid("lora_path", message)
+    ApiError::model_not_found(name, part, "lora_path", &[], true).with_message(|_| message)
 }
 
 /// The engine's names of settings as this route has them.

@@ -39,7 +39,8 @@ async fn load_use_unload() {
     let body = server.post("/unload_lora_adapter", json!({"lora_name": "new"})).await.json(200).await;
     assert_eq!(body["success"], true);
     assert_eq!(body["loaded_adapters"], json!({"sql": "mock:sql", "json": "mock:json"}));
-    let error = server.post("/generate", json!({"text": "a", "lora_path": "new"})).await.json(400).await;
+    let error = server.post("/generate", json!({"text": "a", "lora_path": "new"})).await.json(404).await;
+    assert_eq!(error["error"]["code"], 404);
     assert!(error["error"]["message"].as_str().unwrap().contains("never been loaded"));
 }
 
@@ -153,7 +154,7 @@ async fn an_unloaded_adapter_finishes_what_it_began() {
         while server.engine.adapter_info("sql").is_some() {
             tokio::task::yield_now().await;
         }
-        server.post("/generate", json!({"text": "a", "lora_path": "sql"})).await.json(400).await;
+        server.post("/generate", json!({"text": "a", "lora_path": "sql"})).await.json(404).await;
         gate.open();
         answer.json_events().await
     };
@@ -188,7 +189,7 @@ async fn every_end_of_an_answer_gives_its_lease_back() {
     server
         .post("/generate", json!({"text": ["a", "b"], "lora_path": ["sql", "nobody"]}))
         .await
-        .json(400)
+        .json(404)
         .await;
     assert_eq!(held(), 0, "refused after the adapter was found");
 

@@ -4,7 +4,8 @@
 //! | --- | --- |
 //! | answered: an object, or a list for a batch or `n` > 1; whole or as a stream | 200 |
 //! | ended by `/abort_request` | 200, finish_reason `abort` |
-//! | bad field, both or neither of text and input_ids, list lengths that differ, unknown adapter | 400 |
+//! | bad field, both or neither of text and input_ids, list lengths that differ | 400 |
+//! | an adapter that is not there (any more) | 404 |
 //! | the engine fails before the first token | 500 |
 //! | the engine fails in mid-stream | 200, an error event, `[DONE]` |
 //! | the queue is full | 503 + Retry-After |
@@ -140,7 +141,9 @@ async fn wrong_requests_are_refused_by_the_field_s_name() {
 #[tokio::test]
 async fn an_unknown_adapter_is_refused_in_sglang_s_words() {
     let server = Server::new();
-    let error = refused(&server, json!({"text": ["a", "b"], "lora_path": ["sql", "nope"]})).await;
+    let body = json!({"text": ["a", "b"], "lora_path": ["sql", "nope"]});
+    let error = server.post(PATH, body).await.json(404).await["error"].take();
+    assert_eq!((&error["code"], &error["param"]), (&json!(404), &json!("lora_path")));
     let message = error["message"].as_str().unwrap();
     assert!(
         message.contains("has never been loaded: nope") && message.contains("json, sql"),

@@ -94,7 +94,7 @@ async fn adapters_of_others_do_not_exist() {
     assert_eq!(complete(BASE).await.error(403).await["code"], "insufficient_permissions");
     let body = post(&server, "ann", "/generate", json!({"text": "a", "lora_path": "json"}))
         .await
-        .json(400)
+        .json(404)
         .await;
     assert!(!body["error"]["message"].as_str().unwrap().contains("sql, json"), "{body}");
     let list = get(&server, "ann", "/v1/models").await.json(200).await;

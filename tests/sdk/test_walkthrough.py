@@ -66,7 +66,7 @@ class WalkThrough(unittest.TestCase):
             self.assertIn("already loaded", self.load(server, "lora1", adapter_path("table"), status=400)["error_message"])
             self.unload(server, "lora1")
             status, answer = server.post("/generate", {"text": LIST_3, "sampling_params": GREEDY, "lora_path": "lora1"})
-            self.assertEqual(status, 400, answer)
+            self.assertEqual(status, 404, answer)
             self.assertIn("never been loaded", str(answer))
 
     def test_pinned(self):
