@@ -7,6 +7,8 @@
 //! **Admission** goes by [`FairQueue`]. A request is admitted when a sequence may still run, its adapter is on the device, and there are
 //! blocks for all of its known tokens; one whose adapter is not there yet is passed over, one that lacks blocks is waited for. One whose
 //! prefix another request is computing just now (`n` answers to one prompt arrive together) is passed over until that is in the cache.
+//! The quantum is the token budget of a step: a smaller one would break up what may fill a step together, with a larger one a flow would have
+//! several steps to itself before another's turn.
 //! A prompt makes a step longer for everybody in it. One that is *late*, since its adapter was on its way when its turn came, may meet the
 //! next one in a step, and its adapter's way would show in others' tokens: so while others decode and [few](FEW_WAITING) wait, it is looked at
 //! after the others, and leaves the step to them if one of theirs begins in it, or another late one's, at most [`MOST_YIELDS`] times.
@@ -152,7 +154,7 @@ impl Scheduler {
         Self {
             pool: BlockPool::new(config.num_blocks),
             sequences: HashMap::new(),
-            waiting: FairQueue::new(config.overtake_limit),
+            waiting: FairQueue::new(config.token_budget as u64, config.overtake_limit),
             running: Vec::new(),
             running_adapters: BTreeMap::new(),
             denied_room: None,
@@ -351,20 +353,19 @@ impl Scheduler {
                 continue;
             }
             match self.admit_one(turn, request_id, residency, schedule)? {
+                // It may be the same flow's turn again.
                 Admission::Admitted { num_rows } => {
                     prefill_rows += num_rows;
                     num_prompts += usize::from(num_rows > 1);
                 }
-                Admission::Failed(_) => continue,
-                Admission::NotYet | Admission::NoRoom => {}
+                Admission::Failed(_) => {}
+                Admission::NotYet | Admission::NoRoom if is_overdue => {}
+                Admission::NotYet | Admission::NoRoom => cursor = Some(turn),
                 Admission::NoBlocks => {
                     // All: what is free now and more.
                     num_awaited = self.pool.num_blocks();
                     break;
                 }
-            }
-            if !is_overdue {
-                cursor = Some(turn);
             }
         }
         for (turn, request_id) in late {
@@ -1771,6 +1772,77 @@ mod tests {
             bench.add(request);
         }
         assert!(bench.ended.len() > cold.len(), "and the hot one is served beside them");
+    }
+
+    #[test]
+    fn an_adapter_s_prompts_fill_a_step_and_the_next_step_is_another_s() {
+        let mut bench = Bench::new(Limits {
+            token_budget: 16,
+            prefix_caching: false,
+            ..ROOMY
+        });
+        for number in [1, 2] {
+            let adapter = host_adapter(number, 100);
+            for _ in 0..8 {
+                let request = bench.request(prompt(4), 1, Some(&adapter));
+                bench.add(request);
+            }
+        }
+        let mut admitted = |_| -> Vec<u64> {
+            let batch = bench.step().expect("work");
+            batch.sequences.iter().map(|rows| rows.request_id.0).collect()
+        };
+        // 16 tokens of prompts in a step; the four of output are taken off the next round, and so each has three requests in that.
+        let steps: Vec<_> = (0..4).map(&mut admitted).collect();
+        assert_eq!(steps[..2], [[0, 1, 2, 3], [8, 9, 10, 11]]);
+        assert_eq!(steps[2..], [[4, 5, 6, 12], [7, 13, 14, 15]]);
+    }
+
+    #[test]
+    fn more_waiting_adapters_than_a_step_may_have_get_the_same() {
+        for num_adapters in [3, 12] {
+            let mut bench = Bench::new(Limits {
+                token_budget: 16,
+                max_running: 4,
+                max_loras: 2,
+                prefix_caching: false,
+                ..ROOMY
+            });
+            // 11 tokens each.
+            let mut requests: Vec<Vec<RequestId>> = Vec::new();
+            for number in 0..num_adapters {
+                let adapter = host_adapter(number, 100);
+                let ask = |_| {
+                    let request = bench.request(prompt(3), 8, Some(&adapter));
+                    bench.add(request)
+                };
+                requests.push((0..30).map(ask).collect());
+            }
+            let mut steps = 0;
+            loop {
+                bench.step();
+                let waits = |request_id: &RequestId| {
+                    let sequence = bench.scheduler.sequences.get(request_id);
+                    sequence.is_some_and(|sequence| !bench.scheduler.is_running(sequence))
+                };
+                if requests.iter().any(|of_adapter| !of_adapter.iter().any(&waits)) {
+                    break;
+                }
+                let served = |request_id: &RequestId| 3 + tokens(&bench.events[request_id]).len();
+                let served = requests
+                    .iter()
+                    .map(|of_adapter| of_adapter.iter().filter(|id| !waits(id)).map(served).sum::<usize>());
+                let (least, most) = served.fold((usize::MAX, 0), |(least, most), served| (least.min(served), most.max(served)));
+                // The quantum, and four requests that run.
+                assert!(
+                    most < least + 16 + 4 * 11,
+                    "{least} and {most} tokens of {num_adapters} adapters after {steps} steps"
+                );
+                steps += 1;
+            }
+            assert!(steps > 20 * num_adapters, "{steps} steps while all waited");
+            bench.run();
+        }
     }
 
     #[test]
