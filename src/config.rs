@@ -189,8 +189,8 @@ struct ServeArgs {
     max_loaded_loras: Option<usize>,
     /// Bytes of adapters kept in host memory, beside --max-loaded-loras: the least recently used unpinned ones leave. Combinations of
     /// adapters are included, and so is an estimate of what adapters' own tokenizers take. Unset: no bound.
-    #[arg(long, value_name = "BYTES", help_heading = "LoRA")]
-    max_loaded_lora_bytes: Option<usize>,
+    #[arg(long, value_name = "SIZE", help_heading = "LoRA")]
+    max_loaded_lora_bytes: Option<ByteSize>,
     /// Which adapter leaves device memory first: the one used longest ago, or the one that came first.
     #[arg(long, value_enum, default_value_t = LoraEviction::Lru, value_name = "POLICY", help_heading = "LoRA")]
     lora_eviction_policy: LoraEviction,
@@ -948,9 +948,6 @@ impl LoraSettings {
                 format!("--lora-paths gives {given} adapters, --max-loaded-loras allows {max_loaded}")
             })?;
         }
-        require(args.max_loaded_lora_bytes != Some(0), || {
-            "--max-loaded-lora-bytes must be at least 1".to_owned()
-        })?;
         require(args.max_lora_rank != Some(0), || "--max-lora-rank must be at least 1".to_owned())?;
         let paths = if args.lora_paths.is_empty() && args.lora_dir.is_empty() && is_demo {
             demo_paths()
@@ -970,7 +967,7 @@ impl LoraSettings {
             directories: args.lora_dir.clone(),
             max_loras_per_batch: args.max_loras_per_batch,
             max_loaded_loras: args.max_loaded_loras,
-            max_loaded_bytes: args.max_loaded_lora_bytes,
+            max_loaded_bytes: args.max_loaded_lora_bytes.map(|size| usize::try_from(size.0).unwrap_or(usize::MAX)),
             eviction: match args.lora_eviction_policy {
                 LoraEviction::Lru => EvictionPolicy::Lru,
                 LoraEviction::Fifo => EvictionPolicy::Fifo,
@@ -1357,6 +1354,8 @@ mod tests {
             (&["--lora-target-modules", "qproj"], "--lora-target-modules: \"qproj\""),
             (&["--max-lora-chunk-size", "24"], "--max-lora-chunk-size 24"),
             (&["--lora-backend", "flashinfer"], "--lora-backend"),
+            (&["--max-loaded-lora-bytes", "0"], "--max-loaded-lora-bytes"),
+            (&["--max-loaded-lora-bytes", "4MiBs"], "--max-loaded-lora-bytes"),
             (&["--lora-eviction-policy", "mru"], "--lora-eviction-policy"),
             (&["--tp-size", "2"], "--tp-size 2"),
             (&["--port", "65536"], "--port"),

@@ -59,7 +59,7 @@ pub async fn generate(
             Ok(()) => {}
             // Natively an abort is an outcome, not an error; there is just nothing before it.
             Err(error) if error.status().as_u16() == 499 => return Ok(sse_response(aborted(&outputs, is_list).into())),
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(error.rename_param("model", "lora_path").into()),
         }
         let events = SseEvents::default();
         sse_answer(merged, GenerateWriter { outputs, is_list, events })
@@ -525,7 +525,9 @@ impl Output {
 }
 
 async fn whole(outputs: Vec<Output>, is_list: bool, streams: Vec<TextStream>) -> Result<Response, ApiError> {
-    let completed = collect(streams).await?;
+    let completed = collect(streams)
+        .await
+        .map_err(|error| ApiError::from(error).rename_param("model", "lora_path"))?;
     let mut responses = outputs.into_iter().zip(completed).map(|(output, completed)| {
         let text = completed.text();
         let finish = completed.finish.unwrap_or(Finish::Aborted);

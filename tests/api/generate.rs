@@ -306,6 +306,21 @@ async fn errors_of_a_prompt_name_the_field_that_it_came_in() {
 }
 
 #[tokio::test]
+async fn an_adapter_that_a_device_refuses_is_named_by_this_route_s_field() {
+    let server = Server::new();
+    for stream in [false, true] {
+        let fault = RequestError::Adapter {
+            adapter: "sql".into(),
+            reason: "no room".into(),
+        };
+        server.engine.script_next(Script::default().then(Step::Fail(fault)));
+        let body = json!({"text": "a", "lora_path": "sql", "stream": stream});
+        let error = server.post(PATH, body).await.json(400).await["error"].take();
+        assert_eq!(error["param"], "lora_path", "{error}");
+    }
+}
+
+#[tokio::test]
 async fn more_adapters_than_there_may_be_in_memory_are_the_client_s_mistake() {
     let server = Server::new();
     server
