@@ -17,6 +17,11 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use futures::{
+    StreamExt, TryStreamExt,
+    future::{Either, select, try_join_all},
+    stream,
+};
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use tokio::sync::oneshot;
 
@@ -285,6 +290,8 @@ struct Facts {
     target_modules: Vec<String>,
     bytes: usize,
     companion_bytes: usize,
+    /// All that it keeps in host memory.
+    parts: Vec<HostPart>,
 }
 
 /// A failure and when the next attempt is due.
@@ -295,6 +302,7 @@ struct Failure {
 }
 
 type LeaseSender = oneshot::Sender<Result<AdapterLease, AdapterError>>;
+type LeaseReceiver = oneshot::Receiver<Result<AdapterLease, AdapterError>>;
 
 /// Weights of a registered name.
 enum Tier {
@@ -381,10 +389,10 @@ struct State {
     clock: u64,
     /// Names whose weights are on the host.
     loaded: HashSet<Arc<str>>,
-    /// What those names and the combinations keep in host memory, by [`HostPart::id`].
-    tier: HashMap<[u8; 32], TierUse>,
-    /// Bytes of all that.
-    tier_bytes: usize,
+    /// What those names and the combinations keep in host memory.
+    tier: Parts,
+    /// What the request wants that gathers leases.
+    wanted: Option<WantedBytes>,
     /// Adapters that have left for others, until [`unlock`] drops them.
     leaving: Vec<Arc<HostAdapter>>,
     num_pinned: usize,
@@ -399,10 +407,155 @@ struct State {
     misses_total: u64,
 }
 
-/// How many names (and combinations) have a part on the host.
-struct TierUse {
+/// Host memory that names (and combinations) keep or would keep, by [`HostPart::id`]: each part counts once.
+#[derive(Default)]
+struct Parts {
+    uses: HashMap<[u8; 32], PartUse>,
+    /// Of all of them.
+    bytes: usize,
+}
+
+/// How many names (and combinations) have a part.
+struct PartUse {
     uses: usize,
     bytes: usize,
+}
+
+impl Parts {
+    fn has(&self, id: &[u8; 32]) -> bool {
+        self.uses.contains_key(id)
+    }
+
+    fn add(&mut self, parts: &[HostPart]) {
+        for HostPart { id, bytes } in parts {
+            let part = self.uses.entry(*id).or_insert(PartUse { uses: 0, bytes: *bytes });
+            part.uses += 1;
+            if part.uses == 1 {
+                self.bytes += bytes;
+            }
+        }
+    }
+
+    fn remove(&mut self, parts: &[HostPart]) {
+        for HostPart { id, .. } in parts {
+            let part = self.uses.get_mut(id).expect("what leaves has entered");
+            part.uses -= 1;
+            if part.uses == 0 {
+                self.bytes -= part.bytes;
+                self.uses.remove(id);
+            }
+        }
+    }
+}
+
+/// Bytes of host memory that a request's adapters and combinations take together, as far as the adapters were ever read.
+///
+/// Each name is looked at once, and again whenever what is known of it changes: whoever changes that tells ([`State::is_known`]), under the
+/// lock that the first look was under. So at every moment the sum is the one that a look at all names would give, also when one was replaced
+/// by a larger one meanwhile, and all of it costs as much as there are names. Of those that the request has its leases on already, what it
+/// holds counts, and nothing once that was replaced: then it is out of the bound, and in nobody's way.
+struct WantedBytes {
+    names: HashMap<Arc<str>, WantedName>,
+    parts: Parts,
+    sums_bytes: usize,
+    limit: usize,
+    /// Told when they are more than may be.
+    refuse: Option<oneshot::Sender<AdapterError>>,
+}
+
+/// One adapter of a [`WantedBytes`].
+#[derive(Default)]
+struct WantedName {
+    /// Leases that the request has not got yet.
+    num_waiting: usize,
+    /// Different combinations that it is in.
+    num_sums: usize,
+    facts: Option<Arc<Facts>>,
+}
+
+impl WantedBytes {
+    fn new(wanted: &[Wanted<'_>], limit: usize) -> Self {
+        let mut names: HashMap<Arc<str>, WantedName> = HashMap::new();
+        for name in wanted.iter().flat_map(Wanted::names) {
+            names.entry(name.into()).or_default().num_waiting += 1;
+        }
+        for sum in wanted.iter().filter_map(Wanted::sum).collect::<HashSet<_>>() {
+            for (name, _) in sum {
+                names.entry(name.into()).or_default().num_sums += 1;
+            }
+        }
+        Self {
+            names,
+            parts: Parts::default(),
+            sums_bytes: 0,
+            limit,
+            refuse: None,
+        }
+    }
+
+    /// Has every name looked up.
+    fn look_up(&mut self, facts_of: impl Fn(&str) -> Option<Arc<Facts>>) {
+        for name in self.names.keys().cloned().collect::<Vec<_>>() {
+            self.set(&name, facts_of(&name).as_ref());
+        }
+    }
+
+    /// What is known of a name from here on, in place of what was.
+    fn set(&mut self, name: &str, facts: Option<&Arc<Facts>>) {
+        let Some(own) = self.names.get_mut(name) else { return };
+        let old = own.facts.take();
+        if let Some(old) = &old {
+            self.parts.remove(&old.parts);
+        }
+        if own.num_waiting == 0 {
+            // Its combinations are those of what the request holds.
+            return;
+        }
+        own.facts = facts.cloned();
+        self.sums_bytes -= old.map_or(0, |old| own.num_sums * old.bytes);
+        if let Some(new) = facts {
+            self.parts.add(&new.parts);
+            // A combination's weights are as large as its parts' together, but for padding; a tokenizer it shares with them.
+            self.sums_bytes += own.num_sums * new.bytes;
+        }
+        if let Err(error) = self.check()
+            && let Some(refuse) = self.refuse.take()
+        {
+            // Whoever waited may have gone.
+            let _ = refuse.send(error);
+        }
+    }
+
+    /// The request has got a lease.
+    fn is_leased(&mut self, lease: &AdapterLease) {
+        let Some(own) = self.names.get_mut(lease.name()) else { return };
+        own.num_waiting -= 1;
+        if own.num_waiting == 0 && own.facts.as_ref().is_some_and(|facts| facts.version != lease.version()) {
+            // It was replaced since the lease was made.
+            self.set(lease.name(), None);
+        }
+    }
+
+    fn check(&self) -> Result<(), AdapterError> {
+        match self.parts.bytes + self.sums_bytes {
+            got if got > self.limit => Err(AdapterError::TooManyBytes { got, limit: self.limit }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The registry's look at what a request gathers; ended by its drop.
+struct Watch<'a> {
+    shared: &'a Shared,
+    refused: oneshot::Receiver<AdapterError>,
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        self.shared.state.lock().wanted = None;
+        // What it waited for need not be loaded for it any more.
+        self.shared.room_may_be();
+    }
 }
 
 /// A combination's weights, and the leases on them.
@@ -452,7 +605,8 @@ impl Room {
 }
 
 trait NeedsRoom {
-    fn need(&self) -> Need;
+    /// What it needs beside the parts that are there.
+    fn need(&self, is_there: impl Fn(&[u8; 32]) -> bool) -> Need;
     /// Where it waits.
     fn queue(state: &mut State) -> &mut VecDeque<Parked<Self>>
     where
@@ -497,16 +651,18 @@ impl Drop for Grant {
 struct Load {
     name: Arc<str>,
     registration: u64,
-    /// At least so many are needed; known once it was read.
-    bytes: usize,
+    /// What it was when it was read last.
+    facts: Option<Arc<Facts>>,
 }
 
 impl NeedsRoom for Load {
-    fn need(&self) -> Need {
+    /// No bytes before it was ever read.
+    fn need(&self, is_there: impl Fn(&[u8; 32]) -> bool) -> Need {
+        let parts = self.facts.iter().flat_map(|facts| &facts.parts);
         Need {
             names: 1,
             combinations: 0,
-            bytes: self.bytes,
+            bytes: parts.filter(|part| !is_there(&part.id)).map(|part| part.bytes).sum(),
         }
     }
 
@@ -524,7 +680,7 @@ struct Combine {
 
 impl NeedsRoom for Combine {
     /// Where modules come together there is less padding than in the parts.
-    fn need(&self) -> Need {
+    fn need(&self, _: impl Fn(&[u8; 32]) -> bool) -> Need {
         Need {
             names: 0,
             combinations: 1,
@@ -737,62 +893,105 @@ impl AdapterRegistry {
     ///
     /// # Errors
     /// `Unknown`; what the load gave; `NothingToEvict`, `HostMemoryFull`, `TooManyCombinations` after `room_timeout`; `BadName` and
-    /// `Incompatible` for combinations that can't be.
+    /// `Incompatible` for combinations that can't be, `TooManyAdapters` and `TooManyBytes` for those that can't be in host memory beside
+    /// their parts.
     pub fn acquire<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<AdapterLease, AdapterError>> {
         Box::pin(async move {
-            match self.shared.parse(name)? {
-                Wanted::One(name) => self.acquire_one(name).await,
-                Wanted::Sum { expression, parts } => {
-                    self.check_number(parts.iter().map(|part| part.name))?;
-                    let names: Vec<&str> = parts.iter().map(|part| part.name).collect();
-                    let leases = match self.shared.leases_now(&names) {
-                        Some(leases) => leases,
-                        None => {
-                            let _only_one = self.shared.gathering.lock().await;
-                            self.acquire_parts(&parts).await?
-                        }
-                    };
-                    self.combine(expression, &parts, leases).await
-                }
+            let wanted = self.shared.parse(name)?;
+            let Wanted::Sum { expression, parts } = &wanted else {
+                return self.acquire_one(name).await;
+            };
+            let wanted = std::slice::from_ref(&wanted);
+            self.check_number(wanted)?;
+            self.check_bytes(wanted)?;
+            if let Some(lease) = self.combine_now(expression, parts).await? {
+                return Ok(lease);
             }
+            let mut leases = self.gather(wanted).await?;
+            leases.pop().ok_or_else(loader_gone)
         })
     }
 
     /// Leases on several, all of them or none. Two calls never wait for each other's, as two series of `acquire` may.
     ///
     /// # Errors
-    /// As `acquire`; `TooManyAdapters`, `TooManySums` and `TooManyBytes` for more than there may be in host memory.
+    /// As `acquire`; `TooManyAdapters`, `TooManySums` and `TooManyBytes` for more than there may be in host memory, as soon as that is known:
+    /// of adapters that were never read, when they are.
     pub fn acquire_all<'a>(&'a self, names: &'a [&'a str]) -> BoxFuture<'a, Result<Vec<AdapterLease>, AdapterError>> {
         Box::pin(async move {
             let wanted = names.iter().map(|name| self.shared.parse(name)).collect::<Result<Vec<_>, _>>()?;
-            self.check_number(wanted.iter().flat_map(Wanted::names))?;
+            self.check_number(&wanted)?;
             self.check_sums(&wanted)?;
             // Who finds all there holds nothing while it waits, and so need not wait for who does.
             if wanted.iter().all(|wanted| matches!(wanted, Wanted::One(_)))
-                && let Some(leases) = self.shared.leases_now(names)
+                && let Some(leases) = self.shared.leases_now(names, true)
             {
                 return Ok(leases);
             }
-            let _only_one = self.shared.gathering.lock().await;
-            let mut leases = Vec::with_capacity(names.len());
-            for next in &wanted {
-                // Each time: of what was just read for the first time more is known than before.
-                self.check_bytes(&wanted)?;
-                leases.push(match next {
-                    Wanted::One(name) => self.acquire_one(name).await?,
-                    Wanted::Sum { expression, parts } => {
-                        let own = self.acquire_parts(parts).await?;
-                        self.combine(expression, parts, own).await?
-                    }
-                });
-            }
-            Ok(leases)
+            self.check_bytes(&wanted)?;
+            self.gather(&wanted).await
         })
     }
 
+    /// Leases on all that is wanted, one such request after the other: it holds some while it waits for others.
+    async fn gather(&self, wanted: &[Wanted<'_>]) -> Result<Vec<AdapterLease>, AdapterError> {
+        let deadline = Instant::now() + self.shared.config.room_timeout;
+        let _only_one = self.shared.gathering.lock().await;
+        let mut watch = self.shared.watch(wanted);
+        let each = wanted
+            .iter()
+            .map(|wanted| -> BoxFuture<'_, _> { Box::pin(self.acquire_wanted(wanted, deadline)) });
+        // One loader is left to others.
+        let at_once = self.shared.config.loader_threads.saturating_sub(1).max(1);
+        let all = stream::iter(each.collect::<Vec<_>>()).buffered(at_once).try_collect();
+        match select(&mut watch.refused, all).await {
+            Either::Left((refused, _)) => Err(refused.unwrap_or_else(|_| loader_gone())),
+            Either::Right((leases, _)) => leases,
+        }
+    }
+
+    async fn acquire_wanted(&self, wanted: &Wanted<'_>, deadline: Instant) -> Result<AdapterLease, AdapterError> {
+        match wanted {
+            Wanted::One(name) => self.acquire_watched(name).await,
+            Wanted::Sum { expression, parts } => {
+                let leases = try_join_all(parts.iter().map(|part| self.acquire_watched(part.name))).await?;
+                let (work, combined) = self.combination(expression, parts, leases);
+                if let Some(work) = work {
+                    self.shared.enqueue(Job::Combine(Parked { work, deadline, grant: None }))?;
+                }
+                combined.await.unwrap_or_else(|_| Err(loader_gone()))
+            }
+        }
+    }
+
+    /// The combination, if its parts are there and it is, too, or there is room for it now: nobody waits for room who holds leases and is
+    /// not the one that [`Self::gather`] lets do so.
+    async fn combine_now(&self, expression: &str, parts: &[Part<'_>]) -> Result<Option<AdapterLease>, AdapterError> {
+        let names: Vec<&str> = parts.iter().map(|part| part.name).collect();
+        let Some(leases) = self.shared.leases_now(&names, false) else {
+            return Ok(None);
+        };
+        let (work, combined) = self.combination(expression, parts, leases);
+        if let Some(work) = work {
+            let Some(grant) = self.shared.grant_now(&work) else {
+                return Ok(None);
+            };
+            let (deadline, grant) = (Instant::now(), Some(grant));
+            self.shared.enqueue(Job::Combine(Parked { work, deadline, grant }))?;
+        }
+        match combined.await.unwrap_or_else(|_| Err(loader_gone())) {
+            // Others were faster to the room.
+            Err(error) if is_no_room(&error) => Ok(None),
+            result => {
+                self.shared.count_hits(&names);
+                result.map(Some)
+            }
+        }
+    }
+
     /// Refuses what could never be in host memory at once.
-    fn check_number<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<(), AdapterError> {
-        let got = names.collect::<HashSet<_>>().len();
+    fn check_number(&self, wanted: &[Wanted<'_>]) -> Result<(), AdapterError> {
+        let got = wanted.iter().flat_map(Wanted::names).collect::<HashSet<_>>().len();
         match self.shared.config.max_loaded_loras {
             Some(limit) if got > limit => Err(AdapterError::TooManyAdapters { got, limit }),
             _ => Ok(()),
@@ -813,22 +1012,10 @@ impl AdapterRegistry {
         let Some(limit) = self.shared.config.max_loaded_bytes else {
             return Ok(());
         };
-        let (mut versions, mut sums) = (HashMap::new(), HashMap::new());
+        let mut bytes = WantedBytes::new(wanted, limit);
         let state = self.shared.state.lock();
-        for wanted in wanted {
-            let facts = wanted.names().filter_map(|name| state.entries.get(name)?.facts.as_ref());
-            let mut bytes = 0;
-            for facts in facts {
-                versions.insert(facts.version, facts.bytes);
-                bytes += facts.bytes;
-            }
-            sums.extend(wanted.sum().map(|sum| (sum, bytes)));
-        }
-        drop(state);
-        match versions.into_values().chain(sums.into_values()).sum() {
-            got if got > limit => Err(AdapterError::TooManyBytes { got, limit }),
-            _ => Ok(()),
-        }
+        bytes.look_up(|name| state.facts(name));
+        bytes.check()
     }
 
     async fn acquire_one(&self, name: &str) -> Result<AdapterLease, AdapterError> {
@@ -838,26 +1025,25 @@ impl AdapterRegistry {
         }
     }
 
-    async fn acquire_parts(&self, parts: &[Part<'_>]) -> Result<Vec<AdapterLease>, AdapterError> {
-        let mut leases = Vec::with_capacity(parts.len());
-        for part in parts {
-            leases.push(self.acquire_one(part.name).await?);
+    async fn acquire_watched(&self, name: &str) -> Result<AdapterLease, AdapterError> {
+        let lease = self.acquire_one(name).await?;
+        if let Some(wanted) = &mut self.shared.state.lock().wanted {
+            wanted.is_leased(&lease);
         }
-        Ok(leases)
+        Ok(lease)
     }
 
-    async fn combine(&self, expression: &str, parts: &[Part<'_>], leases: Vec<AdapterLease>) -> Result<AdapterLease, AdapterError> {
+    /// Where a lease on a combination of these will come, and what is left to be done for that.
+    fn combination(&self, expression: &str, parts: &[Part<'_>], leases: Vec<AdapterLease>) -> (Option<Combine>, LeaseReceiver) {
         let parts: Vec<(AdapterLease, f32)> = leases.into_iter().zip(parts).map(|(lease, part)| (lease, part.weight)).collect();
-        if let [(lease, 1.0)] = &parts[..] {
-            return Ok(lease.clone());
-        }
         let (done, combined) = oneshot::channel();
-        let expression = expression.into();
-        if let Some(work) = self.shared.answer_from_kept(Combine { expression, parts, done }) {
-            let deadline = Instant::now() + self.shared.config.room_timeout;
-            self.shared.enqueue(Job::Combine(Parked { work, deadline, grant: None }))?;
+        if let [(lease, 1.0)] = &parts[..] {
+            // Its receiver is here.
+            let _ = done.send(Ok(lease.clone()));
+            return (None, combined);
         }
-        combined.await.unwrap_or_else(|_| Err(loader_gone()))
+        let expression = expression.into();
+        (self.shared.answer_from_kept(Combine { expression, parts, done }), combined)
     }
 
     /// A lease if the adapter is in host memory now.
@@ -1011,7 +1197,7 @@ impl AdapterRegistry {
             pinned: state.num_pinned,
             leases: self.shared.leases.load(Ordering::Acquire),
             host_bytes: distinct_bytes(versions.iter().map(|weights| &**weights)),
-            loaded_bytes: state.tier_bytes,
+            loaded_bytes: state.tier.bytes,
             combinations: state.combinations.len(),
             loading: waiting + running,
             waiting_for_room: state.parked.len() + state.parked_combinations.len(),
@@ -1083,15 +1269,14 @@ impl Staying {
         self.parts.values().sum()
     }
 
-    /// Bytes that these weights need beside it.
-    fn missing_bytes(&self, weights: &HostAdapter) -> usize {
-        weights.missing_bytes(|id| self.parts.contains_key(id))
+    fn has(&self, id: &[u8; 32]) -> bool {
+        self.parts.contains_key(id)
     }
 }
 
 enum Acquired {
     Lease(AdapterLease),
-    Loading(oneshot::Receiver<Result<AdapterLease, AdapterError>>),
+    Loading(LeaseReceiver),
 }
 
 impl State {
@@ -1112,6 +1297,7 @@ impl State {
             }
         };
         self.num_pinned += usize::from(request.pinned);
+        self.is_known(&name, facts.as_ref());
         let entry = Entry {
             name: name.clone(),
             files: request.files,
@@ -1137,6 +1323,7 @@ impl State {
     fn remove(&mut self, name: &str) -> Option<Entry> {
         let entry = self.entries.remove(name)?;
         self.names.remove(name);
+        self.is_known(name, None);
         if let Tier::Host(weights) = &entry.tier {
             self.leave_host(name, weights);
         }
@@ -1167,30 +1354,28 @@ impl State {
         self.leave_tier(weights);
     }
 
-    fn enter_tier(&mut self, weights: &HostAdapter) {
-        for HostPart { id, bytes } in weights.host_parts() {
-            let part = self.tier.entry(id).or_insert(TierUse { uses: 0, bytes });
-            part.uses += 1;
-            if part.uses == 1 {
-                self.tier_bytes += bytes;
-            }
+    /// What is known of a name has changed: a request that gathers leases may want it.
+    fn is_known(&mut self, name: &str, facts: Option<&Arc<Facts>>) {
+        if let Some(wanted) = &mut self.wanted {
+            wanted.set(name, facts);
         }
     }
 
+    fn facts(&self, name: &str) -> Option<Arc<Facts>> {
+        self.entries.get(name)?.facts.clone()
+    }
+
+    fn enter_tier(&mut self, weights: &HostAdapter) {
+        self.tier.add(&weights.host_parts());
+    }
+
     fn leave_tier(&mut self, weights: &HostAdapter) {
-        for HostPart { id, .. } in weights.host_parts() {
-            let part = self.tier.get_mut(&id).expect("what leaves has entered");
-            part.uses -= 1;
-            if part.uses == 0 {
-                self.tier_bytes -= part.bytes;
-                self.tier.remove(&id);
-            }
-        }
+        self.tier.remove(&weights.host_parts());
     }
 
     /// Bytes that these weights would add to the tier as it is.
     fn missing_bytes(&self, weights: &HostAdapter) -> usize {
-        weights.missing_bytes(|id| self.tier.contains_key(id))
+        weights.missing_bytes(|id| self.tier.has(id))
     }
 
     /// What a folder in this state holds, if that is known and still in memory.
@@ -1200,7 +1385,7 @@ impl State {
     }
 
     fn remember(&mut self, stamp: SourceStamp, weights: &Arc<HostAdapter>, facts: &Arc<Facts>) {
-        if self.read.len() > 2 * self.tier.len() + 64 {
+        if self.read.len() > 2 * self.tier.uses.len() + 64 {
             self.read.retain(|_, (weights, _)| weights.strong_count() > 0);
         }
         self.read.insert(stamp, (Arc::downgrade(weights), facts.clone()));
@@ -1251,9 +1436,10 @@ impl State {
     /// One copy for equal content, whoever holds the other.
     fn share(&mut self, weights: Arc<HostAdapter>) -> Arc<HostAdapter> {
         if let Some(same) = self.versions.get(&weights.version).and_then(Weak::upgrade) {
+            self.leaving.push(weights);
             return same;
         }
-        if self.versions.len() > 2 * self.tier.len() + 64 {
+        if self.versions.len() > 2 * self.tier.uses.len() + 64 {
             self.versions.retain(|_, weights| weights.strong_count() > 0);
         }
         self.versions.insert(weights.version, Arc::downgrade(&weights));
@@ -1376,15 +1562,46 @@ impl Shared {
         Some(lease)
     }
 
-    /// Leases on all of them, if all are on the host now.
-    fn leases_now(&self, names: &[&str]) -> Option<Vec<AdapterLease>> {
+    /// Leases on all of them, if all are on the host now; `counts` as for [`Self::lease`].
+    fn leases_now(&self, names: &[&str], counts: bool) -> Option<Vec<AdapterLease>> {
         let mut state = self.state.lock();
         let is_there = |name: &&str| state.entries.get(*name).is_some_and(|entry| matches!(entry.tier, Tier::Host(_)));
         if !names.iter().all(is_there) {
             return None;
         }
         // All are there, so that none is dropped with the lock held.
-        names.iter().map(|name| self.lease(&mut state, name, true)).collect()
+        names.iter().map(|name| self.lease(&mut state, name, counts)).collect()
+    }
+
+    /// A request has found all of these on the host, and goes on with that.
+    fn count_hits(&self, names: &[&str]) {
+        let mut state = self.state.lock();
+        state.hits_total += names.len() as u64;
+        for name in names {
+            if let Some(entry) = state.entries.get_mut(*name) {
+                entry.requests_total += 1;
+                entry.hits_total += 1;
+            }
+        }
+    }
+
+    /// Watches the bytes of what a request gathers.
+    fn watch(&self, wanted: &[Wanted<'_>]) -> Watch<'_> {
+        let (refuse, refused) = oneshot::channel();
+        let mut bytes = WantedBytes::new(wanted, self.config.limits_of_host().1);
+        bytes.refuse = Some(refuse);
+        let mut state = self.state.lock();
+        bytes.look_up(|name| state.facts(name));
+        // What is there of it is not the first to leave for the rest.
+        let tick = state.tick();
+        for name in bytes.names.keys() {
+            if let Some(entry) = state.entries.get_mut(name) {
+                entry.last_used = tick;
+            }
+        }
+        state.wanted = Some(bytes);
+        drop(state);
+        Watch { shared: self, refused }
     }
 
     fn acquire(&self, name: &str) -> Result<Acquired, AdapterError> {
@@ -1425,7 +1642,7 @@ impl Shared {
         let work = Load {
             name: name.clone(),
             registration: entry.registration,
-            bytes: entry.facts.as_ref().map_or(0, |facts| facts.bytes),
+            facts: entry.facts.clone(),
         };
         let deadline = Instant::now() + self.config.room_timeout;
         self.enqueue(Job::Fetch(Parked { work, deadline, grant: None }))?;
@@ -1574,7 +1791,7 @@ impl Shared {
         let mut state = self.state.lock();
         if let Err(error) = self.make_room_for_combination(&mut state, &combined) {
             drop(state);
-            if Instant::now() < combine_job.deadline {
+            if is_no_room(&error) && Instant::now() < combine_job.deadline {
                 // Others were faster to the room that there was.
                 self.park(combine_job);
             } else {
@@ -1645,6 +1862,7 @@ impl Shared {
                 if let Some(stamp) = stamp.filter(SourceStamp::is_settled) {
                     state.remember(stamp, &weights, &facts);
                 }
+                unlock(state);
                 (weights, facts)
             });
         }
@@ -1665,6 +1883,7 @@ impl Shared {
                 target_modules: target_modules(&report),
                 bytes: weights.bytes(),
                 companion_bytes: distinct_bytes([&weights]) - weights.bytes(),
+                parts: weights.host_parts(),
                 report: Arc::new(report),
             };
             (Arc::new(weights), Arc::new(facts))
@@ -1679,9 +1898,11 @@ impl Shared {
         let mut state = self.state.lock();
         // Counted before the look: a lease that ends after the look sees the count, one that ends before it has made room.
         self.parked.fetch_add(1, Ordering::SeqCst);
-        if W::queue(&mut state).is_empty() && self.is_room(&state, parked.work.need()) {
+        if W::queue(&mut state).is_empty()
+            && let Some(need) = self.room_now(&state, &parked.work)
+        {
             self.parked.fetch_sub(1, Ordering::SeqCst);
-            parked.grant = Some(Grant::new(&self.granted, parked.work.need()));
+            parked.grant = Some(Grant::new(&self.granted, need));
             return Some(parked);
         }
         self.line_up(state, parked);
@@ -1722,22 +1943,25 @@ impl Shared {
         let mut unwanted = Vec::new();
         {
             let mut state = self.state.lock();
-            let mut room = self.room(&state);
+            let staying = state.staying();
+            let mut room = self.room(&state, &staying);
             for load in std::mem::take(&mut state.parked) {
+                let need = load.work.need(|id| staying.has(id));
                 if !state.is_wanted(&load.work) {
                     self.parked.fetch_sub(1, Ordering::SeqCst);
-                } else if room.take(load.work.need()) {
-                    jobs.push(Job::Fetch(self.grant(load)));
+                } else if room.take(need) {
+                    jobs.push(Job::Fetch(self.grant(load, need)));
                 } else {
                     state.parked.push_back(load);
                 }
             }
             for combine in std::mem::take(&mut state.parked_combinations) {
+                let need = combine.work.need(|id| staying.has(id));
                 if combine.work.done.is_closed() {
                     self.parked.fetch_sub(1, Ordering::SeqCst);
                     unwanted.push(combine);
-                } else if room.take(combine.work.need()) {
-                    jobs.push(Job::Combine(self.grant(combine)));
+                } else if room.take(need) {
+                    jobs.push(Job::Combine(self.grant(combine, need)));
                 } else {
                     state.parked_combinations.push_back(combine);
                 }
@@ -1757,24 +1981,44 @@ impl Shared {
     }
 
     /// Takes work out of those who wait.
-    fn grant<W: NeedsRoom>(&self, work: Parked<W>) -> Parked<W> {
+    fn grant<W>(&self, work: Parked<W>, need: Need) -> Parked<W> {
         self.parked.fetch_sub(1, Ordering::SeqCst);
-        let grant = Some(Grant::new(&self.granted, work.work.need()));
+        let grant = Some(Grant::new(&self.granted, need));
         Parked { grant, ..work }
     }
 
-    /// Whether there is room beside what is granted to others.
-    fn is_room(&self, state: &State, need: Need) -> bool {
+    /// What work needs, if there is room for it beside what is granted to others.
+    fn room_now<W: NeedsRoom>(&self, state: &State, work: &W) -> Option<Need> {
         let granted = |count: &AtomicUsize| count.load(Ordering::SeqCst);
+        let need = work.need(|id| state.tier.has(id));
         let names = granted(&self.granted.names) + need.names;
         let bytes = granted(&self.granted.bytes).saturating_add(need.bytes);
-        (need.combinations == 0 && self.fits_as_it_is(state, names, bytes)) || self.room(state).take(need)
+        if need.combinations == 0 && self.fits_as_it_is(state, names, bytes) {
+            return Some(need);
+        }
+        let staying = state.staying();
+        let need = work.need(|id| staying.has(id));
+        self.room(state, &staying).take(need).then_some(need)
+    }
+
+    /// Room for work that must not wait, beside what is granted to others and what those get first who wait.
+    fn grant_now<W: NeedsRoom>(&self, work: &W) -> Option<Grant> {
+        let state = self.state.lock();
+        let staying = state.staying();
+        let mut room = self.room(&state, &staying);
+        for load in &state.parked {
+            room.take(load.work.need(|id| staying.has(id)));
+        }
+        for combine in &state.parked_combinations {
+            room.take(combine.work.need(|id| staying.has(id)));
+        }
+        let need = work.need(|id| staying.has(id));
+        room.take(need).then(|| Grant::new(&self.granted, need))
     }
 
     /// What would be left if all left that may, beside what is granted.
-    fn room(&self, state: &State) -> Room {
+    fn room(&self, state: &State, staying: &Staying) -> Room {
         let (limit, limit_bytes) = self.config.limits_of_host();
-        let staying = state.staying();
         let left = |limit: usize, used: usize, granted: &AtomicUsize| limit.saturating_sub(used).saturating_sub(granted.load(Ordering::SeqCst));
         Room {
             names: left(limit, staying.names, &self.granted.names),
@@ -1809,9 +2053,9 @@ impl Shared {
     /// Work with what there was no room of.
     fn without_room<W: NeedsRoom>(&self, state: &State, works: Vec<Parked<W>>) -> Vec<(Parked<W>, AdapterError)> {
         let reason = |work: &Parked<W>| {
-            let need = work.work.need();
             let (limit, limit_bytes) = self.config.limits_of_host();
             let (staying, in_use) = (state.staying(), state.combinations_in_use().count());
+            let need = work.work.need(|id| staying.has(id));
             // What is not short of bytes may find all places granted to others.
             let any_bytes = limit_bytes == usize::MAX;
             if need.combinations > 0 && (any_bytes || in_use + need.combinations > self.config.max_combinations) {
@@ -1843,22 +2087,27 @@ impl Shared {
             return;
         }
         let loaded = match loaded {
-            Ok(loaded) => match self.make_room(&mut state, 1, &loaded.0) {
-                Ok(()) => Ok(loaded),
-                Err(error) if is_no_room(&error) && Instant::now() < load.deadline => {
-                    // Others were faster to the room that there was, or it is larger than was known.
-                    let bytes = state.staying().missing_bytes(&loaded.0);
-                    if let Some(entry) = state.entries.get_mut(&load.work.name) {
-                        // Who needs it beside others may now be told that it never fits.
-                        entry.facts.get_or_insert_with(|| Arc::clone(&loaded.1));
+            Ok((weights, facts)) => {
+                // Who needs it beside others is told now if that never fits, and not when it has waited for room in vain.
+                state.is_known(&load.work.name, Some(&facts));
+                match self.make_room(&mut state, 1, &weights) {
+                    Ok(()) => Ok((weights, facts)),
+                    Err(error) => {
+                        state.leaving.push(weights);
+                        if is_no_room(&error) && Instant::now() < load.deadline {
+                            // Others were faster to the room that there was, or it is larger than was known.
+                            if let Some(entry) = state.entries.get_mut(&load.work.name) {
+                                entry.facts.get_or_insert_with(|| facts.clone());
+                            }
+                            unlock(state);
+                            let facts = Some(facts);
+                            let work = Load { facts, ..load.work };
+                            return self.park(Parked { work, ..load });
+                        }
+                        Err(error)
                     }
-                    drop(state);
-                    drop(loaded);
-                    let work = Load { bytes, ..load.work };
-                    return self.park(Parked { work, ..load });
                 }
-                Err(error) => Err(error),
-            },
+            }
             Err(error) => Err(error),
         };
         let name = &load.work.name;
@@ -1907,7 +2156,7 @@ impl Shared {
                 }
                 state.load_failures_total += 1;
                 state.moved(name, |moves| moves.load_failures += 1);
-                drop(state);
+                unlock(state);
                 for waiter in waiters {
                     let _ = waiter.send(Err(error.clone()));
                 }
@@ -1930,6 +2179,8 @@ impl Shared {
             if let Some((name, old)) = &old {
                 state.enter_host(name, old);
             }
+            state.leaving.push(weights);
+            unlock(state);
             return Err(error);
         }
         let name = request.name.clone();
@@ -1974,6 +2225,7 @@ impl Shared {
         }
         state.enter_host(&old.name, &weights);
         state.num_pinned += usize::from(request.pinned && !old.pinned);
+        state.is_known(&old.name, Some(&facts));
         let entry = Entry {
             files: request.files,
             source: request.source.into(),
@@ -1993,7 +2245,7 @@ impl Shared {
     /// Whether `names` more names with `bytes` more bytes could be on the host, if nobody left.
     fn fits_as_it_is(&self, state: &State, names: usize, bytes: usize) -> bool {
         let (limit, limit_bytes) = self.config.limits_of_host();
-        state.loaded.len() + names <= limit && state.tier_bytes.saturating_add(bytes) <= limit_bytes
+        state.loaded.len() + names <= limit && state.tier.bytes.saturating_add(bytes) <= limit_bytes
     }
 
     /// Whether `names` more names with these weights could be on the host, if all left that may.
@@ -2009,7 +2261,7 @@ impl Shared {
                 limit,
             });
         }
-        let (needed_bytes, used_bytes) = (staying.missing_bytes(weights), staying.bytes());
+        let (needed_bytes, used_bytes) = (weights.missing_bytes(|id| staying.has(id)), staying.bytes());
         if used_bytes.saturating_add(needed_bytes) > limit_bytes {
             return Err(AdapterError::HostMemoryFull {
                 needed_bytes,
@@ -2022,7 +2274,24 @@ impl Shared {
 
     /// Evicts until `names` more names with these weights may be on the host, or nothing if that can't be.
     fn make_room(&self, state: &mut State, names: usize, weights: &HostAdapter) -> Result<(), AdapterError> {
+        self.check_size(weights)?;
+        self.room_for(state, names, weights)?;
         let (limit, limit_bytes) = self.config.limits_of_host();
+        loop {
+            // Who leaves may take a part along that these weights were to share.
+            let lacks_bytes = state.tier.bytes + state.missing_bytes(weights) > limit_bytes;
+            if !lacks_bytes && state.loaded.len() + names <= limit {
+                return Ok(());
+            }
+            if !(lacks_bytes && evict_combination(state)) {
+                self.evict(state)?;
+            }
+        }
+    }
+
+    /// Refuses what is larger than all room there could be.
+    fn check_size(&self, weights: &HostAdapter) -> Result<(), AdapterError> {
+        let (_, limit_bytes) = self.config.limits_of_host();
         let all_bytes = distinct_bytes([weights]);
         if all_bytes > limit_bytes {
             let own = match all_bytes - weights.bytes() {
@@ -2033,17 +2302,7 @@ impl Shared {
                 reason: format!("it takes {all_bytes} bytes of host memory{own}, at most {limit_bytes} are for adapters (--max-loaded-lora-bytes)"),
             });
         }
-        self.room_for(state, names, weights)?;
-        loop {
-            // Who leaves may take a part along that these weights were to share.
-            let lacks_bytes = state.tier_bytes + state.missing_bytes(weights) > limit_bytes;
-            if !lacks_bytes && state.loaded.len() + names <= limit {
-                return Ok(());
-            }
-            if !(lacks_bytes && evict_combination(state)) {
-                self.evict(state)?;
-            }
-        }
+        Ok(())
     }
 
     /// Lets the name leave that was used least recently; to be loaded is a use, or what an admin loads ahead would leave for the next such load.
@@ -2078,6 +2337,7 @@ impl Shared {
     }
 
     fn make_room_for_combination(&self, state: &mut State, weights: &HostAdapter) -> Result<(), AdapterError> {
+        self.check_size(weights)?;
         self.room_for_combinations(state, 1)?;
         self.room_for(state, 0, weights)?;
         while state.combinations.len() >= self.config.max_combinations && evict_combination(state) {}
@@ -2133,7 +2393,8 @@ fn evict_combination(state: &mut State) -> bool {
 
 /// Whether an error says that there is no room now.
 fn is_no_room(error: &AdapterError) -> bool {
-    matches!(error, AdapterError::NothingToEvict { .. } | AdapterError::HostMemoryFull { .. })
+    use AdapterError::{HostMemoryFull, NothingToEvict, TooManyCombinations};
+    matches!(error, NothingToEvict { .. } | HostMemoryFull { .. } | TooManyCombinations { .. })
 }
 
 /// Who came earlier has the earlier deadline.
@@ -2945,22 +3206,339 @@ mod tests {
         let bytes = load_adapter(&source_of(&directory, "a"), &tiny_decoder(), &limits()).unwrap().0.bytes();
         let registry = registry(|config| {
             config.max_loaded_bytes = Some(2 * bytes);
-            config.room_timeout = Duration::from_millis(1);
+            config.room_timeout = FOR_EVER;
         });
         for name in ["a", "b", "c"] {
             registry.register(request_in(&directory, name)).unwrap();
         }
-        // Nobody knows how large the third is before it was read.
-        let full = block_on(registry.acquire_all(&["a", "b", "c"])).unwrap_err();
-        assert!(matches!(full, AdapterError::HostMemoryFull { .. }), "{full}");
         let (got, limit) = (3 * bytes, 2 * bytes);
+        let too_many = AdapterError::TooManyBytes { got, limit };
+        // Nobody knows how large the third is before it was read: then it does not wait for the other two to end.
+        assert_eq!(block_on(registry.acquire_all(&["a", "b", "c"])).unwrap_err(), too_many);
         for batch in [&["a", "b", "c"][..], &["c", "b", "b", "a"], &["a", "a*0.5", "a*0.25"]] {
             let now = futures::FutureExt::now_or_never(registry.acquire_all(batch));
-            assert_eq!(now.expect("it waits for nothing").unwrap_err(), AdapterError::TooManyBytes { got, limit });
+            assert_eq!(now.expect("it waits for nothing").unwrap_err(), too_many);
         }
+        let sum = futures::FutureExt::now_or_never(registry.acquire("a+c"));
+        assert_eq!(
+            sum.expect("it waits for nothing").unwrap_err(),
+            AdapterError::TooManyBytes { got: 4 * bytes, limit }
+        );
         drop(block_on(registry.acquire_all(&["a", "c", "a", "c*1.0"])).unwrap());
         drop(block_on(registry.acquire_all(&["a", "a*0.5"])).unwrap());
+        until_idle(&registry);
         assert_eq!(registry.stats().leases, 0);
+    }
+
+    /// A wait that a test never sees the end of.
+    const FOR_EVER: Duration = Duration::from_secs(100 * 24 * 3600);
+
+    /// Waits for the end of what loaders do when they have answered: a lease for who has gone ends then.
+    fn until_idle(registry: &AdapterRegistry) {
+        while registry.stats().waiting_for_room + registry.stats().loading > 0 {
+            std::thread::yield_now();
+        }
+    }
+
+    fn is_pending<T>(future: &mut BoxFuture<'_, T>) -> bool {
+        futures::FutureExt::now_or_never(future).is_none()
+    }
+
+    #[test]
+    fn a_sum_of_adapters_that_were_never_read_is_refused_when_they_are_and_it_can_not_be_beside_them() {
+        let directory = folder(&["a", "b", "c"]);
+        let bytes = load_adapter(&source_of(&directory, "a"), &tiny_decoder(), &limits()).unwrap().0.bytes();
+        let (got, limit) = (4 * bytes, 4 * bytes - 1);
+        let registry = registry(|config| {
+            config.max_loaded_bytes = Some(limit);
+            config.room_timeout = FOR_EVER;
+        });
+        for name in ["a", "b", "c"] {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        let too_many = AdapterError::TooManyBytes { got, limit };
+        assert_eq!(acquire(&registry, "a+b").unwrap_err(), too_many);
+        assert_eq!(
+            block_on(registry.acquire_all(&["c", "c*1", "b", "c*0.5", "b*0.25"])).unwrap_err(),
+            too_many
+        );
+        drop(block_on(registry.acquire_all(&["c*0.5", "a"])).unwrap());
+        until_idle(&registry);
+        assert_eq!(registry.stats().leases, 0);
+        assert!(registry.shared.state.lock().wanted.is_none());
+    }
+
+    #[test]
+    fn a_batch_whose_tokenizers_do_not_fit_is_refused_when_that_is_known() {
+        let directory = folder(&["a", "b", "c"]);
+        let weights = load_adapter(&source_of(&directory, "a"), &tiny_decoder(), &limits()).unwrap().0.bytes();
+        for (name, parts) in [
+            ("a", serde_json::json!([[1, 100_000]])),
+            ("b", serde_json::json!([[1, 100_000], [2, 50_000]])),
+        ] {
+            std::fs::write(directory.path().join(name).join("tokenizer.json"), parts.to_string()).unwrap();
+        }
+        let limit = 3 * weights + 150_000 - 1;
+        let registry = registry(|config| {
+            config.max_loaded_bytes = Some(limit);
+            config.room_timeout = FOR_EVER;
+            config.limits.companion = Some(Arc::new(|files, _| Ok(read_parts(files))));
+        });
+        for name in ["a", "b", "c"] {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        let too_many = AdapterError::TooManyBytes { got: limit + 1, limit };
+        assert_eq!(block_on(registry.acquire_all(&["a", "b", "c"])).unwrap_err(), too_many);
+        let known = futures::FutureExt::now_or_never(registry.acquire_all(&["c", "b", "a"]));
+        assert_eq!(known.expect("it waits for nothing").unwrap_err(), too_many);
+        // What the two share counts once.
+        drop(block_on(registry.acquire_all(&["a", "b"])).unwrap());
+    }
+
+    /// Adds adapters of these ranks to a folder; gives the bytes of each.
+    fn ranks(directory: &tempfile::TempDir, ranks: &[(&str, u32)]) -> Vec<usize> {
+        let bytes = |(index, (name, rank)): (usize, &(&str, u32))| {
+            let folder = directory.path().join(name);
+            std::fs::create_dir(&folder).unwrap();
+            let config = serde_json::json!({"r": rank, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]});
+            AdapterFiles::new(&tiny_decoder(), config, 100 + index as u32).write_to(&folder);
+            load_adapter(&source_of(directory, name), &tiny_decoder(), &limits()).unwrap().0.bytes()
+        };
+        ranks.iter().enumerate().map(bytes).collect()
+    }
+
+    /// Polls a request until it waits for room for this adapter.
+    fn poll_until_parked<T>(registry: &AdapterRegistry, waiting: &mut BoxFuture<'_, T>, name: &str) {
+        let is_parked = || registry.shared.state.lock().parked.iter().any(|load| *load.work.name == *name);
+        while !is_parked() {
+            assert!(is_pending(waiting));
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_batch_is_refused_when_an_adapter_that_it_is_to_get_has_become_too_large_for_it() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let all = [("a", 2), ("b", 16), ("c", 2), ("x", 8), ("new c", 8)];
+        let bytes = ranks(&directory, &all);
+        let [a, b, _, _, new_c] = bytes[..] else { panic!("five") };
+        let (got, limit) = (a + b + new_c, a + b + new_c - 1);
+        let registry = registry(|config| {
+            config.max_loaded_bytes = Some(limit);
+            config.room_timeout = FOR_EVER;
+            config.loader_threads = 1;
+        });
+        for name in ["x", "b", "a", "c"] {
+            registry.register(request_in(&directory, name)).unwrap();
+            drop(acquire(&registry, name).unwrap());
+        }
+        // It has the first and waits until there is room for the second.
+        let held = acquire(&registry, "x").unwrap();
+        let mut waiting = registry.acquire_all(&["a", "b", "c"]);
+        poll_until_parked(&registry, &mut waiting, "b");
+        let replacement = LoadRequest {
+            name: "c".into(),
+            replace: true,
+            ..request_in(&directory, "new c")
+        };
+        block_on(registry.load(replacement)).unwrap();
+        assert_eq!(block_on(waiting).unwrap_err(), AdapterError::TooManyBytes { got, limit });
+        drop(held);
+        // The same when the files of one are others than when they were read last.
+        unload(&registry, "c").unwrap();
+        registry.register(request_in(&directory, "c")).unwrap();
+        drop(acquire(&registry, "c").unwrap());
+        drop(block_on(registry.acquire_all(&["b", "x"])).unwrap());
+        assert_eq!(registry.info("c").unwrap().state, AdapterState::Registered);
+        std::fs::remove_dir_all(directory.path().join("c")).unwrap();
+        std::fs::rename(directory.path().join("new c"), directory.path().join("c")).unwrap();
+        assert_eq!(
+            block_on(registry.acquire_all(&["a", "b", "c"])).unwrap_err(),
+            AdapterError::TooManyBytes { got, limit }
+        );
+        until_idle(&registry);
+        assert_eq!(registry.stats().leases, 0);
+    }
+
+    #[test]
+    fn a_batch_does_not_suffer_from_what_replaces_an_adapter_that_it_has_already() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let bytes = ranks(&directory, &[("a", 2), ("b", 4), ("x", 2), ("new a", 16)]);
+        let registry = registry(|config| {
+            // The new version beside one that is small, but not beside the batch's other one.
+            config.max_loaded_bytes = Some(bytes[2] + bytes[3]);
+            config.max_loaded_loras = Some(2);
+            config.room_timeout = FOR_EVER;
+        });
+        for name in ["a", "b", "x"] {
+            registry.register(request_in(&directory, name)).unwrap();
+            drop(acquire(&registry, name).unwrap());
+        }
+        let old = registry.info("a").unwrap().version;
+        let held = acquire(&registry, "x").unwrap();
+        let mut waiting = registry.acquire_all(&["a", "b"]);
+        poll_until_parked(&registry, &mut waiting, "b");
+        let replacement = LoadRequest {
+            name: "a".into(),
+            replace: true,
+            ..request_in(&directory, "new a")
+        };
+        block_on(registry.load(replacement)).unwrap();
+        let leases = block_on(waiting).unwrap();
+        assert_eq!(Some(leases[0].version().to_string()), old);
+        drop((leases, held));
+        until_idle(&registry);
+        assert_eq!(registry.stats().leases, 0);
+    }
+
+    #[test]
+    fn a_name_waits_for_no_bytes_that_another_has_in_memory_already() {
+        let directory = folder(&["a", "b", "same as a"]);
+        AdapterFiles::simple(&tiny_decoder(), 1).write_to(&directory.path().join("same as a"));
+        let bytes = load_adapter(&source_of(&directory, "a"), &tiny_decoder(), &limits()).unwrap().0.bytes();
+        let registry = registry(|config| {
+            config.max_loaded_bytes = Some(bytes);
+            config.room_timeout = FOR_EVER;
+        });
+        for name in ["a", "same as a", "b"] {
+            registry.register(request_in(&directory, name)).unwrap();
+            drop(acquire(&registry, name).unwrap());
+        }
+        assert_eq!(registry.stats().loaded, 1, "the third has taken the room of both");
+        let leases = block_on(registry.acquire_all(&["a", "same as a"])).unwrap();
+        assert!(Arc::ptr_eq(leases[0].weights(), leases[1].weights()));
+    }
+
+    #[test]
+    fn two_sums_never_wait_for_the_room_that_each_others_parts_take() {
+        let directory = folder(&["a", "b", "c", "d", "gate"]);
+        std::fs::write(directory.path().join("gate/tokenizer.json"), b"[]").unwrap();
+        let bytes = load_adapter(&source_of(&directory, "a"), &tiny_decoder(), &limits()).unwrap().0.bytes();
+        let (open, gate) = std::sync::mpsc::channel::<()>();
+        let gate = Mutex::new(gate);
+        let registry = registry(|config| {
+            // Two adapters and their sum.
+            config.max_loaded_bytes = Some(4 * bytes);
+            config.room_timeout = FOR_EVER;
+            config.loader_threads = 1;
+            config.limits.companion = Some(Arc::new(move |files, _| {
+                if files.contains("tokenizer.json") {
+                    // An error once it was opened.
+                    let _ = gate.lock().recv();
+                    return Err(AdapterError::Internal { reason: "the gate".into() });
+                }
+                Ok(None)
+            }));
+        });
+        for name in ["a", "b", "c", "d"] {
+            registry.register(request_in(&directory, name)).unwrap();
+            drop(acquire(&registry, name).unwrap());
+        }
+        // While the loader is busy both ask for what is there.
+        let mut busy = registry.load(request_in(&directory, "gate"));
+        assert!(is_pending(&mut busy));
+        let (mut one, mut other) = (registry.acquire("a+b"), registry.acquire("c+d"));
+        assert!(is_pending(&mut one) && is_pending(&mut other));
+        drop(open);
+        block_on(busy).unwrap_err();
+        block_on(futures::future::join(async { drop(one.await.unwrap()) }, async {
+            drop(other.await.unwrap())
+        }));
+        let requests = |name| {
+            let info = registry.info(name).unwrap();
+            (info.requests_total, info.leases)
+        };
+        assert_eq!(
+            ["a", "b", "c", "d"].map(requests),
+            [(2, 0); 4],
+            "each counts once, however often it was tried"
+        );
+    }
+
+    #[test]
+    fn the_adapters_of_a_batch_are_read_at_once() {
+        let directory = folder(&["a", "b"]);
+        let (inside, both) = (Mutex::new(0), Condvar::new());
+        let registry = registry(|config| {
+            config.loader_threads = 3;
+            config.limits.companion = Some(Arc::new(move |_, _| {
+                let mut inside = inside.lock();
+                *inside += 1;
+                both.notify_all();
+                let alone = both
+                    .wait_while_for(&mut inside, |inside| *inside < 2, Duration::from_secs(120))
+                    .timed_out();
+                match alone {
+                    true => Err(AdapterError::Internal { reason: "alone".into() }),
+                    false => Ok(None),
+                }
+            }));
+        });
+        for name in ["a", "b"] {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        let leases = block_on(registry.acquire_all(&["a", "b"])).unwrap();
+        assert_eq!(leases.iter().map(|lease| &**lease.name()).collect::<Vec<_>>(), ["a", "b"]);
+    }
+
+    /// Tells whether the registry could be used while it was dropped.
+    struct Dropped {
+        shared: Weak<Shared>,
+        free: Arc<Mutex<Vec<bool>>>,
+    }
+
+    impl crate::adapter::Companion for Dropped {
+        fn digest(&self) -> [u8; 32] {
+            [0; 32]
+        }
+
+        fn parts(&self) -> Vec<HostPart> {
+            Vec::new()
+        }
+    }
+
+    impl Drop for Dropped {
+        fn drop(&mut self) {
+            if let Some(shared) = self.shared.upgrade() {
+                self.free.lock().push(shared.state.try_lock().is_some());
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_waits_while_what_was_read_in_vain_is_dropped() {
+        let directory = folder(&["a", "b"]);
+        let free = Arc::<Mutex<Vec<bool>>>::default();
+        let shared = Arc::new(std::sync::OnceLock::<Weak<Shared>>::new());
+        let made = (Arc::clone(&free), shared.clone());
+        let registry = registry(|config| {
+            config.max_loaded_loras = Some(2);
+            config.room_timeout = Duration::ZERO;
+            config.loader_threads = 1;
+            config.limits.companion = Some(Arc::new(move |_, _| {
+                let (free, shared) = (made.0.clone(), made.1.get().expect("it was made").clone());
+                Ok(Some(Arc::new(Dropped { shared, free })))
+            }));
+        });
+        shared.set(registry.shared.me.clone()).expect("once");
+        let named = |name: &str, folder| LoadRequest {
+            name: name.into(),
+            ..request_in(&directory, folder)
+        };
+        // The same content twice, which is one copy; what there is no room for, loaded and fetched.
+        for name in ["one", "two"] {
+            block_on(registry.load(named(name, "a"))).unwrap();
+        }
+        let held = (acquire(&registry, "one").unwrap(), acquire(&registry, "two").unwrap());
+        block_on(registry.load(named("three", "b"))).unwrap_err();
+        registry.register(named("four", "b")).unwrap();
+        acquire(&registry, "four").unwrap_err();
+        // The loader lets go of what it loaded before it counts itself idle.
+        while registry.shared.queue.lock().running > 0 {
+            std::thread::yield_now();
+        }
+        assert_eq!(*free.lock(), [true; 3]);
+        drop(held);
     }
 
     #[test]
@@ -3528,7 +4106,8 @@ mod tests {
             Acquire(usize),
             /// `n0*0.3`, or `n0+n1*0.3`.
             AcquireSum(usize, Option<usize>, u8),
-            AcquireAll(usize, usize),
+            /// The second one's weight is 1, or a few tenths.
+            AcquireAll(usize, usize, Option<u8>),
             StopWaiting(prop::sample::Index),
             Clone(prop::sample::Index),
             Drop(prop::sample::Index),
@@ -3536,7 +4115,7 @@ mod tests {
         }
 
         const NAMES: usize = 5;
-        const LIMIT: usize = 3;
+        const LIMIT: usize = 4;
         const COMBINATIONS: usize = 2;
         /// What stays damaged.
         const BAD: usize = 3;
@@ -3555,7 +4134,7 @@ mod tests {
                 1 => (name.clone(), mode).prop_map(|(name, mode)| Action::Unload(name, mode)),
                 3 => name.clone().prop_map(Action::Acquire),
                 3 => (name.clone(), prop::option::of(name.clone()), 1..4u8).prop_map(|(one, other, weight)| Action::AcquireSum(one, other, weight)),
-                1 => (name.clone(), name.clone()).prop_map(|(one, other)| Action::AcquireAll(one, other)),
+                1 => (name.clone(), name.clone(), prop::option::of(1..4u8)).prop_map(|(one, other, weight)| Action::AcquireAll(one, other, weight)),
                 1 => any::<prop::sample::Index>().prop_map(Action::StopWaiting),
                 1 => any::<prop::sample::Index>().prop_map(Action::Clone),
                 4 => any::<prop::sample::Index>().prop_map(Action::Drop),
@@ -3640,8 +4219,8 @@ mod tests {
                 let contents = folder(&["0", "1", "2", "3"]);
                 std::fs::write(contents.path().join(BAD.to_string()).join("adapter_model.safetensors"), b"bad").unwrap();
                 let bytes = load_adapter(&source_of(&contents, "0"), &tiny_decoder(), &limits()).unwrap().0.bytes();
-                // Two adapters and their sum fit, and one more.
-                let limit_bytes = 5 * bytes;
+                // Two adapters and their sum fit, and nothing more.
+                let limit_bytes = 4 * bytes;
                 let registry = registry(|config| {
                     config.max_loaded_loras = Some(LIMIT);
                     config.max_loaded_bytes = Some(limit_bytes);
@@ -3688,7 +4267,10 @@ mod tests {
                             None => clients.acquire(&format!("n{one}*0.{weight}")),
                             Some(other) => clients.acquire(&format!("n{one}+n{other}*0.{weight}")),
                         },
-                        Action::AcquireAll(one, other) => clients.acquire_all([&format!("n{one}"), &format!("n{other}")]),
+                        Action::AcquireAll(one, other, weight) => {
+                            let weight = weight.map_or_else(String::new, |weight| format!("*0.{weight}"));
+                            clients.acquire_all([&format!("n{one}"), &format!("n{other}{weight}")]);
+                        }
                         Action::StopWaiting(index) if !clients.waiting.is_empty() => drop(clients.waiting.swap_remove(index.index(clients.waiting.len()))),
                         Action::Clone(index) if !clients.leases.is_empty() => {
                             let lease = index.get(&clients.leases).clone();
