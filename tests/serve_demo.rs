@@ -1395,6 +1395,15 @@ fn ten_thousand_names_of_a_folder_have_their_golden_answers_and_take_no_memory()
     assert!(grown < 32 << 20, "{grown} bytes more");
     let list = server.get("/v1/adapters").1;
     assert!(list["data"].as_array().unwrap().iter().all(|adapter| adapter["leases"] == 0));
+    assert_eq!(
+        server.load("another", &adapter_path("sql"), false).1["loaded_adapters"]
+            .as_object()
+            .unwrap()
+            .len(),
+        NUM_NAMES + 1
+    );
+    check(&server, &[LIST_3], &[Some("sql")], &[Some("another")]);
+    assert_eq!(server.unload("another").1["loaded_adapters"].as_object().unwrap().len(), NUM_NAMES);
     let metrics = server.get("/metrics").1;
     let left = metrics
         .as_str()

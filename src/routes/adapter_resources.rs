@@ -17,11 +17,10 @@ use polylora_engine::AdapterInfo;
 
 use super::{
     adapters::{drain_timeout, unload_mode},
-    models::{LONG_LIST, state_name, unix_time},
+    models::{state_name, unix_time, with_all_adapters},
 };
 use crate::{
     app::{AppState, Gateway},
-    beside::beside_if,
     error::ApiError,
     extract::{ApiPath, ApiQuery},
     lifecycle::Load,
@@ -93,10 +92,10 @@ fn path_names(error: ApiError) -> ApiError {
     responses((status = 200, description = "Every adapter: those that are being loaded for the first time, then the others, last used last.", body = AdapterEntryList), crate::openapi::AdminReadErrors),
 )]
 pub async fn list(State(state): State<AppState>) -> Response {
-    // Asked first: what is loaded before the next look is found there.
-    let loading = state.loading.list();
-    let adapters = state.engine.list_adapters();
-    let write = || {
+    with_all_adapters(&state, || {
+        // Asked first: what is loaded before the next look is found there.
+        let loading = state.loading.list();
+        let adapters = state.engine.list_adapters();
         let mut aliases = aliases_by_adapter(&state);
         let served: HashSet<Arc<str>> = adapters.iter().map(|info| Arc::clone(&info.name)).collect();
         let loading = loading.into_iter().filter(|(name, _)| !served.contains(name.as_str()));
@@ -104,8 +103,8 @@ pub async fn list(State(state): State<AppState>) -> Response {
         data.extend(adapters.iter().map(|info| entry(info, &mut aliases)));
         let object = "list".to_owned();
         Json(AdapterEntryList { object, data }).into_response()
-    };
-    beside_if(adapters.len() > LONG_LIST, write).await
+    })
+    .await
 }
 
 /// `GET /v1/adapters/{name}`: one adapter.

@@ -11,6 +11,7 @@ use axum::{
 use polylora_engine::UnloadMode;
 use sha2::{Digest, Sha256};
 
+use super::models::with_all_adapters;
 use crate::{
     app::{AppState, Gateway},
     error::{ApiError, VllmErrorBody, VllmErrorCode, VllmErrorDetail},
@@ -39,7 +40,7 @@ fn loaded_adapters(state: &Gateway) -> BTreeMap<String, String> {
 }
 
 /// SGLang answers every failure of an adapter with 400; what is not the client's fault keeps its status here, and so does a conflict.
-fn native_answer(state: &Gateway, result: Result<Option<serde_json::Value>, ApiError>) -> Response {
+async fn native_answer(state: &Gateway, result: Result<Option<serde_json::Value>, ApiError>) -> Response {
     let (status, error_message, report) = match &result {
         Ok(report) => (StatusCode::OK, String::new(), report.clone()),
         Err(error) if error.status().is_server_error() || error.status() == StatusCode::CONFLICT => {
@@ -47,14 +48,18 @@ fn native_answer(state: &Gateway, result: Result<Option<serde_json::Value>, ApiE
         }
         Err(error) => (StatusCode::BAD_REQUEST, error.message().to_owned(), None),
     };
-    let body = AdapterResponse {
-        rid: None,
-        success: status == StatusCode::OK,
-        error_message,
-        loaded_adapters: loaded_adapters(state),
-        report,
+    // All of them, each time: SGLang's clients read it.
+    let write = || {
+        let body = AdapterResponse {
+            rid: None,
+            success: status == StatusCode::OK,
+            error_message,
+            loaded_adapters: loaded_adapters(state),
+            report,
+        };
+        (status, Json(body)).into_response()
     };
-    let mut response = (status, Json(body)).into_response();
+    let mut response = with_all_adapters(state, write).await;
     if let Err(error) = &result {
         error.write_retry_after(&mut response);
     }
@@ -84,7 +89,7 @@ pub async fn load(State(state): State<AppState>, NativeJson(request): NativeJson
     };
     let loaded = state.load_adapter(load).await;
     let report = loaded.map(|info| info.report.and_then(|report| serde_json::to_value(&*report).ok()));
-    native_answer(&state, report)
+    native_answer(&state, report).await
 }
 
 /// `POST /pin_lora_adapter`.
@@ -98,7 +103,7 @@ pub async fn load(State(state): State<AppState>, NativeJson(request): NativeJson
 )]
 pub async fn pin(State(state): State<AppState>, NativeJson(request): NativeJson<PinAdapterRequest>) -> Response {
     let pinned = state.pin_adapter(&request.lora_name, request.pinned).await;
-    native_answer(&state, pinned.map(|()| None))
+    native_answer(&state, pinned.map(|()| None)).await
 }
 
 /// `POST /unload_lora_adapter`.
@@ -117,7 +122,7 @@ pub async fn unload(State(state): State<AppState>, NativeJson(request): NativeJs
         Err(error) => Err(error),
     };
     let report = unloaded.map(|report| serde_json::to_value(AdapterUnloaded::from(report)).ok());
-    native_answer(&state, report)
+    native_answer(&state, report).await
 }
 
 /// An error in vLLM's words; its clients look at `type`.
@@ -239,14 +244,18 @@ pub async fn dynamo_load(State(state): State<AppState>, ApiJson(request): ApiJso
     get, path = "/v1/loras", tag = "Adapters",
     responses((status = 200, description = "Every adapter.", body = DynamoList), crate::openapi::AdminReadErrors),
 )]
-pub async fn dynamo_list(State(state): State<AppState>) -> Json<DynamoList> {
-    let adapters = state.engine.list_adapters();
-    let loras: BTreeMap<String, u32> = adapters.iter().map(|info| (info.name.to_string(), dynamo_id(&info.name))).collect();
-    Json(DynamoList {
-        status: "success".to_owned(),
-        count: loras.len(),
-        loras,
+pub async fn dynamo_list(State(state): State<AppState>) -> Response {
+    with_all_adapters(&state, || {
+        let names = state.engine.adapter_names();
+        let loras: BTreeMap<String, u32> = names.iter().map(|name| (name.to_string(), dynamo_id(name))).collect();
+        let list = DynamoList {
+            status: "success".to_owned(),
+            count: loras.len(),
+            loras,
+        };
+        Json(list).into_response()
     })
+    .await
 }
 
 /// `DELETE /v1/loras/{name}`.

@@ -19,8 +19,14 @@ use crate::{
     routing::Target,
 };
 
-/// A longer list of adapters takes a millisecond to write.
-pub(super) const LONG_LIST: usize = 500;
+/// A longer list of adapters takes a millisecond to put together.
+const LONG_LIST: usize = 500;
+
+/// Looks at every adapter, beside the thread's other tasks if there are many.
+pub(super) async fn with_all_adapters<T>(state: &Gateway, work: impl FnOnce() -> T) -> T {
+    let are_many = state.engine.first_adapter_names(LONG_LIST + 1).len() > LONG_LIST;
+    beside_if(are_many, work).await
+}
 
 fn base_card(state: &Gateway, name: &str) -> ModelCard {
     ModelCard {
@@ -97,20 +103,19 @@ fn alias_card(state: &Gateway, alias: &Alias) -> ModelCard {
     responses((status = 200, description = "The base model's names, then the adapters, last used last, then the aliases.", body = ModelList), crate::openapi::ReadErrors),
 )]
 pub async fn list(State(state): State<AppState>, caller: Caller) -> Response {
-    let mut adapters = state.engine.list_adapters();
-    adapters.retain(|info| caller.identity.sees_adapter(&info.name));
-    let mut aliases = state.aliases.list();
-    aliases.retain(|alias| caller.identity.sees_adapter(alias.name()));
-    let is_long = adapters.len() + aliases.len() > LONG_LIST;
-    let write = || {
+    with_all_adapters(&state, || {
+        let mut adapters = state.engine.list_adapters();
+        adapters.retain(|info| caller.identity.sees_adapter(&info.name));
+        let mut aliases = state.aliases.list();
+        aliases.retain(|alias| caller.identity.sees_adapter(alias.name()));
         let bases = state.served.names.iter().map(|name| base_card(&state, name));
         let adapters = adapters.into_iter().map(|info| adapter_card(&state, info));
         let aliases = aliases.iter().map(|alias| alias_card(&state, alias));
         let data = bases.chain(adapters).chain(aliases).collect();
         let object = "list".to_owned();
         Json(ModelList { object, data }).into_response()
-    };
-    beside_if(is_long, write).await
+    })
+    .await
 }
 
 /// `GET /v1/models/{id}`: whatever `model` of a request may be.
