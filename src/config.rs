@@ -188,9 +188,13 @@ struct ServeArgs {
     #[arg(long, value_name = "N", help_heading = "LoRA")]
     max_loaded_loras: Option<usize>,
     /// Bytes of adapters kept in host memory, beside --max-loaded-loras: the least recently used unpinned ones leave. Combinations of
-    /// adapters are included, and so is an estimate of what adapters' own tokenizers take. Unset: no bound.
+    /// adapters are included, and so is an estimate of what adapters' own tokenizers take. Unset: half of the memory that is free at start.
     #[arg(long, value_name = "SIZE", help_heading = "LoRA")]
     max_loaded_lora_bytes: Option<ByteSize>,
+    /// Host memory that is kept page-locked for adapters still to be read, beyond what loaded ones have (CUDA only). Unset: room for 64 of rank 16 on
+    /// every projection, at most a sixteenth of the memory.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size_or_zero, help_heading = "LoRA")]
+    lora_host_reserve_bytes: Option<ByteSize>,
     /// Which adapter leaves device memory first: the one used longest ago, or the one that came first.
     #[arg(long, value_enum, default_value_t = LoraEviction::Lru, value_name = "POLICY", help_heading = "LoRA")]
     lora_eviction_policy: LoraEviction,
@@ -374,6 +378,8 @@ pub struct LoraSettings {
     pub max_loaded_loras: Option<usize>,
     /// Bytes of adapters in host memory.
     pub max_loaded_bytes: Option<usize>,
+    /// Bytes kept ready for those still to be read.
+    pub host_reserve_bytes: Option<usize>,
     /// Which leaves first.
     pub eviction: EvictionPolicy,
     /// Largest rank; `None` is to be inferred from the adapters of the start.
@@ -532,6 +538,18 @@ impl FromStr for LoraPath {
 /// A size in bytes: a number with an optional unit (`KB`, `MB`, `GB`, `TB` by 1000; `KiB`, `MiB`, `GiB`, `TiB` by 1024).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ByteSize(pub u64);
+
+impl ByteSize {
+    /// The same as the machine counts bytes of memory.
+    fn in_memory(self) -> usize {
+        usize::try_from(self.0).unwrap_or(usize::MAX)
+    }
+}
+
+/// A size, or 0 for none.
+fn parse_size_or_zero(text: &str) -> Result<ByteSize, String> {
+    if text.trim() == "0" { Ok(ByteSize(0)) } else { text.parse() }
+}
 
 impl FromStr for ByteSize {
     type Err = String;
@@ -967,7 +985,8 @@ impl LoraSettings {
             directories: args.lora_dir.clone(),
             max_loras_per_batch: args.max_loras_per_batch,
             max_loaded_loras: args.max_loaded_loras,
-            max_loaded_bytes: args.max_loaded_lora_bytes.map(|size| usize::try_from(size.0).unwrap_or(usize::MAX)),
+            max_loaded_bytes: args.max_loaded_lora_bytes.map(ByteSize::in_memory),
+            host_reserve_bytes: args.lora_host_reserve_bytes.map(ByteSize::in_memory),
             eviction: match args.lora_eviction_policy {
                 LoraEviction::Lru => EvictionPolicy::Lru,
                 LoraEviction::Fifo => EvictionPolicy::Fifo,

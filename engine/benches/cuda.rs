@@ -12,7 +12,7 @@ use std::{
 };
 
 use polylora_engine::{
-    adapter::{AlignedBytes, HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, VersionId},
+    adapter::{AlignedBytes, HostAdapter, HostMemory, ModuleId, PackedDtype, PackedModule, Projection, VersionId},
     backend::{
         Backend, Launched,
         cuda::{CudaBackend, CudaOptions},
@@ -193,16 +193,17 @@ impl Bench {
             return Vec::new();
         }
         let config = &self.config;
+        let memory = self.backend.host_memory();
+        let memory = memory.as_deref();
         let hosts: Vec<Arc<HostAdapter>> = std::thread::scope(|scope| {
             let made: Vec<_> = (ranks.iter().enumerate())
-                .map(|(seed, &rank)| scope.spawn(move || Arc::new(random_adapter(config, rank, dora, seed as u64))))
+                .map(|(seed, &rank)| scope.spawn(move || Arc::new(random_adapter(config, memory, rank, dora, seed as u64))))
                 .collect();
             made.into_iter().map(|host| host.join().expect("an adapter")).collect()
         });
-        // Unlocked and locked by another thread, in this order: not beside the steps that are timed.
+        // Unlocked and locked by another thread: not beside the steps that are timed.
         self.hosts.clear();
-        hosts.iter().for_each(|host| (self.backend.page_locker())(host));
-        while hosts.iter().any(|host| host.blob.is_held().is_none()) {
+        while memory.is_some() && hosts.iter().any(|host| !host.blob.is_locked()) {
             std::thread::sleep(Duration::from_millis(1));
         }
         let started = Instant::now();
@@ -372,7 +373,7 @@ fn adapter_bytes(config: &DecoderConfig, rank: usize) -> usize {
 }
 
 /// All seven projections of every layer, packed as `load.rs` packs them: per group of projections the A's, then the B's.
-fn random_adapter(config: &DecoderConfig, rank: usize, dora: bool, seed: u64) -> HostAdapter {
+fn random_adapter(config: &DecoderConfig, memory: Option<&dyn HostMemory>, rank: usize, dora: bool, seed: u64) -> HostAdapter {
     use Projection::{Down, Gate, K, O, Q, Up, V};
     let mut modules = Vec::new();
     let mut bytes = 0;
@@ -401,7 +402,7 @@ fn random_adapter(config: &DecoderConfig, rank: usize, dora: bool, seed: u64) ->
             }
         }
     }
-    let mut blob = AlignedBytes::zeroed(bytes);
+    let mut blob = AlignedBytes::of_any_content(bytes, memory);
     let values: &mut [u32] = bytemuck::cast_slice_mut(blob.as_bytes_mut());
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     for pair in values {
@@ -411,6 +412,7 @@ fn random_adapter(config: &DecoderConfig, rank: usize, dora: bool, seed: u64) ->
         // Two bf16 of either sign between 2⁻⁷ and 2⁻⁶.
         *pair = (state as u32 & 0x807f_807f) | 0x3c00_3c00;
     }
+    blob.filled();
     modules.sort_by_key(|module| module.id);
     HostAdapter {
         version: VersionId(std::array::from_fn(|byte| (seed >> (8 * (byte % 8))) as u8)),

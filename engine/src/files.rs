@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io,
-    ops::Deref,
+    ops::{Deref, DerefMut},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -12,11 +12,19 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use parking_lot::Mutex;
 use polylora_kernels::cpu::HugeBuffer;
 use sha2::{Digest, Sha256};
 
 /// A thread reads at least so much of a file.
 const BYTES_WORTH_A_THREAD: usize = 4 << 20;
+
+/// Buffers that are kept for the next file: for as many files as are read at once.
+const MOST_KEPT: usize = 8;
+/// None that is longer.
+const LONGEST_KEPT: usize = 256 << 20;
+/// Buffers are made in multiples of this, a huge page, so that files of about the same length share them.
+const BUFFER_STEP: usize = 2 << 20;
 
 /// Clocks of file systems tell time in steps of at most this much.
 const LONGEST_CLOCK_STEP: Duration = Duration::from_secs(2);
@@ -28,6 +36,70 @@ pub struct EmbeddedFile {
     pub name: &'static str,
     /// Its content.
     pub bytes: &'static [u8],
+}
+
+/// Memory that large files are read into, kept for the next ones. What the system gives anew it has to zero first, on a virtual machine perhaps to
+/// fetch; and what goes back to it makes every thread of the process wait that takes memory or gives it back meanwhile.
+#[derive(Default)]
+pub struct ReadBuffers {
+    /// The longest last.
+    kept: Mutex<Vec<HugeBuffer<u8>>>,
+}
+
+impl ReadBuffers {
+    /// A buffer of `len` bytes of any content.
+    pub fn take(self: &Arc<Self>, len: usize) -> ReadBuffer {
+        let kept = {
+            let mut kept = self.kept.lock();
+            let shortest = kept.partition_point(|memory| memory.len() < len);
+            (shortest < kept.len()).then(|| kept.remove(shortest))
+        };
+        ReadBuffer {
+            memory: Some(kept.unwrap_or_else(|| HugeBuffer::zeroed(len.next_multiple_of(BUFFER_STEP)))),
+            len,
+            home: self.clone(),
+        }
+    }
+
+    /// Keeps the longest ones. Gives back what is too much, to be dropped without the lock.
+    fn keep(&self, memory: HugeBuffer<u8>) -> Option<HugeBuffer<u8>> {
+        if memory.len() > LONGEST_KEPT {
+            return Some(memory);
+        }
+        let mut kept = self.kept.lock();
+        let place = kept.partition_point(|other| other.len() < memory.len());
+        kept.insert(place, memory);
+        (kept.len() > MOST_KEPT).then(|| kept.remove(0))
+    }
+}
+
+/// A file's content, or what is to become that. Goes back to its [`ReadBuffers`] when it is dropped.
+pub struct ReadBuffer {
+    /// There until then.
+    memory: Option<HugeBuffer<u8>>,
+    len: usize,
+    home: Arc<ReadBuffers>,
+}
+
+impl Deref for ReadBuffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.memory.as_deref().map_or(&[], |memory| &memory[..self.len])
+    }
+}
+
+impl DerefMut for ReadBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let len = self.len;
+        self.memory.as_deref_mut().map_or(&mut [], |memory| &mut memory[..len])
+    }
+}
+
+impl Drop for ReadBuffer {
+    fn drop(&mut self) {
+        drop(self.memory.take().and_then(|memory| self.home.keep(memory)));
+    }
 }
 
 /// A file that somebody sent.
@@ -208,10 +280,10 @@ impl FileSource {
     ///
     /// # Errors
     /// As `read`; `UnexpectedEof` when the file becomes shorter meanwhile.
-    pub fn read_large(&self, name: &str, max_bytes: u64, threads: usize) -> io::Result<HugeBuffer<u8>> {
+    pub fn read_large(&self, name: &str, max_bytes: u64, threads: usize, buffers: &Arc<ReadBuffers>) -> io::Result<ReadBuffer> {
         let Self::Directory(directory) = self else {
             let bytes = self.read(name, max_bytes)?;
-            let mut buffer = HugeBuffer::zeroed(bytes.len());
+            let mut buffer = buffers.take(bytes.len());
             buffer.copy_from_slice(&bytes);
             return Ok(buffer);
         };
@@ -220,7 +292,7 @@ impl FileSource {
         if len > max_bytes {
             return Err(too_large(name, len, max_bytes));
         }
-        let mut buffer = HugeBuffer::zeroed(usize::try_from(len).map_err(io::Error::other)?);
+        let mut buffer = buffers.take(usize::try_from(len).map_err(io::Error::other)?);
         let part = buffer.len().div_ceil(threads.max(1)).max(BYTES_WORTH_A_THREAD);
         if buffer.len() <= part {
             read_exact_at(&file, &mut buffer, 0)?;
@@ -402,13 +474,33 @@ mod tests {
         std::fs::write(folder.path().join("large"), &bytes).unwrap();
         std::fs::write(folder.path().join("empty"), []).unwrap();
         let source = FileSource::Directory(folder.path().to_owned());
+        let buffers = Arc::default();
         for threads in [0, 1, 3, 64] {
-            let read = source.read_large("large", bytes.len() as u64, threads).unwrap();
+            let read = source.read_large("large", bytes.len() as u64, threads, &buffers).unwrap();
             assert!(*read == *bytes, "{threads} threads");
-            assert!(source.read_large("empty", 0, threads).unwrap().is_empty());
+            assert!(source.read_large("empty", 0, threads, &buffers).unwrap().is_empty());
         }
-        let kind = |name, max_bytes| source.read_large(name, max_bytes, 2).err().unwrap().kind();
+        let kind = |name, max_bytes| source.read_large(name, max_bytes, 2, &buffers).err().unwrap().kind();
         assert_eq!(kind("large", bytes.len() as u64 - 1), io::ErrorKind::FileTooLarge);
         assert_eq!(kind("none", 1), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn buffers_are_kept_for_files_of_their_length_and_not_too_many() {
+        let buffers: Arc<ReadBuffers> = Arc::default();
+        let mut long = buffers.take(3 * BUFFER_STEP - 5);
+        long.fill(7);
+        let (start, len) = (long.as_ptr(), long.len());
+        assert_eq!(len, 3 * BUFFER_STEP - 5);
+        drop(long);
+        let longer = buffers.take(3 * BUFFER_STEP + 1);
+        assert_eq!((longer.len(), longer[0]), (3 * BUFFER_STEP + 1, 0), "the one that is kept is too short");
+        let again = buffers.take(2 * BUFFER_STEP + 1);
+        assert_eq!((again.as_ptr(), again.len()), (start, 2 * BUFFER_STEP + 1));
+        drop((longer, again));
+        drop((0..2 * MOST_KEPT).map(|_| buffers.take(1)).collect::<Vec<_>>());
+        drop(buffers.take(LONGEST_KEPT + 1));
+        let kept: Vec<usize> = buffers.kept.lock().iter().map(|memory| memory.len() / BUFFER_STEP).collect();
+        assert_eq!(kept, [1, 1, 1, 1, 1, 1, 3, 4], "the longest that are not too long");
     }
 }

@@ -56,6 +56,8 @@ pub struct LoraConfig {
     pub max_loaded_loras: Option<usize>,
     /// Bytes of adapters in host memory; `None` is unbounded.
     pub max_loaded_bytes: Option<usize>,
+    /// Bytes of host memory that are kept ready for adapters still to be read, by devices that need it made ready; `None` leaves it to them.
+    pub host_reserve_bytes: Option<usize>,
     /// Which adapter leaves the device first.
     pub eviction: EvictionPolicy,
     /// Largest rank accepted; `None` accepts every rank.
@@ -525,6 +527,7 @@ mod tests {
                 max_loras_per_batch: 2,
                 max_loaded_loras: None,
                 max_loaded_bytes: None,
+                host_reserve_bytes: None,
                 eviction: EvictionPolicy::Lru,
                 max_lora_rank: None,
                 target_modules: None,

@@ -8,7 +8,11 @@ use std::{
 
 use polylora_engine::{
     AdapterError,
-    adapter::{HostAdapter, PackedDtype, combine::combine, load::CoverageReport},
+    adapter::{
+        HostAdapter, PackedDtype,
+        combine::combine,
+        load::{CoverageReport, LoraLimits},
+    },
     backend::{
         Backend,
         conformance::{Outcome, Run, generate},
@@ -302,7 +306,7 @@ fn adapters_with_tokens_of_their_own_are_not_combined() {
     for name in ["tokens_untrained_rows", "tokens_pairs", "tokens_fewer", "rows_embedding"] {
         let own = base.load(name, PackedDtype::F32).0;
         for parts in [vec![(&own, 1.0), (&plain, 1.0)], vec![(&own, 0.5)]] {
-            let error = combine(&parts, None).unwrap_err().to_string();
+            let error = combine(&parts, &LoraLimits::new(PackedDtype::F32)).unwrap_err().to_string();
             assert!(
                 error.contains("an adapter with tokens of its own can't be combined or weighted"),
                 "{name}: {error}"
@@ -348,7 +352,7 @@ fn combinations_compute_the_sum_of_the_deltas() {
             .map(|(name, weight)| (base.load(name, PackedDtype::F32).0, *weight))
             .collect();
         let borrowed: Vec<(&HostAdapter, f32)> = parts.iter().map(|(adapter, weight)| (adapter, *weight)).collect();
-        let combined = combine(&borrowed, None).unwrap();
+        let combined = combine(&borrowed, &LoraLimits::new(PackedDtype::F32)).unwrap();
         let handle = base.backend.begin_upload(&Arc::new(combined)).unwrap();
         let outcome = generate(&mut base.backend, &[combination.answer.run(&golden.prompt_ids, Some(handle), TOP_K)])
             .unwrap()

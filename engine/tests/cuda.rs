@@ -8,7 +8,11 @@ mod cuda {
     use std::sync::Arc;
 
     use polylora_engine::{
-        adapter::{HostAdapter, PackedDtype, combine::combine, load::MAX_ADDED_TOKENS},
+        adapter::{
+            HostAdapter, PackedDtype,
+            combine::combine,
+            load::{LoraLimits, MAX_ADDED_TOKENS},
+        },
         backend::{
             Backend,
             conformance::{self, AdapterShape, Agreement, Extras, Outcome, Run, generate, random_adapter},
@@ -259,7 +263,7 @@ mod cuda {
             let load = |(name, weight): (&String, &f32)| (base.load(name, PackedDtype::Bf16), *weight);
             let parts: Vec<(HostAdapter, f32)> = combination.weights.iter().map(load).collect();
             let borrowed: Vec<(&HostAdapter, f32)> = parts.iter().map(|(adapter, weight)| (adapter, *weight)).collect();
-            let handle = base.upload(combine(&borrowed, None).unwrap());
+            let handle = base.upload(combine(&borrowed, &LoraLimits::new(PackedDtype::Bf16)).unwrap());
             let run = combination.answer.run(&golden.prompt_ids, Some(handle), TOP_K);
             let outcome = generate(&mut base.backend, &[run]).unwrap().remove(0);
             check(&combination.answer, &format!("{:?}", combination.weights), &outcome);

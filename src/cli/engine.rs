@@ -8,7 +8,7 @@ use polylora_engine::{
     adapter::{
         LoraLimits, PackedDtype,
         load::{checkpoint_opener, inspect_config},
-        registry::{AdapterRegistry, PrepareHost, RegistryConfig},
+        registry::{AdapterRegistry, RegistryConfig},
     },
     backend::{
         Backend,
@@ -130,7 +130,8 @@ pub(super) fn for_bench(args: &BenchArgs, num_adapters: usize) -> anyhow::Result
     let lora = (num_adapters > 0).then_some(LoraConfig {
         max_loras_per_batch: num_adapters,
         max_loaded_loras: None,
-        max_loaded_bytes: None,
+        max_loaded_bytes: Some(usize::MAX),
+        host_reserve_bytes: Some(0),
         eviction: polylora_engine::EvictionPolicy::Lru,
         // What the device's buffers are made for.
         max_lora_rank: args.lora_rank.iter().copied().max(),
@@ -177,6 +178,7 @@ impl LoraSettings {
             max_loras_per_batch: self.max_loras_per_batch,
             max_loaded_loras: self.max_loaded_loras,
             max_loaded_bytes: self.max_loaded_bytes,
+            host_reserve_bytes: self.host_reserve_bytes,
             eviction: self.eviction,
             max_lora_rank: self.max_lora_rank.or(inferred_rank),
             target_modules: match &self.target_modules {
@@ -245,7 +247,6 @@ fn start_on_cpu(inputs: EngineInputs<'_>, compute: ComputeDtype, memory: MemoryP
                 ComputeDtype::Bfloat16 => PackedDtype::Bf16,
             })
         },
-        prepare: None,
     };
     start(inputs, Box::new(backend), device)
 }
@@ -278,7 +279,6 @@ struct DeviceFacts {
     weight_bytes: usize,
     limits: StepLimits,
     lora_limits: LoraLimits,
-    prepare: Option<PrepareHost>,
 }
 
 /// Starts the engine over a device that holds the model.
@@ -288,11 +288,17 @@ fn start(inputs: EngineInputs<'_>, backend: Box<dyn Backend>, device: DeviceFact
         decoder,
         context_length,
         settings,
-        lora,
+        mut lora,
         base_names,
         text,
         ..
     } = inputs;
+    if let Some(lora) = &mut lora
+        && lora.max_loaded_bytes.is_none()
+    {
+        // Beside the model, which is loaded by now. Without a bound thousands of adapters would take what there is, and the system end the process.
+        lora.max_loaded_bytes = HostMemory::read().available.map(|bytes| usize::try_from(bytes / 2).unwrap_or(usize::MAX));
+    }
     let capacity = backend.capacity();
     let kv_tokens = capacity.min_blocks * capacity.block_size;
     let memory = MemoryPlan {
@@ -310,7 +316,6 @@ fn start(inputs: EngineInputs<'_>, backend: Box<dyn Backend>, device: DeviceFact
         };
         let config = RegistryConfig {
             base_names,
-            prepare: device.prepare,
             ..lora.registry_config(limits)
         };
         Arc::new(AdapterRegistry::new(config, Arc::clone(&decoder)))

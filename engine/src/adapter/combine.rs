@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::{
     AdapterError, AlignedBytes, HostAdapter, ModuleId, PackedDtype, PackedModule, VersionId,
-    load::{Packed, group},
+    load::{LoraLimits, Packed, group},
 };
 
 /// Largest absolute weight in an expression.
@@ -89,8 +89,8 @@ pub fn combined_version(parts: &[(&HostAdapter, f32)]) -> VersionId {
 ///
 /// # Errors
 /// `Incompatible`: parts that are more than A and B (a sum of DoRA's scales, of whole heads or of vocabularies means nothing), a rank above
-/// `max_rank`.
-pub fn combine(parts: &[(&HostAdapter, f32)], max_rank: Option<u32>) -> Result<HostAdapter, AdapterError> {
+/// `limits.max_combined_rank`.
+pub fn combine(parts: &[(&HostAdapter, f32)], limits: &LoraLimits) -> Result<HostAdapter, AdapterError> {
     let incompatible = |reason: String| Err(AdapterError::Incompatible { reason });
     let Some(dtype) = parts.first().map(|(adapter, _)| adapter.dtype) else {
         return incompatible("a combination of no adapters".into());
@@ -120,18 +120,20 @@ pub fn combine(parts: &[(&HostAdapter, f32)], max_rank: Option<u32>) -> Result<H
     let members: Vec<Vec<Member<'_>>> = ids.iter().map(|id| members(parts, *id)).collect();
     let (modules, bytes) = layout(&members, dtype)?;
     let largest = modules.iter().map(|module| module.lora_rank).max().unwrap_or(0);
-    if let Some(max) = max_rank.filter(|max| largest > *max) {
+    if let Some(max) = limits.max_combined_rank.filter(|max| largest > *max) {
         return incompatible(format!(
             "the combination has lora_rank {largest}, the sum of its parts'; at most {max} on this device (--max-lora-rank)"
         ));
     }
-    let mut blob = AlignedBytes::zeroed(bytes);
+    let mut blob = limits.new_blob(bytes);
+    blob.as_bytes_mut().fill(0);
     for (module, members) in modules.iter().zip(&members) {
         match dtype {
             PackedDtype::F32 => write::<f32>(&mut blob, module, members)?,
             PackedDtype::Bf16 => write::<half::bf16>(&mut blob, module, members)?,
         }
     }
+    blob.filled();
     Ok(HostAdapter {
         version: combined_version(parts),
         dtype,
@@ -343,7 +345,7 @@ mod tests {
                 2,
                 &limits,
             );
-            let combined = combine(&[(&first, 0.7), (&second, -0.3)], None).unwrap();
+            let combined = combine(&[(&first, 0.7), (&second, -0.3)], &limits).unwrap();
             assert_eq!(combined.max_lora_rank, 5);
             let ids: Vec<ModuleId> = combined.modules.iter().map(|module| module.id).collect();
             assert!(ids.is_sorted() && ids.len() == 3 * 4 + 2, "{ids:?}");
@@ -367,7 +369,7 @@ mod tests {
         };
         let config = json!({"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"]});
         let (first, second) = (adapter(config.clone(), 1, &limits), adapter(config, 2, &limits));
-        let combined = combine(&[(&first, 1.0), (&second, 1.0)], None).unwrap();
+        let combined = combine(&[(&first, 1.0), (&second, 1.0)], &limits).unwrap();
         let (module, own) = (&combined.modules[0], &first.modules[0]);
         assert_eq!(module.scaling, own.scaling);
         assert_eq!(combined.b_t_bf16(module)[..12], *first.b_t_bf16(own));
@@ -378,7 +380,7 @@ mod tests {
     fn versions_follow_parts_and_weights() {
         let config = json!({"r": 2, "target_modules": ["q_proj"]});
         let (first, second) = (adapter(config.clone(), 1, &limits()), adapter(config, 2, &limits()));
-        let version = |parts: &[(&HostAdapter, f32)]| combine(parts, None).unwrap().version;
+        let version = |parts: &[(&HostAdapter, f32)]| combine(parts, &limits()).unwrap().version;
         let plain = version(&[(&first, 1.0), (&second, 0.5)]);
         assert_eq!(version(&[(&second, 0.5), (&first, 1.0)]), plain);
         assert_ne!(version(&[(&second, 1.0), (&first, 0.5)]), plain);
@@ -388,11 +390,15 @@ mod tests {
     #[test]
     fn what_has_no_sum_is_refused() {
         let first = adapter(json!({"r": 2, "target_modules": ["q_proj"]}), 1, &limits());
-        assert!(combine(&[(&first, 1.0), (&first, 1.0)], Some(3)).is_err());
-        combine(&[(&first, 1.0), (&first, 1.0)], Some(4)).unwrap();
+        let up_to = |rank| LoraLimits {
+            max_combined_rank: Some(rank),
+            ..limits()
+        };
+        assert!(combine(&[(&first, 1.0), (&first, 1.0)], &up_to(3)).is_err());
+        combine(&[(&first, 1.0), (&first, 1.0)], &up_to(4)).unwrap();
         let mut with_bias = adapter(json!({"r": 2, "target_modules": ["q_proj"]}), 1, &limits());
         with_bias.modules[0].output_bias_offset_bytes = Some(0);
-        let error = combine(&[(&with_bias, 0.5)], None).unwrap_err();
+        let error = combine(&[(&with_bias, 0.5)], &limits()).unwrap_err();
         assert!(error.to_string().contains("can't be combined"), "{error}");
     }
 }

@@ -12,14 +12,14 @@ use half::bf16;
 use safetensors::{Dtype, tensor::TensorView};
 
 use super::{
-    AdapterError, AlignedBytes, BaseWeights, CompanionReader, HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, ReplacedWeight,
-    TokenRows, VersionId,
+    AdapterError, AlignedBytes, BaseWeights, CompanionReader, HostAdapter, HostMemory, ModuleId, PackedDtype, PackedModule, Projection,
+    ReplacedWeight, TokenRows, VersionId,
     config::{BiasMode, CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfig, Resolution, ResolvedModule, ResolvedRows, module_path},
     tensors::{Element, MAX_HEADER_BYTES, Role, Tensor, WEIGHTS_FILE, WeightFiles, bad, read_file},
 };
 use crate::{
     decoder::{DecoderConfig, DecoderTensor, LayerTensor},
-    files::FileSource,
+    files::{FileSource, ReadBuffers},
     weights::ModelWeights,
 };
 
@@ -145,6 +145,10 @@ pub struct LoraLimits {
     pub max_packed_bytes: Option<usize>,
     /// Reads what comes with an adapter beside its weights; without it that is passed over.
     pub companion: Option<CompanionReader>,
+    /// Where packed weights lie; without it in memory of the system's.
+    pub memory: Option<Arc<dyn HostMemory>>,
+    /// What files are read into.
+    pub read_buffers: Arc<ReadBuffers>,
     /// Most bytes of weight files, whatever the configuration says.
     pub max_file_bytes: u64,
     /// Threads that read and pack one adapter.
@@ -174,9 +178,16 @@ impl LoraLimits {
             base: None,
             companion: None,
             max_packed_bytes: None,
+            memory: None,
+            read_buffers: Arc::default(),
             max_file_bytes: 32 << 30,
             pack_threads: std::thread::available_parallelism().map_or(2, |cores| (cores.get() / 4).clamp(2, 8)),
         }
+    }
+
+    /// Memory for packed weights, with any content.
+    pub(super) fn new_blob(&self, bytes: usize) -> AlignedBytes {
+        AlignedBytes::of_any_content(bytes, self.memory.as_deref())
     }
 
     fn check(&self, resolution: &Resolution) -> Result<(), AdapterError> {
@@ -221,7 +232,7 @@ pub fn load_adapter(files: &FileSource, decoder: &DecoderConfig, limits: &LoraLi
     let resolution = config.resolve(decoder)?;
     limits.check(&resolution)?;
     let max_bytes = max_weight_bytes(&resolution, decoder).min(limits.max_file_bytes);
-    let weights = WeightFiles::read(files, max_bytes, limits.pack_threads)?;
+    let weights = WeightFiles::read(files, max_bytes, limits)?;
     let (mut adapter, report) = assemble(&config, &resolution, &weights, decoder, limits)?;
     // Before the companion is read: there may be gigabytes of them.
     drop(weights);
@@ -1110,8 +1121,9 @@ impl<'a> Loader<'a> {
             .then(|| narrow(self.decoder.vocab_size))
             .transpose()?;
         let own_tokens = (&token_rows[..], resized_vocab);
-        let mut blob = AlignedBytes::zeroed(self.packed_bytes());
-        let digests = fill(&self.pieces, &mut blob, self.limits.dtype, self.limits.pack_threads)?;
+        let mut blob = self.limits.new_blob(self.packed_bytes());
+        let digests = fill(&self.pieces, blob.as_bytes_mut(), self.limits.dtype, self.limits.pack_threads)?;
+        blob.filled();
         let version = version(&modules, &replaced, own_tokens, self.limits.dtype, &self.pieces, &digests);
         let mut layers: Vec<u16> = modules
             .iter()
@@ -1200,18 +1212,20 @@ fn row_norms(threads: usize, rows: usize, columns: usize, read_row: &(dyn Fn(usi
     norms
 }
 
-/// Writes every piece into the blob and gives the digest of each.
-fn fill(pieces: &[Piece<'_>], blob: &mut AlignedBytes, dtype: PackedDtype, threads: usize) -> Result<Vec<[u8; 32]>, AdapterError> {
-    let mut rest = blob.as_bytes_mut();
+/// Writes every piece into the blob, and zeros between them, and gives the digest of each.
+fn fill(pieces: &[Piece<'_>], blob: &mut [u8], dtype: PackedDtype, threads: usize) -> Result<Vec<[u8; 32]>, AdapterError> {
+    let mut rest = blob;
     let mut at = 0;
     let mut jobs = Vec::with_capacity(pieces.len());
     for piece in pieces {
-        let (_, from) = rest.split_at_mut(piece.offset - at);
+        let (between, from) = rest.split_at_mut(piece.offset - at);
+        between.fill(0);
         let (own, after) = from.split_at_mut(piece.bytes);
         at = piece.offset + piece.bytes;
         rest = after;
         jobs.push((piece, own));
     }
+    rest.fill(0);
     // Small adapters aren't worth a thread; large ones are cut into runs of about equal bytes.
     const BYTES_WORTH_A_THREAD: usize = 4 << 20;
     let threads = threads.clamp(1, (at / BYTES_WORTH_A_THREAD).max(1));
@@ -1329,30 +1343,16 @@ fn write_tensor<P: Packed>(tensor: &Tensor<'_>, transpose: Option<(usize, usize)
 
 fn write_elements<E: Element, P: Packed>(tensor: &Tensor<'_>, transpose: Option<(usize, usize)>, to: &mut [P]) -> Result<(), AdapterError> {
     let from = tensor.view.data();
-    let mut usable = true;
-    match transpose {
-        None if tensor.view.dtype() == P::STORED && cfg!(target_endian = "little") => usable = copy_elements(from, to),
-        None => {
-            for (to, from) in to.iter_mut().zip(from.chunks_exact(E::BYTES)) {
-                *to = P::pack(E::decode(from));
-                usable &= to.is_usable();
-            }
-        }
-        Some((rows, columns)) => {
-            // By blocks of rows, so that a line of the destination is written while it is in the cache.
-            const BLOCK: usize = 64;
-            for block in (0..rows).step_by(BLOCK) {
-                let end = rows.min(block + BLOCK);
-                for column in 0..columns {
-                    for (row, to) in (block..end).zip(&mut to[column * rows + block..column * rows + end]) {
-                        let at = (row * columns + column) * E::BYTES;
-                        *to = P::pack(E::decode(&from[at..at + E::BYTES]));
-                        usable &= to.is_usable();
-                    }
-                }
-            }
-        }
-    }
+    let is_stored = tensor.view.dtype() == P::STORED && cfg!(target_endian = "little");
+    let usable = match (transpose, is_stored) {
+        (None, true) => copy_elements(from, to),
+        (None, false) => to.iter_mut().zip(from.chunks_exact(E::BYTES)).fold(true, |usable, (to, from)| {
+            *to = P::pack(E::decode(from));
+            usable & to.is_usable()
+        }),
+        (Some(shape), true) => transpose_elements::<E, P>(from, shape, to, bytemuck::pod_read_unaligned),
+        (Some(shape), false) => transpose_elements::<E, P>(from, shape, to, |bytes| P::pack(E::decode(bytes))),
+    };
     if usable {
         return Ok(());
     }
@@ -1372,6 +1372,39 @@ fn copy_elements<P: Packed>(from: &[u8], to: &mut [P]) -> bool {
         bytemuck::cast_slice_mut(to).copy_from_slice(from);
         to.iter().fold(usable, |usable, element| usable & element.is_usable())
     })
+}
+
+/// `[rows, columns]` elements as `[columns, rows]`, by tiles that registers hold: whether all are usable.
+fn transpose_elements<E: Element, P: Packed>(from: &[u8], (rows, columns): (usize, usize), to: &mut [P], read: impl Fn(&[u8]) -> P) -> bool {
+    const HEIGHT: usize = 16;
+    const WIDTH: usize = 8;
+    let mut usable = true;
+    for row in (0..rows).step_by(HEIGHT) {
+        for column in (0..columns).step_by(WIDTH) {
+            let from = |y: usize| &from[((row + y) * columns + column) * E::BYTES..];
+            let to = &mut to[column * rows + row..];
+            let (height, width) = (HEIGHT.min(rows - row), WIDTH.min(columns - column));
+            if (height, width) == (HEIGHT, WIDTH) {
+                let tile: [[P; WIDTH]; HEIGHT] = std::array::from_fn(|y| {
+                    let line = &from(y)[..WIDTH * E::BYTES];
+                    std::array::from_fn(|x| read(&line[x * E::BYTES..][..E::BYTES]))
+                });
+                usable &= tile.as_flattened().iter().fold(true, |usable, element| usable & element.is_usable());
+                for x in 0..WIDTH {
+                    to[x * rows..][..HEIGHT].copy_from_slice(&tile.map(|line| line[x]));
+                }
+            } else {
+                for y in 0..height {
+                    for (x, bytes) in from(y).chunks_exact(E::BYTES).take(width).enumerate() {
+                        let element = read(bytes);
+                        usable &= element.is_usable();
+                        to[x * rows + y] = element;
+                    }
+                }
+            }
+        }
+    }
+    usable
 }
 
 /// BLAKE3 over what the adapter does: shapes and scalings of its modules, and a digest of each run of packed weights. File names,
@@ -2035,6 +2068,39 @@ mod tests {
         }
         let head = adapter.module(ModuleId::LmHead).unwrap();
         assert_eq!((head.d_in, head.d_out), (16, 11));
+    }
+
+    #[test]
+    fn matrices_of_any_shape_are_transposed_value_by_value() {
+        fn check<P: Packed + PartialEq + std::fmt::Debug>(dtype: Dtype, encode: fn(f32) -> Vec<u8>) {
+            for (rows, columns) in [(1, 1), (5, 3), (16, 8), (33, 17), (48, 24), (15, 8), (16, 7)] {
+                let value = |row: usize, column: usize| (row as f32 - 3.0 * column as f32) / 8.0;
+                let values: Vec<f32> = (0..rows * columns).map(|at| value(at / columns, at % columns)).collect();
+                let transposed = |values: &[f32], to: &mut [P]| {
+                    let bytes: Vec<u8> = values.iter().flat_map(|value| encode(*value)).collect();
+                    let view = TensorView::new(dtype, vec![rows, columns], &bytes).unwrap();
+                    write_tensor(&Tensor { name: "b".into(), view }, Some((rows, columns)), to)
+                };
+                let mut to = vec![P::pack(9.0); rows * columns];
+                transposed(&values, &mut to).unwrap();
+                let expected: Vec<P> = (0..rows * columns).map(|at| P::pack(value(at % rows, at / rows))).collect();
+                assert_eq!(to, expected, "{dtype:?} [{rows}, {columns}]");
+                for at in [0, rows * columns / 2, rows * columns - 1] {
+                    let mut damaged = values.clone();
+                    damaged[at] = f32::NAN;
+                    let error = transposed(&damaged, &mut to).unwrap_err().to_string();
+                    assert!(
+                        error.contains(&format!("row {}, column {} is NaN", at / columns, at % columns)),
+                        "{error}"
+                    );
+                }
+            }
+        }
+        check::<f32>(Dtype::F32, |value| value.to_le_bytes().into());
+        check::<bf16>(Dtype::F32, |value| value.to_le_bytes().into());
+        check::<f32>(Dtype::F16, |value| half::f16::from_f32(value).to_le_bytes().into());
+        check::<bf16>(Dtype::F16, |value| half::f16::from_f32(value).to_le_bytes().into());
+        check::<bf16>(Dtype::BF16, |value| bf16::from_f32(value).to_le_bytes().into());
     }
 
     #[test]

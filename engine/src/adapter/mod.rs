@@ -3,7 +3,7 @@
 //! `config.rs` reads `adapter_config.json`, `tensors.rs` the weight files; `load.rs` checks both against the base model and packs
 //! them; `registry.rs` knows names, versions, leases and the host tier. Device residency is the worker's ([`crate::worker`]).
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use half::bf16;
 use polylora_kernels::cpu::HugeBuffer;
@@ -349,53 +349,74 @@ impl HostAdapter {
     }
 }
 
-/// Bytes at a 64-byte boundary.
-pub struct AlignedBytes {
-    hold: OnceLock<Option<Box<dyn HoldMemory>>>,
-    /// An adapter is streamed at every step that uses it. There until it is dropped.
-    storage: Option<HugeBuffer<u8>>,
+/// Memory of a device's own for packed adapters, from which it copies by itself.
+pub trait HostMemory: Send + Sync {
+    /// So many bytes of any content, at a 64-byte boundary; `None` if there are none.
+    fn take(&self, bytes: usize) -> Option<Box<dyn HostRun>>;
 }
 
-/// Something that was done to memory and has to be undone before it goes, such as its registration with a driver.
-pub trait HoldMemory: Send + Sync {
-    /// Undoes it, now or on another thread, and drops the memory then.
-    fn release(self: Box<Self>, memory: HugeBuffer<u8>);
+/// Bytes of [`HostMemory`], given back on drop.
+pub trait HostRun: Send + Sync {
+    /// All of them.
+    fn bytes(&self) -> &[u8];
+    /// All of them, to be written.
+    fn bytes_mut(&mut self) -> &mut [u8];
+    /// Says that they are written now and stay as they are.
+    fn filled(&mut self);
+    /// Whether the device can copy from them by itself by now.
+    fn is_locked(&self) -> bool;
+}
+
+/// Bytes at a 64-byte boundary. An adapter is streamed at every step that uses it.
+pub struct AlignedBytes(Storage);
+
+enum Storage {
+    Own(HugeBuffer<u8>),
+    Device(Box<dyn HostRun>),
 }
 
 impl AlignedBytes {
     /// `len` zero bytes.
     pub fn zeroed(len: usize) -> Self {
-        Self {
-            hold: OnceLock::new(),
-            storage: Some(HugeBuffer::zeroed(len)),
+        Self(Storage::Own(HugeBuffer::zeroed(len)))
+    }
+
+    /// `len` bytes of any content, in the device's memory if it has any.
+    pub fn of_any_content(len: usize, memory: Option<&dyn HostMemory>) -> Self {
+        match memory.and_then(|memory| memory.take(len)) {
+            Some(run) => Self(Storage::Device(run)),
+            None => Self::zeroed(len),
         }
     }
 
-    /// Ties something to the memory. `make` is called once in the memory's life, and whoever else calls this meanwhile waits.
-    pub fn hold_with(&self, make: impl FnOnce(&[u8]) -> Option<Box<dyn HoldMemory>>) {
-        self.hold.get_or_init(|| make(self.as_bytes()));
+    /// Says that they are written now and stay as they are: the device may do with them what it has to before it can copy from them.
+    pub fn filled(&mut self) {
+        if let Storage::Device(run) = &mut self.0 {
+            run.filled();
+        }
     }
 
-    /// Whether something is tied to it; `None` if nobody has tried to. Never waits.
-    pub fn is_held(&self) -> Option<bool> {
-        self.hold.get().map(Option::is_some)
+    /// Whether the device can copy from them by itself by now.
+    pub fn is_locked(&self) -> bool {
+        match &self.0 {
+            Storage::Own(_) => false,
+            Storage::Device(run) => run.is_locked(),
+        }
     }
 
     /// All of them.
     pub fn as_bytes(&self) -> &[u8] {
-        self.storage.as_deref().expect("there until it is dropped")
+        match &self.0 {
+            Storage::Own(bytes) => bytes,
+            Storage::Device(run) => run.bytes(),
+        }
     }
 
     /// All of them, to be written.
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
-        self.storage.as_deref_mut().expect("there until it is dropped")
-    }
-}
-
-impl Drop for AlignedBytes {
-    fn drop(&mut self) {
-        if let (Some(Some(hold)), Some(memory)) = (self.hold.take(), self.storage.take()) {
-            hold.release(memory);
+        match &mut self.0 {
+            Storage::Own(bytes) => bytes,
+            Storage::Device(run) => run.bytes_mut(),
         }
     }
 }

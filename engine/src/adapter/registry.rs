@@ -121,17 +121,6 @@ pub struct AdapterInfo {
     pub parts: Vec<Arc<str>>,
 }
 
-/// What a device does with an adapter's host memory before anyone may ask for the adapter, on a loader's thread: it locks the pages that it
-/// will copy from.
-#[derive(Clone)]
-pub struct PrepareHost(pub Arc<dyn Fn(&HostAdapter) + Send + Sync>);
-
-impl std::fmt::Debug for PrepareHost {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("PrepareHost")
-    }
-}
-
 /// Limits and policies of a registry.
 #[derive(Clone, Debug)]
 pub struct RegistryConfig {
@@ -155,8 +144,6 @@ pub struct RegistryConfig {
     pub max_combined: usize,
     /// Combinations in host memory, beside the adapters: those in use, and those kept for the next request.
     pub max_combinations: usize,
-    /// Run on every adapter and combination that is packed.
-    pub prepare: Option<PrepareHost>,
 }
 
 impl RegistryConfig {
@@ -178,13 +165,6 @@ impl RegistryConfig {
             room_timeout: Duration::from_secs(60),
             max_combined: 4,
             max_combinations: 64,
-            prepare: None,
-        }
-    }
-
-    fn prepare(&self, weights: &HostAdapter) {
-        if let Some(PrepareHost(prepare)) = &self.prepare {
-            prepare(weights);
         }
     }
 }
@@ -1779,7 +1759,7 @@ impl Shared {
             return;
         };
         let borrowed = borrow_parts(&combine_job.work.parts);
-        let make = || combine(&borrowed, self.config.limits.max_combined_rank).inspect(|combined| self.config.prepare(combined));
+        let make = || combine(&borrowed, &self.config.limits);
         let combined = std::panic::catch_unwind(std::panic::AssertUnwindSafe(make)).unwrap_or_else(|panic| Err(panicked(&*panic)));
         match combined {
             Ok(combined) => self.finish_combine(combine_job, combined),
@@ -1874,7 +1854,7 @@ impl Shared {
 
     /// A panic is an error like another.
     fn read_once(&self, files: &FileSource) -> Result<(Arc<HostAdapter>, Arc<Facts>), AdapterError> {
-        let load = || load_adapter(files, &self.decoder, &self.config.limits).inspect(|(weights, _)| self.config.prepare(weights));
+        let load = || load_adapter(files, &self.decoder, &self.config.limits);
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(load)).unwrap_or_else(|panic| Err(panicked(&*panic)));
         result.map(|(weights, report)| {
             let facts = Facts {

@@ -1,14 +1,16 @@
 //! The tensors of an adapter's files: which there are, whose they are, and their values.
 
-use std::{collections::BTreeMap, io};
+use std::{collections::BTreeMap, io, sync::Arc};
 
 use half::{bf16, f16};
-use polylora_kernels::cpu::HugeBuffer;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::Value;
 
-use super::{AdapterError, ModuleId, config::module_path};
-use crate::{adapter::Projection, files::FileSource};
+use super::{AdapterError, ModuleId, config::module_path, load::LoraLimits};
+use crate::{
+    adapter::Projection,
+    files::{FileSource, ReadBuffer, ReadBuffers},
+};
 
 /// The file that PEFT writes.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
@@ -59,26 +61,26 @@ pub struct Tensor<'a> {
 
 /// The content of an adapter's weight files.
 pub struct WeightFiles {
-    files: Vec<(String, HugeBuffer<u8>)>,
+    files: Vec<(String, ReadBuffer)>,
     /// Which file the index says a tensor is in; `None` without an index.
     index: Option<BTreeMap<String, String>>,
 }
 
 impl WeightFiles {
-    /// Reads the safetensors file, or those that the index names, `max_bytes` together at most, by `threads` threads.
+    /// Reads the safetensors file, or those that the index names, `max_bytes` together at most.
     ///
     /// # Errors
     /// `BadFile`: missing, too long, or a pickle file.
-    pub fn read(source: &FileSource, max_bytes: u64, threads: usize) -> Result<Self, AdapterError> {
+    pub fn read(source: &FileSource, max_bytes: u64, limits: &LoraLimits) -> Result<Self, AdapterError> {
         if source.contains(WEIGHTS_FILE) {
-            let bytes = read_weights(source, WEIGHTS_FILE, max_bytes, threads)?;
+            let bytes = read_weights(source, WEIGHTS_FILE, max_bytes, limits)?;
             return Ok(Self {
                 files: vec![(WEIGHTS_FILE.into(), bytes)],
                 index: None,
             });
         }
         if source.contains(INDEX_FILE) {
-            return Self::read_shards(source, max_bytes, threads);
+            return Self::read_shards(source, max_bytes, limits);
         }
         if let Some(file) = PICKLE_FILES.into_iter().find(|file| source.contains(file)) {
             return Err(bad(
@@ -91,7 +93,7 @@ impl WeightFiles {
 
     /// One file that is in memory already.
     pub fn from_bytes(bytes: &[u8]) -> Self {
-        let mut buffer = HugeBuffer::zeroed(bytes.len());
+        let mut buffer = Arc::<ReadBuffers>::default().take(bytes.len());
         buffer.copy_from_slice(bytes);
         Self {
             files: vec![(WEIGHTS_FILE.into(), buffer)],
@@ -99,7 +101,7 @@ impl WeightFiles {
         }
     }
 
-    fn read_shards(source: &FileSource, max_bytes: u64, threads: usize) -> Result<Self, AdapterError> {
+    fn read_shards(source: &FileSource, max_bytes: u64, limits: &LoraLimits) -> Result<Self, AdapterError> {
         let index = parse_index(&read_file(source, INDEX_FILE, MAX_INDEX_BYTES)?)?;
         let mut names: Vec<String> = index.values().cloned().collect();
         names.sort();
@@ -107,7 +109,7 @@ impl WeightFiles {
         let mut files = Vec::new();
         let mut left = max_bytes;
         for name in names {
-            let bytes = read_weights(source, &name, left, threads)?;
+            let bytes = read_weights(source, &name, left, limits)?;
             left -= bytes.len() as u64;
             files.push((name, bytes));
         }
@@ -265,8 +267,9 @@ pub fn read_file(source: &FileSource, name: &str, max_bytes: u64) -> Result<Vec<
     source.read(name, max_bytes).map_err(|error| unreadable(name, &error))
 }
 
-fn read_weights(source: &FileSource, name: &str, max_bytes: u64, threads: usize) -> Result<HugeBuffer<u8>, AdapterError> {
-    source.read_large(name, max_bytes, threads).map_err(|error| unreadable(name, &error))
+fn read_weights(source: &FileSource, name: &str, max_bytes: u64, limits: &LoraLimits) -> Result<ReadBuffer, AdapterError> {
+    let read = source.read_large(name, max_bytes, limits.pack_threads, &limits.read_buffers);
+    read.map_err(|error| unreadable(name, &error))
 }
 
 fn unreadable(name: &str, error: &io::Error) -> AdapterError {

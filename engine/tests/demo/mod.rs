@@ -15,7 +15,7 @@ use polylora_engine::backend::cuda::{CudaBackend, CudaOptions, kv_block_bytes};
 use polylora_engine::{
     AdapterLease, EngineConfig, EngineParts, EvictionPolicy, FileSource, FinishReason, GenerationRequest, InferenceEngine, LlmEngine, LoadRequest,
     LogprobsParams, LoraConfig, SamplingParams, TokenEvent, TokenStream, UnloadMode,
-    adapter::{PackedDtype, load::LoraLimits, registry::AdapterRegistry},
+    adapter::{HostMemory, PackedDtype, load::LoraLimits, registry::AdapterRegistry},
     backend::{
         Backend,
         cpu::{ComputeDtype, CpuBackend, CpuOptions, KvBudget},
@@ -107,6 +107,7 @@ struct Device {
     name: String,
     dtype: &'static str,
     packed: PackedDtype,
+    memory: Option<Arc<dyn HostMemory>>,
 }
 
 /// The demo model on the CPU in f32; with `POLYLORA_TEST_DEVICE=cuda` on the GPU, where blocks are of 16 positions at least.
@@ -123,6 +124,7 @@ fn backend(files: &FileSource, decoder: &DecoderConfig, limits: &Limits) -> (Box
             max_context: if limits.is_shared { (num_blocks - 1) * block_size } else { usize::MAX },
             adapter_bytes: if limits.is_shared { usize::MAX } else { limits.adapter_bytes },
             max_adapters_per_batch: limits.max_loras,
+            host_reserve_bytes: 16 << 20,
             ..CudaOptions::default()
         };
         let backend = CudaBackend::load(files, decoder, &options).expect("the demo model loads on a CUDA device");
@@ -130,6 +132,7 @@ fn backend(files: &FileSource, decoder: &DecoderConfig, limits: &Limits) -> (Box
             name: backend.device_name(),
             dtype: "bfloat16",
             packed: PackedDtype::Bf16,
+            memory: backend.host_memory(),
         };
         return (Box::new(backend), device);
     }
@@ -156,6 +159,7 @@ fn cpu_device(backend: &CpuBackend) -> Device {
         name: backend.device_name(),
         dtype: backend.dtype().name(),
         packed: PackedDtype::F32,
+        memory: None,
     }
 }
 
@@ -183,11 +187,16 @@ fn engine(decoder: Arc<DecoderConfig>, backend: Box<dyn Backend>, device: Device
         max_loras_per_batch: limits.max_loras,
         max_loaded_loras: limits.max_loaded,
         max_loaded_bytes: limits.max_loaded_bytes,
+        host_reserve_bytes: None,
         eviction: EvictionPolicy::Lru,
         max_lora_rank: None,
         target_modules: None,
     };
-    let registry = AdapterRegistry::new(lora.registry_config(LoraLimits::new(device.packed)), decoder.clone());
+    let limits_of_device = LoraLimits {
+        memory: device.memory,
+        ..LoraLimits::new(device.packed)
+    };
+    let registry = AdapterRegistry::new(lora.registry_config(limits_of_device), decoder.clone());
     LlmEngine::start(EngineParts {
         device: device.name,
         dtype: device.dtype.to_owned(),

@@ -3,12 +3,13 @@
 //! A decode step reads every weight once. With 4 KiB pages it spends a third of the memory's bandwidth on page walks; so what is large
 //! and stays lies in mappings that ask for huge pages.
 
-use std::ops::{Deref, DerefMut};
+use std::io;
+use std::ops::{Deref, DerefMut, Range};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use bytemuck::{AnyBitPattern, NoUninit, Pod, Zeroable};
-use memmap2::MmapMut;
+use memmap2::{MmapMut, MmapOptions};
 
 /// One cache line, one AVX-512 register.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -42,8 +43,10 @@ impl AlignedBuffer {
 
 /// Zeroed memory of its own, in huge pages where the system has them. Pages take memory when they are first touched.
 struct Mapping {
-    /// Unmaps when dropped; reached through `start` only.
-    _map: MmapMut,
+    /// Unmaps when dropped; its bytes are reached through `start` only.
+    map: MmapMut,
+    /// Of `start` in `map`.
+    offset: usize,
     /// Aligned to a huge page if the mapping is that large.
     start: NonNull<u8>,
     bytes: usize,
@@ -55,22 +58,28 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Panics, as an allocation does, if the system has no memory left.
-    fn new(bytes: usize) -> Self {
+    fn new(bytes: usize, options: &MmapOptions) -> io::Result<Self> {
         let bytes = bytes.max(1).next_multiple_of(LINE);
         let alignment = if bytes >= HUGE_PAGE { HUGE_PAGE } else { 0 };
-        let mut map = MmapMut::map_anon(bytes + alignment).unwrap_or_else(|error| panic!("no memory for {bytes} bytes: {error}"));
+        let mut map = options.clone().len(bytes + alignment).map_anon()?;
         let offset = match alignment {
             0 => 0,
             _ => map.as_ptr().align_offset(alignment),
         };
+        let start = NonNull::from(&mut map[offset..][..bytes]).cast();
+        let mapping = Self { map, offset, start, bytes };
         #[cfg(target_os = "linux")]
         if alignment > 0 {
             // Without huge pages it is slower, not wrong.
-            let _ = map.advise_range(memmap2::Advice::HugePage, offset, bytes);
+            let _ = mapping.advise(memmap2::Advice::HugePage, 0..bytes);
         }
-        let start = NonNull::from(&mut map[offset..][..bytes]).cast();
-        Self { _map: map, start, bytes }
+        Ok(mapping)
+    }
+
+    #[cfg(target_os = "linux")]
+    fn advise(&self, advice: memmap2::Advice, bytes: Range<usize>) -> io::Result<()> {
+        assert!(bytes.end <= self.bytes, "{bytes:?} of {} bytes", self.bytes);
+        self.map.advise_range(advice, self.offset + bytes.start, bytes.len())
     }
 }
 
@@ -84,13 +93,57 @@ pub struct HugeBuffer<T> {
 impl<T: Pod> HugeBuffer<T> {
     /// `len` zeros. Memory is taken page by page as it is first touched. Panics if the system has none left.
     pub fn zeroed(len: usize) -> Self {
+        Self::with(len, &MmapOptions::new()).unwrap_or_else(|error| panic!("no memory for {len} elements: {error}"))
+    }
+
+    /// The same of which the system need not have all: whoever uses more than there is gets what it does to processes then.
+    ///
+    /// # Errors
+    /// The system's, if it gives no such address space.
+    pub fn reserved(len: usize) -> io::Result<Self> {
+        Self::with(len, MmapOptions::new().no_reserve_swap())
+    }
+
+    fn with(len: usize, options: &MmapOptions) -> io::Result<Self> {
         assert!(align_of::<T>() <= LINE, "elements fit a cache line's alignment");
-        let bytes = len.checked_mul(size_of::<T>()).expect("the length fits the address space");
-        Self {
-            mapping: Mapping::new(bytes),
+        let bytes = len.checked_mul(size_of::<T>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self {
+            mapping: Mapping::new(bytes, options)?,
             len,
             element: std::marker::PhantomData,
+        })
+    }
+
+    /// Where it begins: at a huge page if it is as long as one.
+    pub fn start(&self) -> NonNull<T> {
+        self.mapping.start.cast()
+    }
+
+    /// Has the system find memory for a range of bytes now, not at the first touch. What is there stays; a system that can't waits for the touch.
+    pub fn populate(&self, bytes: Range<usize>) {
+        #[cfg(target_os = "linux")]
+        let _ = self.mapping.advise(memmap2::Advice::PopulateWrite, bytes);
+        #[cfg(not(target_os = "linux"))]
+        let _ = bytes;
+    }
+
+    /// Gives the memory of whole pages back to the system; they are zeros afterwards.
+    ///
+    /// # Safety
+    /// Nobody has a reference to these bytes.
+    pub unsafe fn discard(&self, bytes: Range<usize>) {
+        #[cfg(target_os = "linux")]
+        {
+            let offset = self.mapping.offset + bytes.start;
+            // SAFETY: what was there is nobody's, and zeros are a value of any `Pod`.
+            let _ = unsafe {
+                self.mapping
+                    .map
+                    .unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, bytes.len())
+            };
         }
+        #[cfg(not(target_os = "linux"))]
+        let _ = bytes;
     }
 }
 
@@ -128,7 +181,9 @@ impl Arena {
             Some(mapping) if self.used_bytes + bytes <= mapping.bytes => Arc::clone(mapping),
             _ => {
                 self.used_bytes = 0;
-                Arc::clone(self.current.insert(Arc::new(Mapping::new(bytes.max(Self::MAPPING_BYTES)))))
+                let bytes = bytes.max(Self::MAPPING_BYTES);
+                let mapping = Mapping::new(bytes, &MmapOptions::new()).unwrap_or_else(|error| panic!("no memory for {bytes} bytes: {error}"));
+                Arc::clone(self.current.insert(Arc::new(mapping)))
             }
         };
         let start = self.used_bytes;
@@ -181,6 +236,19 @@ mod tests {
             assert!(region.as_slice::<u64>().iter().all(|&value| value == idx as u64 + 1));
             assert!(region.as_slice::<u64>().as_ptr().addr().is_multiple_of(LINE));
         }
+    }
+
+    #[test]
+    fn memory_can_be_had_before_it_is_touched_and_given_back() {
+        let mut buffer = HugeBuffer::<u8>::zeroed(2 * HUGE_PAGE);
+        buffer.fill(7);
+        buffer.populate(0..2 * HUGE_PAGE);
+        assert!(buffer.iter().all(|&value| value == 7));
+        // SAFETY: the reference that `iter` made has gone.
+        unsafe { buffer.discard(HUGE_PAGE..2 * HUGE_PAGE) };
+        assert!(buffer[..HUGE_PAGE].iter().all(|&value| value == 7));
+        #[cfg(target_os = "linux")]
+        assert!(buffer[HUGE_PAGE..].iter().all(|&value| value == 0));
     }
 
     #[test]

@@ -8,7 +8,6 @@ use std::{
     marker::PhantomData,
     ops::Range,
     sync::{Arc, PoisonError, RwLock, RwLockWriteGuard},
-    time::{Duration, Instant},
 };
 
 use bytemuck::Pod;
@@ -82,6 +81,8 @@ macro_rules! driver {
         $crate::cuda::device::check(stringify!($function), unsafe { sys::$function($($argument),*) })
     };
 }
+
+pub(super) use driver;
 
 /// Captures share it; what waits for a whole context has it alone. CUDA allows no such wait while a stream of the context is being captured, whatever
 /// thread does either: in driver 580.159 the two meeting is a null pointer inside the driver.
@@ -453,68 +454,6 @@ impl<T> Drop for PinnedBuffer<T> {
     fn drop(&mut self) {
         let _ = self.device.bind();
         let _ = driver!(cuMemFreeHost(self.data.cast()));
-    }
-}
-
-/// Memory of the caller's that is page-locked while this lives: copies from it run in the background at the speed of the bus, if none of them
-/// crosses a multiple of [`Self::PART`] bytes.
-///
-/// The driver holds up every other thread's calls while it locks or unlocks a part (0.15 ms where the pages are there already, far longer where
-/// they have to be made first), and its lock is not a fair one: whoever locks beside launches leaves pauses between the parts.
-pub struct RegisteredMemory {
-    parts: Vec<*mut c_void>,
-    device: Arc<Device>,
-}
-
-// SAFETY: addresses that are only given back to the driver.
-unsafe impl Send for RegisteredMemory {}
-// SAFETY: as above.
-unsafe impl Sync for RegisteredMemory {}
-
-impl RegisteredMemory {
-    /// So much is locked at a time: a huge page.
-    pub const PART: usize = 2 << 20;
-
-    /// Locks the pages of `memory`; `pause` is told after each part how long the driver took for it.
-    ///
-    /// # Safety
-    /// `memory` stays allocated until this is dropped.
-    ///
-    /// # Errors
-    /// The driver's: among others, memory that is registered already.
-    pub unsafe fn new(device: &Arc<Device>, memory: &[u8], mut pause: impl FnMut(Duration)) -> Result<Self, CudaError> {
-        device.bind()?;
-        let mut registered = Self {
-            parts: Vec::with_capacity(memory.len().div_ceil(Self::PART)),
-            device: device.clone(),
-        };
-        for part in memory.chunks(Self::PART) {
-            let data = part.as_ptr().cast_mut().cast::<c_void>();
-            let begin = Instant::now();
-            driver!(cuMemHostRegister_v2(data, part.len(), 0))?;
-            registered.parts.push(data);
-            pause(begin.elapsed());
-        }
-        Ok(registered)
-    }
-
-    /// Unlocks them likewise.
-    pub fn release(mut self, mut pause: impl FnMut(Duration)) {
-        let _ = self.device.bind();
-        while let Some(part) = self.parts.pop() {
-            let begin = Instant::now();
-            let _ = driver!(cuMemHostUnregister(part));
-            pause(begin.elapsed());
-        }
-    }
-}
-
-impl Drop for RegisteredMemory {
-    fn drop(&mut self) {
-        let _ = self.device.bind();
-        for part in self.parts.drain(..) {
-            let _ = driver!(cuMemHostUnregister(part));
-        }
     }
 }
 

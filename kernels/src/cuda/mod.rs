@@ -10,6 +10,7 @@ pub mod device;
 pub mod embedding;
 pub mod gemm;
 mod hopper;
+pub mod host_slab;
 pub mod lora;
 pub mod lora_output;
 pub mod own_logits;
@@ -21,7 +22,8 @@ mod stream_gemm;
 pub mod tuning;
 mod wide_gemm;
 
-pub use device::{CudaError, Device, DeviceBuffer, DeviceInfo, Event, Graph, LaunchConfig, PinnedBuffer, RegisteredMemory, Stream, View, devices};
+pub use device::{CudaError, Device, DeviceBuffer, DeviceInfo, Event, Graph, LaunchConfig, PinnedBuffer, Stream, View, devices};
+pub use host_slab::HostSlab;
 
 /// The compiled kernels.
 mod images {

@@ -1,14 +1,14 @@
 //! The engine on a CUDA device.
 
-use std::sync::Arc;
-
 use anyhow::anyhow;
 use polylora_engine::{
-    adapter::{LoraLimits, PackedDtype, registry::PrepareHost},
+    LoraConfig,
+    adapter::{LoraLimits, ModuleId, PackedDtype, Projection, load::module_shape},
     backend::cuda::{CudaBackend, CudaOptions, LoadError, MemoryUse, devices},
+    decoder::DecoderConfig,
 };
 
-use super::{BuiltEngine, DeviceFacts, EngineInputs, StepLimits};
+use super::{BuiltEngine, DeviceFacts, EngineInputs, HostMemory, StepLimits};
 use crate::config::{Device, MemoryBudget};
 
 /// Sequences at once, unless set.
@@ -23,6 +23,14 @@ const MEMORY_FRACTION: f64 = 0.85;
 const MIN_BUFFER_RANK: u32 = 64;
 /// Largest rank, unless it is set or inferred from the adapters of the start. Buffers for it take some megabytes.
 const MAX_LORA_RANK: u32 = 256;
+/// Address space for adapters on the host, where the machine's memory is not known.
+const HOST_BYTES: u64 = 64 << 30;
+/// Adapters of rank [`RESERVE_RANK`] on every projection that the host keeps memory ready for, unless set: what may come at once. Memory that nobody used
+/// since the machine's boot made the first tokens of an adapter wait 0.1 to 0.4 s on some machines.
+const RESERVE_ADAPTERS: usize = 64;
+const RESERVE_RANK: usize = 16;
+/// Of the machine's memory.
+const MOST_RESERVE: u64 = 16;
 
 /// Whether the model goes to a CUDA device: `auto` takes one if there is one, and says why not if there is none.
 pub(super) fn is_chosen(device: Device) -> anyhow::Result<bool> {
@@ -52,6 +60,7 @@ pub(super) fn start(mut inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine>
         Some(MemoryBudget::Fraction(fraction)) => (fraction.min(0.99), None),
         Some(MemoryBudget::Bytes(bytes)) => (MEMORY_FRACTION, Some(usize::try_from(bytes)?)),
     };
+    let host_bytes = HostMemory::read().total.unwrap_or(HOST_BYTES);
     let options = CudaOptions {
         mem_fraction,
         shared_bytes,
@@ -60,6 +69,11 @@ pub(super) fn start(mut inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine>
         max_batch_tokens: limits.tokens,
         max_context: inputs.context_length.unwrap_or(usize::MAX),
         adapter_bytes: if lora.is_some() { usize::MAX } else { 0 },
+        host_bytes: usize::try_from(host_bytes)?,
+        host_reserve_bytes: match lora {
+            Some(lora) => host_reserve_bytes(lora, &inputs.decoder, host_bytes),
+            None => 0,
+        },
         max_adapters_per_batch: lora.as_ref().map_or(1, |lora| lora.max_loras_per_batch),
         max_lora_rank: lora
             .as_ref()
@@ -82,11 +96,27 @@ pub(super) fn start(mut inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine>
         lora_limits: LoraLimits {
             features: CudaBackend::LORA_FEATURES,
             max_combined_rank: Some(options.max_lora_rank as u32),
+            memory: backend.host_memory(),
             ..LoraLimits::new(PackedDtype::Bf16)
         },
-        prepare: Some(PrepareHost(Arc::new(backend.page_locker()))),
     };
     super::start(inputs, Box::new(backend), device)
+}
+
+/// Bytes of host memory to keep ready for adapters that are still to be read.
+fn host_reserve_bytes(lora: &LoraConfig, decoder: &DecoderConfig, host_bytes: u64) -> usize {
+    if let Some(bytes) = lora.host_reserve_bytes {
+        return bytes;
+    }
+    let width = |projection| {
+        let (d_in, d_out) = module_shape(decoder, ModuleId::Layer { layer: 0, projection });
+        d_in + d_out
+    };
+    let width: usize = Projection::ALL.into_iter().map(width).sum();
+    let adapter_bytes = decoder.num_layers * width * RESERVE_RANK * PackedDtype::Bf16.size_bytes();
+    let adapters = lora.max_loaded_loras.map_or(RESERVE_ADAPTERS, |loaded| loaded.min(RESERVE_ADAPTERS));
+    let most = usize::try_from(host_bytes / MOST_RESERVE).unwrap_or(usize::MAX);
+    (adapters * adapter_bytes).min(most).min(lora.max_loaded_bytes.unwrap_or(usize::MAX))
 }
 
 /// The device's refusal in the words of the command line.

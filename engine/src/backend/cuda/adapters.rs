@@ -15,13 +15,13 @@ use std::{
 use bytemuck::{bytes_of, cast_slice, cast_slice_mut};
 use half::bf16;
 use polylora_kernels::cuda::{
-    CudaError, Device, Event, PinnedBuffer, RegisteredMemory, Stream, View,
+    CudaError, Device, Event, HostSlab, PinnedBuffer, Stream, View,
     embedding::EmbeddingAdapter,
     lora::{LoraDescriptor, RANK_TILE},
     lora_output::OutputTerms,
 };
 
-use super::{arena::ALIGNMENT, page_lock::PageLocker, region::Region};
+use super::{arena::ALIGNMENT, region::Region};
 use crate::{
     adapter::{HostAdapter, ModuleId, PackedDtype, PackedModule, Projection, TokenRows},
     backend::{BackendError, cpu::module_shape},
@@ -210,14 +210,9 @@ pub(super) struct Adapters {
 
 impl Adapters {
     /// In the upper part of `region`. Ranks above `max_lora_rank` are refused, and more than `max_vocab_size` tokens.
-    pub fn new(
-        device: &Arc<Device>,
-        region: Region,
-        (max_lora_rank, max_vocab_size): (usize, usize),
-        locker: &PageLocker,
-    ) -> Result<Self, CudaError> {
+    pub fn new(device: &Arc<Device>, region: Region, (max_lora_rank, max_vocab_size): (usize, usize)) -> Result<Self, CudaError> {
         Ok(Self {
-            uploads: UploadThread::start(device, locker)?,
+            uploads: UploadThread::start(device)?,
             region,
             max_lora_rank,
             max_vocab_size,
@@ -752,8 +747,8 @@ struct UploadThread {
 }
 
 impl UploadThread {
-    fn start(device: &Arc<Device>, locker: &PageLocker) -> Result<Self, CudaError> {
-        let mut uploader = Uploader::new(device, locker.clone())?;
+    fn start(device: &Arc<Device>) -> Result<Self, CudaError> {
+        let mut uploader = Uploader::new(device)?;
         let (jobs, inbox) = channel();
         let is_ending = Arc::new(AtomicBool::new(false));
         let ends = is_ending.clone();
@@ -788,7 +783,6 @@ impl Drop for UploadThread {
 /// Uploads on a stream of its own: straight from the adapter's memory where that is page-locked. What has to wait for steps lets others pass.
 struct Uploader {
     device: Arc<Device>,
-    locker: PageLocker,
     /// In the order in which they came.
     waiting: VecDeque<Job>,
     stream: Stream,
@@ -798,11 +792,10 @@ struct Uploader {
 }
 
 impl Uploader {
-    fn new(device: &Arc<Device>, locker: PageLocker) -> Result<Self, CudaError> {
+    fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
         let stage = || PinnedBuffer::zeroed(device, STAGE_BYTES / 2);
         Ok(Self {
             device: device.clone(),
-            locker,
             waiting: VecDeque::new(),
             stream: Stream::new(device)?,
             stages: [stage()?, stage()?],
@@ -816,8 +809,6 @@ impl Uploader {
         while let Some((job, is_free)) = self.next_job(inbox, is_ending) {
             let result = bound.clone().and(is_free).and_then(|()| self.upload(&job));
             job.upload.result.set(result).expect("one job an upload");
-            // Who was here once may come again.
-            self.locker.ask(&job.host);
         }
     }
 
@@ -858,7 +849,7 @@ impl Uploader {
     }
 
     fn enqueue(&mut self, job: &Job) -> Result<(), CudaError> {
-        let is_direct = job.host.dtype == PackedDtype::Bf16 && job.host.blob.is_held() == Some(true);
+        let is_direct = job.host.dtype == PackedDtype::Bf16 && job.host.blob.is_locked();
         for range in &job.placement.zeros {
             let padding: View<'_, u8> = View::from_address(job.address + range.start as u64, range.len());
             self.stream.fill_bytes(padding, 0)?;
@@ -869,11 +860,12 @@ impl Uploader {
             let address = job.address + *to as u64;
             match (is_direct, is_f32) {
                 (true, _) => {
-                    for part in within_parts(from.clone()) {
-                        let to = address + (part.start - from.start) as u64;
-                        let bytes = &job.host.blob.as_bytes()[part];
-                        self.stream.copy_to_device(View::from_address(to, bytes.len()), bytes)?;
-                        queued_bytes += bytes.len();
+                    let first = bytes.as_ptr().addr();
+                    for part in within_parts(first..first + bytes.len()) {
+                        let part = &bytes[part.start - first..part.end - first];
+                        let to = address + (part.as_ptr().addr() - first) as u64;
+                        self.stream.copy_to_device(View::from_address(to, part.len()), part)?;
+                        queued_bytes += part.len();
                         if queued_bytes >= MOST_QUEUED_BYTES {
                             self.stream.synchronize()?;
                             queued_bytes = 0;
@@ -911,11 +903,11 @@ impl Uploader {
     }
 }
 
-/// A range of bytes, cut where the parts of registered memory end.
+/// A range of host addresses, cut where the parts of a slab end.
 fn within_parts(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let mut rest = range;
     std::iter::from_fn(move || {
-        let end = rest.end.min((rest.start / RegisteredMemory::PART + 1) * RegisteredMemory::PART);
+        let end = rest.end.min((rest.start / HostSlab::PART + 1) * HostSlab::PART);
         let cut = rest.start..end;
         rest.start = end;
         (!cut.is_empty()).then_some(cut)
@@ -927,8 +919,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn copies_end_where_registered_parts_end() {
-        const PART: usize = RegisteredMemory::PART;
+    fn copies_end_where_locked_parts_end() {
+        const PART: usize = HostSlab::PART;
         let cut = |range| within_parts(range).map(|part| (part.start, part.end)).collect::<Vec<_>>();
         assert_eq!(cut(10..PART), [(10, PART)]);
         assert_eq!(

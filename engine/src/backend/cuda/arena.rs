@@ -69,6 +69,17 @@ impl Arena {
         Some(offset)
     }
 
+    /// A run at a place that is free.
+    pub fn allocate_at(&mut self, id: u32, offset: usize, len: usize) {
+        let index = self.runs.partition_point(|run| run.offset < offset);
+        let is_before_the_next = self
+            .runs
+            .get(index)
+            .map_or(offset + len <= self.capacity, |next| offset + len <= next.offset);
+        assert!(is_before_the_next, "bytes {offset} to {} are not free", offset + len);
+        self.runs.insert(index, Run { offset, len, id });
+    }
+
     pub fn free(&mut self, id: u32) {
         self.runs.retain(|run| run.id != id);
     }
@@ -108,6 +119,14 @@ mod tests {
         assert_eq!(arena.allocate(3, 2 * ALIGNMENT), Some(4 * ALIGNMENT));
         arena.free(1);
         assert_eq!(arena.free_bytes(), 7 * ALIGNMENT);
+        arena.allocate_at(7, ALIGNMENT, ALIGNMENT);
+        assert_eq!(
+            arena.allocate(4, 2 * ALIGNMENT),
+            Some(6 * ALIGNMENT),
+            "one is free on either side of the one in the gap"
+        );
+        arena.free(7);
+        arena.free(4);
         assert_eq!(arena.allocate(4, 2 * ALIGNMENT), Some(0));
         assert_eq!(arena.allocate(5, 5 * ALIGNMENT), None, "five are free, four of them together");
         let moves = arena.compact(|_| true);

@@ -33,8 +33,9 @@ mod adapters;
 mod arena;
 mod forward;
 mod head;
+mod host_memory;
+mod ledger;
 mod model;
-mod page_lock;
 mod plan;
 mod region;
 mod sampling;
@@ -44,8 +45,8 @@ use adapters::Adapters;
 use arena::ALIGNMENT;
 use forward::{Forward, HeadDeltasViews, HeadViews, StepViews, Workspace, WorkspaceSize};
 use head::HeadChunk;
+use host_memory::LockedMemory;
 use model::Model;
-use page_lock::PageLocker;
 use plan::{ForwardPlaces, StepPlan, StepShape};
 use region::Region;
 use sampling::{RowResult, SampleWork, needs_logits};
@@ -57,7 +58,7 @@ use super::{
     cpu::KvBudget,
 };
 use crate::{
-    adapter::{HostAdapter, LoraFeatures, load::MAX_ADDED_TOKENS},
+    adapter::{HostAdapter, HostMemory, LoraFeatures, load::MAX_ADDED_TOKENS},
     batch::{AdapterHandle, ChooseToken, SampleRow, StepBatch, StepOutput},
     block_pool::BlockMove,
     decoder::{DecoderConfig, RopeTables},
@@ -92,6 +93,10 @@ pub struct CudaOptions {
     /// Most bytes of adapters that batches may name; of shared memory they always leave the KV cache a sequence of the longest context, or three
     /// quarters if that is less.
     pub adapter_bytes: usize,
+    /// Most bytes of host memory for adapters that wait to be uploaded; until they are used they are address space.
+    pub host_bytes: usize,
+    /// Of these, about so many are kept page-locked beyond those in use, for adapters that are still to be read.
+    pub host_reserve_bytes: usize,
     /// Distinct adapters of one step.
     pub max_adapters_per_batch: usize,
     /// Largest rank of an adapter's module.
@@ -105,7 +110,8 @@ pub struct CudaOptions {
 }
 
 impl Default for CudaOptions {
-    /// Device 0, 90 % of its memory, 2048 rows, adapters of up to rank 64 in any memory that the KV cache can spare, 64 of them in a step.
+    /// Device 0, 90 % of its memory, 2048 rows, adapters of up to rank 64 in any memory that the KV cache can spare, 64 of them in a step; up to
+    /// 64 GiB of them on the host, and no reserve.
     fn default() -> Self {
         Self {
             device: 0,
@@ -116,6 +122,8 @@ impl Default for CudaOptions {
             max_batch_tokens: 2048,
             max_context: usize::MAX,
             adapter_bytes: usize::MAX,
+            host_bytes: 64 << 30,
+            host_reserve_bytes: 0,
             max_adapters_per_batch: 64,
             max_lora_rank: 64,
             tune: true,
@@ -223,7 +231,7 @@ pub struct CudaBackend {
     in_flight: VecDeque<InFlight>,
     /// As many as `in_flight` has, for other threads.
     steps: Arc<AtomicUsize>,
-    locker: PageLocker,
+    host_memory: LockedMemory,
     stream: Stream,
     kernels: Kernels,
     gemm: Gemm,
@@ -370,14 +378,14 @@ impl CudaBackend {
         })?;
         let region = Region::new(&stream, memory.bytes, memory.block_bytes, memory.num_blocks).map_err(MemoryUse::CacheAndAdapters.name(&device))?;
         let steps = Arc::new(AtomicUsize::new(0));
-        let locker = PageLocker::new(&device, &steps)?;
-        let adapters = Adapters::new(&device, region, (options.max_lora_rank, config.vocab_size + MAX_ADDED_TOKENS), &locker)?;
+        let host_memory = LockedMemory::new(&device, options.host_bytes, options.host_reserve_bytes, &steps)?;
+        let adapters = Adapters::new(&device, region, (options.max_lora_rank, config.vocab_size + MAX_ADDED_TOKENS))?;
         stream.synchronize()?;
         let mut backend = Self {
             graphs: HashMap::new(),
             in_flight: VecDeque::new(),
             steps,
-            locker,
+            host_memory,
             kernels,
             gemm,
             model,
@@ -474,10 +482,9 @@ impl CudaBackend {
         format!("cuda:{} ({})", info.ordinal, info.name)
     }
 
-    /// Has the memory of adapters page-locked in the background, which makes their uploads faster. Returns at once, on any thread.
-    pub fn page_locker(&self) -> impl Fn(&HostAdapter) + Send + Sync + 'static {
-        let locker = self.locker.clone();
-        move |host| locker.ask(host)
+    /// Memory from which adapters are uploaded faster; `None` where the system gives none.
+    pub fn host_memory(&self) -> Option<Arc<dyn HostMemory>> {
+        self.host_memory.memory()
     }
 
     /// Bytes of the base model's weights on the device.
