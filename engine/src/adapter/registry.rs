@@ -284,10 +284,16 @@ struct Failure {
 type LeaseSender = oneshot::Sender<Result<AdapterLease, AdapterError>>;
 type LeaseReceiver = oneshot::Receiver<Result<AdapterLease, AdapterError>>;
 
+/// Who waits for a load, and how long for room: as long as another, whenever it came.
+struct Waiter {
+    sender: LeaseSender,
+    deadline: Instant,
+}
+
 /// Weights of a registered name.
 enum Tier {
     Registered,
-    Loading(Vec<LeaseSender>),
+    Loading(Vec<Waiter>),
     Host(Arc<HostAdapter>),
 }
 
@@ -1384,11 +1390,24 @@ impl State {
         }
         let Some(entry) = self.entries.get_mut(&load.name) else { return false };
         let Tier::Loading(waiters) = &entry.tier else { return false };
-        let wanted = entry.pinned || waiters.iter().any(|waiter| !waiter.is_closed());
+        let wanted = entry.pinned || waiters.iter().any(|waiter| !waiter.sender.is_closed());
         if !wanted {
             entry.tier = Tier::Registered;
         }
         wanted
+    }
+
+    /// Whose time is up of those who wait for a load that finds no room, and how long the others wait on; a pinned adapter always does. `None`
+    /// if nobody is left to wait.
+    fn whose_time_is_up(&mut self, name: &str, room_timeout: Duration) -> Option<(Vec<Waiter>, Instant)> {
+        let now = Instant::now();
+        let entry = self.entries.get_mut(name)?;
+        let Tier::Loading(waiters) = &mut entry.tier else { return None };
+        let first = waiters.iter().map(|waiter| waiter.deadline).filter(|deadline| now < *deadline).min();
+        let deadline = first.or_else(|| entry.pinned.then(|| now + room_timeout))?;
+        let (over, rest) = std::mem::take(waiters).into_iter().partition(|waiter| waiter.deadline <= now);
+        *waiters = rest;
+        Some((over, deadline))
     }
 
     /// Names, and what is kept in host memory, that may not leave: pinned, or in use.
@@ -1606,6 +1625,8 @@ impl Shared {
     /// Sees to it that a registered adapter is being loaded. Does nothing for one on the host.
     fn fetch(&self, state: &mut State, name: &Arc<str>, waiter: Option<LeaseSender>) -> Result<(), AdapterError> {
         let Some(entry) = state.entries.get_mut(name) else { return Ok(()) };
+        let deadline = Instant::now() + self.config.room_timeout;
+        let waiter = waiter.map(|sender| Waiter { sender, deadline });
         match &mut entry.tier {
             Tier::Host(_) => return Ok(()),
             Tier::Loading(waiters) => {
@@ -1624,7 +1645,6 @@ impl Shared {
             registration: entry.registration,
             facts: entry.facts.clone(),
         };
-        let deadline = Instant::now() + self.config.room_timeout;
         self.enqueue(Job::Fetch(Parked { work, deadline, grant: None }))?;
         entry.tier = Tier::Loading(waiter.into_iter().collect());
         Ok(())
@@ -1675,9 +1695,7 @@ impl Shared {
         }
         self.room_may_be();
         if let (Tier::Loading(waiters), Some(error)) = (entry.tier, error) {
-            for waiter in waiters {
-                let _ = waiter.send(Err(error.clone()));
-            }
+            refuse(waiters, &error);
         }
         let mut holds = entry.previous;
         holds.push(entry.hold);
@@ -1741,9 +1759,13 @@ impl Shared {
     }
 
     fn run_fetch(&self, load: Parked<Load>) {
-        // Forgotten or replaced meanwhile: whoever waited has had an answer.
-        let Some(files) = self.state.lock().current(&load.work).map(|entry| entry.files.clone()) else {
-            return;
+        let files = {
+            let mut state = self.state.lock();
+            // Forgotten or replaced meanwhile: whoever waited has had an answer. Or has gone: nothing leaves for what nobody wants.
+            match state.is_wanted(&load.work).then(|| state.current(&load.work)).flatten() {
+                Some(entry) => entry.files.clone(),
+                None => return,
+            }
         };
         // Looked at before the files are read, so that nothing is read in vain while there is no room.
         if let Some(load) = self.park_without_room(load) {
@@ -2061,7 +2083,7 @@ impl Shared {
             .collect()
     }
 
-    fn finish_fetch(&self, load: Parked<Load>, loaded: Result<(Arc<HostAdapter>, Arc<Facts>), AdapterError>) {
+    fn finish_fetch(&self, mut load: Parked<Load>, loaded: Result<(Arc<HostAdapter>, Arc<Facts>), AdapterError>) {
         let mut state = self.state.lock();
         if state.current(&load.work).is_none() {
             return;
@@ -2074,15 +2096,11 @@ impl Shared {
                     Ok(()) => Ok((weights, facts)),
                     Err(error) => {
                         state.leaving.push(weights);
-                        if is_no_room(&error) && Instant::now() < load.deadline {
-                            // Others were faster to the room that there was, or it is larger than was known.
-                            if let Some(entry) = state.entries.get_mut(&load.work.name) {
-                                entry.facts.get_or_insert_with(|| facts.clone());
-                            }
-                            unlock(state);
-                            let facts = Some(facts);
-                            let work = Load { facts, ..load.work };
-                            return self.park(Parked { work, ..load });
+                        if is_no_room(&error)
+                            && let Some(entry) = state.entries.get_mut(&load.work.name)
+                        {
+                            entry.facts.get_or_insert_with(|| facts.clone());
+                            load.work.facts = Some(facts);
                         }
                         Err(error)
                     }
@@ -2090,6 +2108,15 @@ impl Shared {
             }
             Err(error) => Err(error),
         };
+        // Others were faster to the room that there was, it is larger than was known, or it has waited for too long for some.
+        if let Err(error) = &loaded
+            && is_no_room(error)
+            && let Some((over, deadline)) = state.whose_time_is_up(&load.work.name, self.config.room_timeout)
+        {
+            unlock(state);
+            self.park(Parked { deadline, ..load });
+            return refuse(over, error);
+        }
         let name = &load.work.name;
         let tick = state.tick();
         let Some(entry) = state.entries.get_mut(name) else { return };
@@ -2137,9 +2164,7 @@ impl Shared {
                 state.load_failures_total += 1;
                 state.moved(name, |moves| moves.load_failures += 1);
                 unlock(state);
-                for waiter in waiters {
-                    let _ = waiter.send(Err(error.clone()));
-                }
+                refuse(waiters, &error);
             }
         }
     }
@@ -2182,14 +2207,14 @@ impl Shared {
     }
 
     /// Leases for those who waited, made before anyone else can evict what was just loaded.
-    fn leases_for(&self, state: &mut State, name: &str, waiters: Vec<LeaseSender>) -> Vec<(LeaseSender, AdapterLease)> {
-        let lease = |waiter| Some((waiter, self.lease(state, name, false)?));
+    fn leases_for(&self, state: &mut State, name: &str, waiters: Vec<Waiter>) -> Vec<(LeaseSender, AdapterLease)> {
+        let lease = |waiter: Waiter| Some((waiter.sender, self.lease(state, name, false)?));
         waiters.into_iter().filter_map(lease).collect()
     }
 
     /// Registers new content under a name, free or taken (whose old weights have left the tier). Gives those who waited for the old
     /// content's load.
-    fn put(&self, state: &mut State, request: LoadRequest, weights: Arc<HostAdapter>, facts: Arc<Facts>) -> Vec<LeaseSender> {
+    fn put(&self, state: &mut State, request: LoadRequest, weights: Arc<HostAdapter>, facts: Arc<Facts>) -> Vec<Waiter> {
         let Some(mut old) = state.entries.remove(request.name.as_str()) else {
             state.insert(request, Some((weights, facts)));
             return Vec::new();
@@ -2426,6 +2451,13 @@ pub fn check_adapter_name(name: &str, base_names: &[String]) -> Result<(), Adapt
 fn answer(answers: Vec<(LeaseSender, AdapterLease)>) {
     for (waiter, lease) in answers {
         let _ = waiter.send(Ok(lease));
+    }
+}
+
+fn refuse(waiters: Vec<Waiter>, error: &AdapterError) {
+    for waiter in waiters {
+        // Whoever waited may have gone.
+        let _ = waiter.sender.send(Err(error.clone()));
     }
 }
 
@@ -2835,6 +2867,102 @@ mod tests {
         let stats = registry.stats();
         assert_eq!((stats.loaded, stats.waiting_for_room, stats.leases), (1, 0, 0));
         assert_eq!(registry.shared.parked.load(Ordering::SeqCst), 0);
+    }
+
+    /// Puts an end to the time of the first who waits for room for this adapter, as if it had passed.
+    fn let_time_pass(registry: &AdapterRegistry, name: &str) -> Instant {
+        let now = Instant::now();
+        let mut state = registry.shared.state.lock();
+        if let Some(Entry {
+            tier: Tier::Loading(waiters),
+            ..
+        }) = state.entries.get_mut(name)
+            && let Some(first) = waiters.first_mut()
+        {
+            first.deadline = now;
+        }
+        state.parked.iter_mut().find(|load| *load.work.name == *name).unwrap().deadline = now;
+        now
+    }
+
+    #[test]
+    fn who_comes_later_waits_for_room_as_long_as_who_came_first() {
+        let directory = folder(&["a", "b"]);
+        let registry = registry(|config| {
+            config.max_loaded_loras = Some(1);
+            config.room_timeout = FOR_EVER;
+        });
+        for name in ["a", "b"] {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        let held = acquire(&registry, "a").unwrap();
+        let (mut first, mut second) = (registry.acquire("b"), registry.acquire("b"));
+        poll_until_parked(&registry, &mut first, "b");
+        assert!(is_pending(&mut second));
+        let_time_pass(&registry, "b");
+        let no_room = AdapterError::NothingToEvict { loaded: 1, limit: 1 };
+        assert_eq!(block_on(first).unwrap_err(), no_room);
+        assert!(is_pending(&mut second));
+        drop(held);
+        block_on(second).unwrap();
+        assert_eq!(registry.stats().load_failures_total, 0);
+    }
+
+    #[test]
+    fn a_pinned_adapter_waits_for_room_until_there_is_some() {
+        let directory = folder(&["a", "b"]);
+        let registry = registry(|config| {
+            config.max_loaded_loras = Some(1);
+            config.room_timeout = FOR_EVER;
+        });
+        for name in ["a", "b"] {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        let held = acquire(&registry, "a").unwrap();
+        registry.pin("b", true).unwrap();
+        while registry.stats().waiting_for_room == 0 {
+            std::thread::yield_now();
+        }
+        let over = let_time_pass(&registry, "b");
+        loop {
+            let state = registry.shared.state.lock();
+            assert!(matches!(state.entries["b"].tier, Tier::Loading(_)), "it is given up");
+            if state.parked.iter().any(|load| load.deadline != over) {
+                break;
+            }
+            drop(state);
+            std::thread::yield_now();
+        }
+        drop(held);
+        while registry.pinned().is_empty() {
+            std::thread::yield_now();
+        }
+        assert_eq!(registry.info("b").unwrap().state, AdapterState::Host);
+    }
+
+    #[test]
+    fn what_nobody_waits_for_any_more_is_not_read() {
+        let directory = folder(&["a", "b", "gate"]);
+        let mut open = None;
+        let registry = registry(|config| {
+            config.max_loaded_loras = Some(1);
+            open = Some(gate(config, &directory));
+        });
+        for name in ["a", "b"] {
+            registry.register(request_in(&directory, name)).unwrap();
+        }
+        drop(acquire(&registry, "a").unwrap());
+        let mut busy = registry.load(request_in(&directory, "gate"));
+        assert!(is_pending(&mut busy));
+        let mut gone = registry.acquire("b");
+        assert!(is_pending(&mut gone));
+        drop(gone);
+        drop(open);
+        block_on(busy).unwrap_err();
+        until_idle(&registry);
+        let state = |name| registry.info(name).unwrap().state;
+        assert_eq!(["a", "b"].map(state), [AdapterState::Host, AdapterState::Registered]);
+        drop(acquire(&registry, "b").unwrap());
     }
 
     #[test]
@@ -3389,26 +3517,32 @@ mod tests {
         assert!(Arc::ptr_eq(leases[0].weights(), leases[1].weights()));
     }
 
+    /// Has the only loader stop when it reads the folder "gate", which fails when what this gives is dropped.
+    fn gate(config: &mut RegistryConfig, directory: &tempfile::TempDir) -> std::sync::mpsc::Sender<()> {
+        std::fs::write(directory.path().join("gate/tokenizer.json"), b"[]").unwrap();
+        let (open, gate) = std::sync::mpsc::channel();
+        let gate = Mutex::new(gate);
+        config.loader_threads = 1;
+        config.limits.companion = Some(Arc::new(move |files, _| {
+            if files.contains("tokenizer.json") {
+                gate.lock().recv().unwrap_or(());
+                return Err(AdapterError::Internal { reason: "the gate".into() });
+            }
+            Ok(None)
+        }));
+        open
+    }
+
     #[test]
     fn two_sums_never_wait_for_the_room_that_each_others_parts_take() {
         let directory = folder(&["a", "b", "c", "d", "gate"]);
-        std::fs::write(directory.path().join("gate/tokenizer.json"), b"[]").unwrap();
         let bytes = load_adapter(&source_of(&directory, "a"), &tiny_decoder(), &limits()).unwrap().0.bytes();
-        let (open, gate) = std::sync::mpsc::channel::<()>();
-        let gate = Mutex::new(gate);
+        let mut open = None;
         let registry = registry(|config| {
             // Two adapters and their sum.
             config.max_loaded_bytes = Some(4 * bytes);
             config.room_timeout = FOR_EVER;
-            config.loader_threads = 1;
-            config.limits.companion = Some(Arc::new(move |files, _| {
-                if files.contains("tokenizer.json") {
-                    // An error once it was opened.
-                    let _ = gate.lock().recv();
-                    return Err(AdapterError::Internal { reason: "the gate".into() });
-                }
-                Ok(None)
-            }));
+            open = Some(gate(config, &directory));
         });
         for name in ["a", "b", "c", "d"] {
             registry.register(request_in(&directory, name)).unwrap();
