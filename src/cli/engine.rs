@@ -424,22 +424,41 @@ struct HostMemory {
 impl HostMemory {
     /// From `/proc` and the control group; unknown elsewhere.
     fn read() -> Self {
-        let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let text = |path: &str| std::fs::read_to_string(path).ok();
+        let first = |paths: [&str; 2]| paths.into_iter().find_map(text).unwrap_or_default();
+        const GROUP: &str = "/sys/fs/cgroup";
+        let of_group = |name: &str, old_name: &str| first([&format!("{GROUP}/{name}"), &format!("{GROUP}/memory/{old_name}")]);
+        Self::parse(
+            &text("/proc/meminfo").unwrap_or_default(),
+            [
+                &of_group("memory.max", "memory.limit_in_bytes"),
+                &of_group("memory.current", "memory.usage_in_bytes"),
+                &of_group("memory.stat", "memory.stat"),
+            ],
+        )
+    }
+
+    /// From what these files say.
+    fn parse(meminfo: &str, [limit, used, stat]: [&str; 3]) -> Self {
         let field = |name: &str| {
             let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
             Some(line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()? * 1024)
         };
-        let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-        let limit = number("/sys/fs/cgroup/memory.max").or_else(|| number("/sys/fs/cgroup/memory/memory.limit_in_bytes"));
-        let used = number("/sys/fs/cgroup/memory.current").or_else(|| number("/sys/fs/cgroup/memory/memory.usage_in_bytes"));
+        let number = |text: &str| text.trim().parse::<u64>().ok();
+        // What was read of files counts as used until somebody needs it: after a model's files were read that is most of what there is.
+        let files = ["inactive_file ", "active_file "].into_iter().filter_map(|name| {
+            let line = stat.lines().find_map(|line| line.strip_prefix(name))?;
+            number(line)
+        });
+        let used = number(used).unwrap_or(0).saturating_sub(files.sum());
+        let limit = number(limit);
         let at_most = |value: Option<u64>, bound: Option<u64>| match (value, bound) {
             (Some(value), Some(bound)) => Some(value.min(bound)),
             (value, bound) => value.or(bound),
         };
-        let free_in_group = limit.map(|limit| limit.saturating_sub(used.unwrap_or(0)));
         Self {
             total: at_most(field("MemTotal:"), limit),
-            available: at_most(field("MemAvailable:"), free_in_group),
+            available: at_most(field("MemAvailable:"), limit.map(|limit| limit.saturating_sub(used))),
         }
     }
 }
@@ -501,6 +520,23 @@ mod tests {
     fn plan(budget: Option<MemoryBudget>, available: u64) -> (usize, usize) {
         let plan = MemoryPlan::of(budget, &NEEDS, &memory(available)).unwrap();
         (plan.kv_bytes, plan.adapter_bytes)
+    }
+
+    #[test]
+    fn what_a_control_group_has_read_of_files_is_free() {
+        let meminfo = "MemTotal:       1000 kB\nMemFree:  1 kB\nMemAvailable:    900 kB\n";
+        let stat = "anon 100000\nfile 350000\ninactive_file 200000\nactive_file 100000\nworkingset_refault_file 7\n";
+        let memory = |group| {
+            let memory = HostMemory::parse(meminfo, group);
+            (memory.total, memory.available)
+        };
+        assert_eq!(memory(["500000\n", "490000\n", stat]), (Some(500_000), Some(310_000)));
+        assert_eq!(memory(["500000\n", "490000\n", ""]), (Some(500_000), Some(10_000)));
+        for no_limit in ["max\n", "", "9223372036854771712\n"] {
+            assert_eq!(memory([no_limit, "490000\n", stat]), (Some(1000 << 10), Some(900 << 10)));
+        }
+        let unknown = HostMemory::parse("", [""; 3]);
+        assert_eq!((unknown.total, unknown.available), (None, None));
     }
 
     #[test]
