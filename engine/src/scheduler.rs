@@ -357,6 +357,8 @@ impl Scheduler {
                 Admission::Admitted { num_rows } => {
                     prefill_rows += num_rows;
                     num_prompts += usize::from(num_rows > 1);
+                    let is_late = |request_id| late.iter().any(|(_, late_id)| *late_id == request_id);
+                    overdue = self.waiting.overdue_turn().filter(|(_, request_id)| !is_late(*request_id));
                 }
                 Admission::Failed(_) => {}
                 Admission::NotYet | Admission::NoRoom if is_overdue => {}
@@ -1842,6 +1844,41 @@ mod tests {
             }
             assert!(steps > 20 * num_adapters, "{steps} steps while all waited");
             bench.run();
+        }
+    }
+
+    #[test]
+    fn fresh_tenants_overtake_a_request_only_so_often_however_many_a_step_admits() {
+        for num_before in 0..2 {
+            let mut bench = Bench::new(Limits {
+                max_running: 2,
+                prefix_caching: false,
+                ..ROOMY
+            });
+            let ask = |bench: &mut Bench, tenant: &str, len| {
+                let mut request = bench.request(prompt(len), 1, None);
+                request.fairness_key = tenant.into();
+                bench.add(request)
+            };
+            // The number of those admitted is even at the beginning of each step, or odd.
+            for _ in 0..num_before {
+                ask(&mut bench, "before", 3);
+                bench.run();
+            }
+            // More than a quantum.
+            ask(&mut bench, "old", 70);
+            bench.step();
+            let old = ask(&mut bench, "old", 3);
+            let mut num_fresh = 0;
+            while !bench.ended.contains(&old) {
+                for _ in 0..2 {
+                    num_fresh += 1;
+                    ask(&mut bench, &num_fresh.to_string(), 3);
+                }
+                bench.step();
+                assert!(num_fresh <= 64 + 10, "{num_fresh} came and went");
+            }
+            assert!(num_fresh > 64, "it had its turn before it was overdue");
         }
     }
 
