@@ -87,7 +87,8 @@ impl Flow {
 /// Idle flows whose counts are kept, beside as many as there are active ones.
 const IDLE_FLOWS_KEPT: usize = 1024;
 
-/// The waiting requests, in fair order. Each operation takes a time logarithmic in the number of flows. See the module.
+/// The waiting requests, in fair order. Each operation takes a time logarithmic in the number of flows (on average: forgetting idle ones takes longer,
+/// and seldom is), and one that removes a waiting request a look at those of its flow. See the module.
 #[derive(Debug)]
 pub struct FairQueue {
     quantum: u64,
@@ -306,7 +307,14 @@ impl FairQueue {
 
     /// Counts of idle flows matter only while they are above the lowest round's start.
     fn forget_idle_flows(&mut self) {
-        if self.num_active > 0 && self.by_key.len() <= 2 * self.num_active + IDLE_FLOWS_KEPT {
+        if self.num_active == 0 {
+            // At once, and not by a look at every place that there ever was.
+            self.flows.clear();
+            self.vacant.clear();
+            self.by_key.clear();
+            return;
+        }
+        if self.by_key.len() <= 2 * self.num_active + IDLE_FLOWS_KEPT {
             return;
         }
         for index in 0..self.flows.len() {
@@ -477,6 +485,11 @@ mod tests {
         assert!(queue.by_key.len() <= IDLE_FLOWS_KEPT + 4 && queue.flows.len() <= IDLE_FLOWS_KEPT + 4);
         queue.remove_waiting(&key("always there"), RequestId(0));
         assert_eq!(queue.by_key.len(), 0);
+        assert_eq!(
+            queue.flows.len(),
+            0,
+            "no places of those that have gone, to be looked at when the next one goes"
+        );
     }
 
     #[test]
