@@ -23,7 +23,8 @@
 //!
 //! `n` has no bound itself: an endless supply of fresh flows could keep a round from ending. So a flow that waits while more requests than
 //! [`FairQueue::overtake_limit`] are taken from others is overdue, and every second turn is that of the flow overdue for longest: others have no
-//! more than `overtake_limit + 2 * n` turns in a row, where `n` flows wait.
+//! more than `overtake_limit + 2 * n` turns in a row, where `n` flows wait. Such a turn does not ask what the flow owes: the bounds above are for as
+//! long as there is none.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},

@@ -298,6 +298,10 @@ fn start(inputs: EngineInputs<'_>, backend: Box<dyn Backend>, device: DeviceFact
     {
         // Beside the model, which is loaded by now. Without a bound thousands of adapters would take what there is, and the system end the process.
         lora.max_loaded_bytes = HostMemory::read().available.map(|bytes| usize::try_from(bytes / 2).unwrap_or(usize::MAX));
+        tracing::info!(
+            bytes = lora.max_loaded_bytes,
+            "adapters may have half of the host memory that is free; --max-loaded-lora-bytes sets another bound"
+        );
     }
     let capacity = backend.capacity();
     let kv_tokens = capacity.min_blocks * capacity.block_size;
