@@ -237,7 +237,8 @@ fn ten_thousand_names_with_bytes_of_their_own_give_their_golden_answers_in_bound
     assert!(stats.device_evictions_total > 0, "the device was full, too");
     let loads = (stats.registry.loads_total - loads_before) as usize;
     let came_and_went = loads * (stats.registry.loaded_bytes / MAX_LOADED);
-    assert!(came_and_went > 128 << 20, "{came_and_went} bytes in {loads} loads");
+    // On a GPU they take half of what they take in f32.
+    assert!(came_and_went > 64 << 20, "{came_and_went} bytes in {loads} loads");
     #[cfg(target_os = "linux")]
     {
         let grown = resident_bytes().saturating_sub(before);

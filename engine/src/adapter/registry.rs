@@ -813,7 +813,7 @@ impl AdapterRegistry {
         let pinned = request.pinned;
         shared.check_pins(&state, &request.name, pinned)?;
         let name: Arc<str> = request.name.as_str().into();
-        state.insert(request, None);
+        state.insert(request, None, None);
         if pinned {
             if let Err(error) = shared.fetch(&mut state, &name, None) {
                 state.remove(&name);
@@ -826,7 +826,8 @@ impl AdapterRegistry {
 
     /// Reads, checks, packs and registers an adapter. With `replace`, a name that is taken gets the new version atomically: requests
     /// in flight end on the old one; with `expected_version`, only if it has that version then. Once a loader has the request it is
-    /// carried out, even if the future is dropped.
+    /// carried out, even if the future is dropped. While all room in host memory is in use by requests, the name has its new content at once and is
+    /// read again at its first request; if it is to be pinned that is an error.
     ///
     /// # Errors
     /// Any of [`AdapterError`] but `Unknown`; nothing was registered, and a version that was to be replaced is as before.
@@ -1272,16 +1273,10 @@ impl State {
     }
 
     /// Adds an entry under a free name.
-    fn insert(&mut self, request: LoadRequest, content: Option<(Arc<HostAdapter>, Arc<Facts>)>) {
+    fn insert(&mut self, request: LoadRequest, weights: Option<Arc<HostAdapter>>, facts: Option<Arc<Facts>>) {
         let tick = self.tick();
         let name: Arc<str> = request.name.as_str().into();
-        let (tier, facts) = match content {
-            None => (Tier::Registered, None),
-            Some((weights, facts)) => {
-                self.enter_host(&name, &weights);
-                (Tier::Host(weights), Some(facts))
-            }
-        };
+        let tier = self.tier_with(&name, weights);
         self.num_pinned += usize::from(request.pinned);
         self.is_known(&name, facts.as_ref());
         let entry = Entry {
@@ -1303,6 +1298,17 @@ impl State {
         };
         self.names.insert(Arc::clone(&name));
         self.entries.insert(name, entry);
+    }
+
+    /// Of a name whose weights may be there.
+    fn tier_with(&mut self, name: &Arc<str>, weights: Option<Arc<HostAdapter>>) -> Tier {
+        match weights {
+            None => Tier::Registered,
+            Some(weights) => {
+                self.enter_host(name, &weights);
+                Tier::Host(weights)
+            }
+        }
     }
 
     /// What [`Self::insert`] did, undone.
@@ -1412,18 +1418,23 @@ impl State {
 
     /// Names, and what is kept in host memory, that may not leave: pinned, or in use.
     fn staying(&self) -> Staying {
-        let loaded = self.loaded.iter().filter_map(|name| self.entries.get(name));
-        let mut staying = Staying::default();
-        for entry in loaded.filter(|entry| !may_leave(entry)) {
-            staying.names += 1;
-            if let Tier::Host(weights) = &entry.tier {
-                staying.parts.extend(weights.host_parts().iter().map(|part| (part.id, part.bytes)));
-            }
-        }
+        let mut staying = self.staying_by(|entry| !may_leave(entry));
         for combination in self.combinations_in_use() {
             staying
                 .parts
                 .extend(combination.weights.host_parts().iter().map(|part| (part.id, part.bytes)));
+        }
+        staying
+    }
+
+    fn staying_by(&self, stays: impl Fn(&Entry) -> bool) -> Staying {
+        let loaded = self.loaded.iter().filter_map(|name| self.entries.get(name));
+        let mut staying = Staying::default();
+        for entry in loaded.filter(|entry| stays(entry)) {
+            staying.names += 1;
+            if let Tier::Host(weights) = &entry.tier {
+                staying.parts.extend(weights.host_parts().iter().map(|part| (part.id, part.bytes)));
+            }
         }
         staying
     }
@@ -2173,6 +2184,7 @@ impl Shared {
         let mut state = self.state.lock();
         self.check_load(&state, &request)?;
         let (weights, facts) = loaded;
+        let name: Arc<str> = request.name.as_str().into();
         let old = state.entries.get(request.name.as_str()).and_then(|entry| match &entry.tier {
             Tier::Host(weights) => Some((entry.name.clone(), weights.clone())),
             Tier::Registered | Tier::Loading(_) => None,
@@ -2180,30 +2192,59 @@ impl Shared {
         if let Some((name, old)) = &old {
             state.leave_host(name, old);
         }
-        if let Err(error) = self.make_room(&mut state, 1, &weights) {
-            if let Some((name, old)) = &old {
-                state.enter_host(name, old);
+        let is_pinned = request.pinned || state.entries.get(request.name.as_str()).is_some_and(|entry| entry.pinned);
+        let weights = match self.make_room(&mut state, 1, &weights) {
+            Ok(()) => Some(weights),
+            Err(error) => {
+                // Room that is in use comes back: the name has its new content now, and is read for the first request that finds room. What is pinned
+                // has to be there, and what pinned ones leave no room for would never come.
+                let comes_later = is_no_room(&error) && !is_pinned && self.fits_beside_pinned(&state, &weights);
+                state.leaving.push(weights);
+                if !comes_later {
+                    if let Some((name, old)) = &old {
+                        state.enter_host(name, old);
+                    }
+                    unlock(state);
+                    return Err(error);
+                }
+                None
             }
-            state.leaving.push(weights);
-            unlock(state);
-            return Err(error);
-        }
-        let name = request.name.clone();
-        let pins_change = request.pinned || state.entries.get(name.as_str()).is_some_and(|entry| entry.pinned);
+        };
+        let is_there = weights.is_some();
         let waiters = self.put(&mut state, request, weights, facts);
         if let Some((_, old)) = old {
             state.leaving.push(old);
         }
         state.loads_total += 1;
         state.moved(&name, |moves| moves.loads += 1);
-        if pins_change {
+        if is_pinned {
             self.pins_have_changed();
         }
-        let answers = self.leases_for(&mut state, &name, waiters);
-        let info = state.entries.get(name.as_str()).map(|entry| self.info(entry));
+        let (answers, refused) = match is_there {
+            true => (self.leases_for(&mut state, &name, waiters), None),
+            false => (Vec::new(), self.fetch_for(&mut state, &name, waiters)),
+        };
+        let info = state.entries.get(&name).map(|entry| self.info(entry));
         unlock(state);
         answer(answers);
+        if let Some((waiters, error)) = refused {
+            refuse(waiters, &error);
+        }
         info.ok_or_else(loader_gone)
+    }
+
+    /// Has the new content read for those who waited for the old. They and why, if that can't be.
+    fn fetch_for(&self, state: &mut State, name: &Arc<str>, waiters: Vec<Waiter>) -> Option<(Vec<Waiter>, AdapterError)> {
+        if waiters.is_empty() {
+            return None;
+        }
+        if let Err(error) = self.fetch(state, name, None) {
+            return Some((waiters, error));
+        }
+        if let Some(Tier::Loading(waiting)) = state.entries.get_mut(name).map(|entry| &mut entry.tier) {
+            waiting.extend(waiters);
+        }
+        None
     }
 
     /// Leases for those who waited, made before anyone else can evict what was just loaded.
@@ -2214,9 +2255,9 @@ impl Shared {
 
     /// Registers new content under a name, free or taken (whose old weights have left the tier). Gives those who waited for the old
     /// content's load.
-    fn put(&self, state: &mut State, request: LoadRequest, weights: Arc<HostAdapter>, facts: Arc<Facts>) -> Vec<Waiter> {
+    fn put(&self, state: &mut State, request: LoadRequest, weights: Option<Arc<HostAdapter>>, facts: Arc<Facts>) -> Vec<Waiter> {
         let Some(mut old) = state.entries.remove(request.name.as_str()) else {
-            state.insert(request, Some((weights, facts)));
+            state.insert(request, weights, Some(facts));
             return Vec::new();
         };
         let tick = state.tick();
@@ -2228,7 +2269,7 @@ impl Shared {
         if old.hold.count() > 0 {
             old.previous.push(std::mem::take(&mut old.hold));
         }
-        state.enter_host(&old.name, &weights);
+        let tier = state.tier_with(&old.name, weights);
         state.num_pinned += usize::from(request.pinned && !old.pinned);
         state.is_known(&old.name, Some(&facts));
         let entry = Entry {
@@ -2236,7 +2277,7 @@ impl Shared {
             source: request.source.into(),
             // A replacement stays pinned: unpinning is asked for by name.
             pinned: request.pinned || old.pinned,
-            tier: Tier::Host(weights),
+            tier,
             facts: Some(facts),
             registration: tick,
             loaded_at: tick,
@@ -2275,6 +2316,13 @@ impl Shared {
             });
         }
         Ok(())
+    }
+
+    /// Whether one more name with these weights could be on the host once nobody uses any but the pinned ones.
+    fn fits_beside_pinned(&self, state: &State, weights: &HostAdapter) -> bool {
+        let (limit, limit_bytes) = self.config.limits_of_host();
+        let pinned = state.staying_by(|entry| entry.pinned);
+        pinned.names < limit && pinned.bytes().saturating_add(weights.missing_bytes(|id| pinned.has(id))) <= limit_bytes
     }
 
     /// Evicts until `names` more names with these weights may be on the host, or nothing if that can't be.
@@ -3644,7 +3692,11 @@ mod tests {
             block_on(registry.load(named(name, "a"))).unwrap();
         }
         let held = (acquire(&registry, "one").unwrap(), acquire(&registry, "two").unwrap());
-        block_on(registry.load(named("three", "b"))).unwrap_err();
+        block_on(registry.load(LoadRequest {
+            pinned: true,
+            ..named("three", "b")
+        }))
+        .unwrap_err();
         registry.register(named("four", "b")).unwrap();
         acquire(&registry, "four").unwrap_err();
         // The loader lets go of what it loaded before it counts itself idle.
@@ -3870,16 +3922,61 @@ mod tests {
     }
 
     #[test]
-    fn a_load_without_room_registers_nothing() {
+    fn a_pinned_load_without_room_registers_nothing() {
         let directory = folder(&["a", "b"]);
         let registry = registry(|config| config.max_loaded_loras = Some(1));
         block_on(registry.load(request_in(&directory, "a"))).unwrap();
         let lease = acquire(&registry, "a").unwrap();
-        let error = block_on(registry.load(request_in(&directory, "b"))).unwrap_err();
+        let pinned = || LoadRequest {
+            pinned: true,
+            ..request_in(&directory, "b")
+        };
+        let error = block_on(registry.load(pinned())).unwrap_err();
         assert!(matches!(error, AdapterError::NothingToEvict { .. }));
         assert_eq!(names(&registry), ["a"]);
         drop(lease);
-        block_on(registry.load(request_in(&directory, "b"))).unwrap();
+        block_on(registry.load(pinned())).unwrap();
+        // With the only place pinned there will be none for another.
+        let error = block_on(registry.load(request_in(&directory, "a again"))).unwrap_err();
+        assert!(matches!(error, AdapterError::BadFile { .. }), "{error}");
+        let error = block_on(registry.load(LoadRequest {
+            replace: true,
+            ..request_in(&directory, "a")
+        }))
+        .unwrap_err();
+        assert!(matches!(error, AdapterError::NothingToEvict { .. }), "{error}");
+    }
+
+    #[test]
+    fn what_is_loaded_while_all_room_is_in_use_is_read_when_there_is_some() {
+        let directory = folder(&["a", "b", "c"]);
+        let registry = registry(|config| config.max_loaded_loras = Some(1));
+        block_on(registry.load(request_in(&directory, "a"))).unwrap();
+        let lease = acquire(&registry, "a").unwrap();
+        let loaded = block_on(registry.load(request_in(&directory, "b"))).unwrap();
+        assert_eq!((loaded.state, loaded.leases), (AdapterState::Registered, 0));
+        let first = loaded.version.expect("it was read and checked");
+        assert_eq!(registry.stats().loaded, 1);
+        // Someone waits for it; the name is replaced meanwhile; the one who waited gets what the name has now.
+        let mut waiting = registry.acquire("b");
+        let mut context = std::task::Context::from_waker(futures::task::noop_waker_ref());
+        assert!(waiting.as_mut().poll(&mut context).is_pending());
+        let replaced = block_on(registry.load(LoadRequest {
+            replace: true,
+            expected_version: Some(first.clone()),
+            name: "b".into(),
+            ..request_in(&directory, "c")
+        }))
+        .unwrap();
+        let second = replaced.version.expect("it was read, too");
+        assert_ne!(first, second);
+        assert!(waiting.as_mut().poll(&mut context).is_pending(), "a is in use still");
+        drop(lease);
+        let lease = block_on(waiting).unwrap();
+        assert_eq!(lease.weights().version.to_string(), second);
+        assert_eq!(registry.info("b").unwrap().state, AdapterState::Host);
+        drop(lease);
+        assert_eq!(registry.stats().leases, 0);
     }
 
     #[test]
