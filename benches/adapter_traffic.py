@@ -94,8 +94,11 @@ class Client:
                      f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
         status, times = await reader.readline(), []
         while line := await reader.readline():
-            if line.startswith(b"data: {") and b'"finish_reason":null' in line:
-                times.append(time.perf_counter() - began)
+            came = time.perf_counter() - began
+            if line.startswith(b"data: {"):
+                # Servers differ in whether the last token comes with the reason of the end, or before it.
+                if any(choice["text"] for choice in json.loads(line[6:]).get("choices", [])):
+                    times.append(came)
             elif not status.split()[1] == b"200" and line.startswith(b"{"):
                 raise RuntimeError(f"{model}: {line.decode()}")
         writer.close()
