@@ -21,8 +21,8 @@ const BYTES_WORTH_A_THREAD: usize = 4 << 20;
 
 /// Buffers that are kept for the next file: for as many files as are read at once.
 const MOST_KEPT: usize = 8;
-/// None that is longer.
-const LONGEST_KEPT: usize = 256 << 20;
+/// Bytes that they have together.
+const MOST_KEPT_BYTES: usize = 1 << 30;
 /// Buffers are made in multiples of this, a huge page, so that files of about the same length share them.
 const BUFFER_STEP: usize = 2 << 20;
 
@@ -61,15 +61,22 @@ impl ReadBuffers {
         }
     }
 
-    /// Keeps the longest ones. Gives back what is too much, to be dropped without the lock.
-    fn keep(&self, memory: HugeBuffer<u8>) -> Option<HugeBuffer<u8>> {
-        if memory.len() > LONGEST_KEPT {
-            return Some(memory);
+    /// Keeps the longest ones, as far as they may be kept. Gives back the others, to be dropped without the lock.
+    fn keep(&self, memory: HugeBuffer<u8>) -> Vec<HugeBuffer<u8>> {
+        if memory.len() > MOST_KEPT_BYTES {
+            return vec![memory];
         }
         let mut kept = self.kept.lock();
         let place = kept.partition_point(|other| other.len() < memory.len());
         kept.insert(place, memory);
-        (kept.len() > MOST_KEPT).then(|| kept.remove(0))
+        let mut bytes = 0;
+        let longest = kept.iter().rev().take(MOST_KEPT);
+        let num_kept = longest.take_while(|memory| {
+            bytes += memory.len();
+            bytes <= MOST_KEPT_BYTES
+        });
+        let num_others = kept.len() - num_kept.count();
+        kept.drain(..num_others).collect()
     }
 }
 
@@ -98,7 +105,7 @@ impl DerefMut for ReadBuffer {
 
 impl Drop for ReadBuffer {
     fn drop(&mut self) {
-        drop(self.memory.take().and_then(|memory| self.home.keep(memory)));
+        drop(self.memory.take().map(|memory| self.home.keep(memory)));
     }
 }
 
@@ -499,8 +506,10 @@ mod tests {
         assert_eq!((again.as_ptr(), again.len()), (start, 2 * BUFFER_STEP + 1));
         drop((longer, again));
         drop((0..2 * MOST_KEPT).map(|_| buffers.take(1)).collect::<Vec<_>>());
-        drop(buffers.take(LONGEST_KEPT + 1));
-        let kept: Vec<usize> = buffers.kept.lock().iter().map(|memory| memory.len() / BUFFER_STEP).collect();
-        assert_eq!(kept, [1, 1, 1, 1, 1, 1, 3, 4], "the longest that are not too long");
+        drop(buffers.take(MOST_KEPT_BYTES + 1));
+        let kept = || buffers.kept.lock().iter().map(|memory| memory.len() / BUFFER_STEP).collect::<Vec<_>>();
+        assert_eq!(kept(), [1, 1, 1, 1, 1, 1, 3, 4], "the longest that are not too long");
+        drop(buffers.take(MOST_KEPT_BYTES - 8 * BUFFER_STEP));
+        assert_eq!(kept(), [1, 3, 4, MOST_KEPT_BYTES / BUFFER_STEP - 8], "and no more bytes than may be");
     }
 }

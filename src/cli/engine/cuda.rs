@@ -69,7 +69,7 @@ pub(super) fn start(mut inputs: EngineInputs<'_>) -> anyhow::Result<BuiltEngine>
         max_batch_tokens: limits.tokens,
         max_context: inputs.context_length.unwrap_or(usize::MAX),
         adapter_bytes: if lora.is_some() { usize::MAX } else { 0 },
-        host_bytes: usize::try_from(host_bytes)?,
+        host_bytes: if lora.is_some() { usize::try_from(host_bytes)? } else { 0 },
         host_reserve_bytes: match lora {
             Some(lora) => host_reserve_bytes(lora, &inputs.decoder, host_bytes),
             None => 0,

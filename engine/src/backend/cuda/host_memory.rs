@@ -52,6 +52,9 @@ impl LockedMemory {
     /// those in flight. Without address space there is no such memory.
     pub fn new(device: &Arc<Device>, bytes: usize, reserve_bytes: usize, steps: &Arc<AtomicUsize>) -> Result<Self, CudaError> {
         let num_parts = bytes / HostSlab::PART;
+        if num_parts == 0 {
+            return Ok(Self { shared: None, thread: None });
+        }
         let slab = match HostSlab::new(device, num_parts) {
             Ok(slab) => slab,
             Err(error) => {

@@ -482,7 +482,7 @@ impl CudaBackend {
         format!("cuda:{} ({})", info.ordinal, info.name)
     }
 
-    /// Memory from which adapters are uploaded faster; `None` where the system gives none.
+    /// Memory from which adapters are uploaded faster; `None` where there is to be none, or the system gives none.
     pub fn host_memory(&self) -> Option<Arc<dyn HostMemory>> {
         self.host_memory.memory()
     }
