@@ -96,8 +96,8 @@ class Client:
         while line := await reader.readline():
             came = time.perf_counter() - began
             if line.startswith(b"data: {"):
-                # Servers differ in whether the last token comes with the reason of the end, or before it.
-                if any(choice["text"] for choice in json.loads(line[6:]).get("choices", [])):
+                # Servers differ in whether the last token comes with the reason of the end, or before it; and a token may have no text.
+                if any(choice["text"] or not choice["finish_reason"] for choice in json.loads(line[6:]).get("choices", [])):
                     times.append(came)
             elif not status.split()[1] == b"200" and line.startswith(b"{"):
                 raise RuntimeError(f"{model}: {line.decode()}")

@@ -189,8 +189,8 @@ struct ServeArgs {
     max_loaded_loras: Option<usize>,
     /// Bytes of adapters kept in host memory, beside --max-loaded-loras: the least recently used unpinned ones leave. Combinations of
     /// adapters are included, and so is an estimate of what adapters' own tokenizers take; not the buffers that files are read into, of which
-    /// eight are kept that have up to 256 MiB each. Unset: half of the memory that is free once the model is loaded; no bound on a system that does
-    /// not tell it.
+    /// eight are kept, of 1 GiB together at most. Unset: half of the memory that is free once the model is loaded; no bound on a system that does not
+    /// tell it.
     #[arg(long, value_name = "SIZE", help_heading = "LoRA")]
     max_loaded_lora_bytes: Option<ByteSize>,
     /// Host memory that is kept page-locked for adapters still to be read, beyond what loaded ones have (CUDA only). Unset: room for 64 of rank 16 on
