@@ -92,16 +92,18 @@ class Client:
         reader, writer = await asyncio.open_connection(self.host, self.port)
         writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
                      f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        status, times = await reader.readline(), []
+        status, times, came = await reader.readline(), [], None
         while line := await reader.readline():
-            came = time.perf_counter() - began
             if line.startswith(b"data: {"):
+                came = time.perf_counter() - began
                 # Servers differ in whether the last token comes with the reason of the end, or before it; and a token may have no text.
                 if any(choice["text"] or not choice["finish_reason"] for choice in json.loads(line[6:]).get("choices", [])):
                     times.append(came)
             elif not status.split()[1] == b"200" and line.startswith(b"{"):
                 raise RuntimeError(f"{model}: {line.decode()}")
         writer.close()
+        # One token, without text, together with the reason.
+        times = times or [came] * (came is not None)
         if not times:
             raise RuntimeError(f"{model}: {status.decode().strip()}, no token")
         return times

@@ -193,7 +193,7 @@ struct ServeArgs {
     /// tell it.
     #[arg(long, value_name = "SIZE", help_heading = "LoRA")]
     max_loaded_lora_bytes: Option<ByteSize>,
-    /// Host memory that is kept page-locked for adapters still to be read, beyond what loaded ones have (CUDA only). Unset: room for 64 of rank 16 on
+    /// Host memory that is kept page-locked for adapters still to be read, beyond what loaded ones have (CUDA only). Unset: room for 96 of rank 16 on
     /// every projection, at most a sixteenth of the memory.
     #[arg(long, value_name = "SIZE", value_parser = parse_size_or_zero, help_heading = "LoRA")]
     lora_host_reserve_bytes: Option<ByteSize>,

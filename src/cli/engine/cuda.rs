@@ -27,7 +27,7 @@ const MAX_LORA_RANK: u32 = 256;
 const HOST_BYTES: u64 = 64 << 30;
 /// Adapters of rank [`RESERVE_RANK`] on every projection that the host keeps memory ready for, unless set: what may come at once. Memory that nobody used
 /// since the machine's boot made the first tokens of an adapter wait 0.1 to 0.4 s on some machines.
-const RESERVE_ADAPTERS: usize = 64;
+const RESERVE_ADAPTERS: usize = 96;
 const RESERVE_RANK: usize = 16;
 /// Of the machine's memory.
 const MOST_RESERVE: u64 = 16;
