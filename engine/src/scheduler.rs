@@ -9,9 +9,9 @@
 //! prefix another request is computing just now (`n` answers to one prompt arrive together) is passed over until that is in the cache.
 //! The quantum is the token budget of a step: a smaller one would break up what may fill a step together, with a larger one a flow would have
 //! several steps to itself before another's turn.
-//! A prompt makes a step longer for everybody in it. One that is *late*, since its adapter was on its way when its turn came, may meet the
-//! next one in a step, and its adapter's way would show in others' tokens: so while others decode and [few](FEW_WAITING) wait, it is looked at
-//! after the others, and leaves the step to them if one of theirs begins in it, or another late one's, at most [`MOST_YIELDS`] times.
+//! A prompt makes a step longer for everybody in it. One that is *late*, since its adapter had to be read, or was on its way when its turn came,
+//! may meet the next one in a step, and its adapter's way would show in others' tokens: so while others decode and [few](FEW_WAITING) wait, it is
+//! looked at after the others, and leaves the step to them if one of theirs begins in it, or another late one's, at most [`MOST_YIELDS`] times.
 //! **Turns**: when running sequences have more distinct adapters than a step may have, the adapters whose last turn is longest ago go
 //! first; one that has just been admitted stands at the end of that ring. Base rows are in every step.
 //! **Preemption**: a sequence that needs a block when none is left pushes back the one admitted last (perhaps itself), whose KV is
@@ -401,7 +401,7 @@ impl Scheduler {
         if !sequence.is_late || sequence.num_yields >= MOST_YIELDS {
             return Ok(false);
         }
-        let lease = sequence.adapter().cloned().expect("it was late by its adapter");
+        let lease = sequence.adapter().cloned().expect("it is late by its adapter");
         let answer = self.ask(request_id, &lease, 0, residency, schedule)?;
         Ok(matches!(answer, Residency::Ready(_)))
     }
@@ -1670,6 +1670,39 @@ mod tests {
         assert!(several > 20, "prompts that come together are computed together: {several} times");
         assert_eq!(several_late, 0);
         assert!(most_waited <= MOST_YIELDS as usize, "one waited {most_waited} steps");
+    }
+
+    #[test]
+    fn prompts_whose_adapters_had_to_be_read_meet_no_other_one_in_a_step() {
+        let prompts_of_steps = |had_to_be_read: bool| {
+            let mut bench = Bench::new(Limits { token_budget: 256, ..ROOMY });
+            let decoding = bench.request(prompt(3), 30, None);
+            bench.add(decoding);
+            bench.step();
+            let adapters: Vec<_> = (0..3).map(|number| host_adapter(number, 100)).collect();
+            for adapter in &adapters {
+                // On the device from here on.
+                let first = bench.request(prompt(8), 1, Some(adapter));
+                bench.add(first);
+                bench.step();
+            }
+            for adapter in &adapters {
+                let mut request = bench.request(prompt(8), 4, Some(adapter));
+                if had_to_be_read {
+                    request.adapter = request.adapter.map(AdapterLease::after_load);
+                }
+                bench.add(request);
+            }
+            let mut prompts = Vec::new();
+            for _ in 0..4 {
+                let batch = bench.step().expect("one decodes");
+                prompts.push(batch.sequences.iter().filter(|rows| rows.num_rows > 1).count());
+            }
+            bench.run();
+            prompts
+        };
+        assert_eq!(prompts_of_steps(false), [3, 0, 0, 0]);
+        assert_eq!(prompts_of_steps(true), [1, 1, 1, 0]);
     }
 
     #[test]

@@ -25,7 +25,8 @@ pub struct Sequence {
     pub epoch: u32,
     /// Whether the residency of its adapter was already counted as a hit or a miss.
     pub counted_residency: bool,
-    /// Whether it was passed over since its adapter was on its way to the device, and has not been admitted since.
+    /// Whether it came later than it was asked for, since its adapter had to be read, or was passed over since that was on its way to the device; and
+    /// has not been admitted since.
     pub is_late: bool,
     /// Steps that it left to others' prompts because of that.
     pub num_yields: u32,
@@ -62,7 +63,7 @@ impl Sequence {
             fairness_key: request.fairness_key,
             epoch: 0,
             counted_residency: false,
-            is_late: false,
+            is_late: request.adapter.as_ref().is_some_and(AdapterLease::waited_for_load),
             num_yields: 0,
             adapter: request.adapter,
             resident: None,

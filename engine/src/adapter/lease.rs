@@ -21,6 +21,7 @@ pub struct AdapterLease {
     label: Arc<str>,
     weights: Arc<HostAdapter>,
     held: Held,
+    waited_for_load: bool,
 }
 
 /// What a lease keeps, and gives back when its last clone is dropped.
@@ -50,6 +51,7 @@ impl AdapterLease {
             name,
             weights,
             held: hold.map_or(Held::Nothing, Held::Detached),
+            waited_for_load: false,
         }
     }
 
@@ -59,6 +61,7 @@ impl AdapterLease {
             name,
             weights,
             held: Held::Counted(Arc::new(guard)),
+            waited_for_load: false,
         }
     }
 
@@ -67,8 +70,22 @@ impl AdapterLease {
             name,
             label,
             weights,
+            waited_for_load: parts.iter().any(Self::waited_for_load),
             held: Held::Combined(Arc::new((guard, parts))),
         }
+    }
+
+    /// The same of a request that waited until the adapter was in host memory.
+    pub(crate) fn after_load(self) -> Self {
+        Self {
+            waited_for_load: true,
+            ..self
+        }
+    }
+
+    /// Whether its request had to wait until the adapter, or one in the combination, was in host memory.
+    pub fn waited_for_load(&self) -> bool {
+        self.waited_for_load
     }
 
     /// The name that was asked for.

@@ -1564,11 +1564,12 @@ impl Shared {
         entry.last_used = tick;
         entry.last_used_time = Some(SystemTime::now());
         let lease = AdapterLease::counted(entry.name.clone(), weights.clone(), self.guard(&entry.hold));
-        if counts {
-            entry.requests_total += 1;
-            entry.hits_total += 1;
-            state.hits_total += 1;
+        if !counts {
+            return Some(lease.after_load());
         }
+        entry.requests_total += 1;
+        entry.hits_total += 1;
+        state.hits_total += 1;
         Some(lease)
     }
 
@@ -2716,8 +2717,9 @@ mod tests {
         assert_eq!((info.state, info.version, info.bytes), (AdapterState::Registered, None, 0));
         assert!(registry.try_acquire("a").is_none());
         let lease = acquire(&registry, "a").unwrap();
+        assert!(lease.waited_for_load() && !registry.try_acquire("a").unwrap().waited_for_load());
         let info = registry.info("a").unwrap();
-        assert_eq!((info.state, info.leases, info.requests_total), (AdapterState::Host, 1, 1));
+        assert_eq!((info.state, info.leases, info.requests_total), (AdapterState::Host, 1, 2));
         assert_eq!(info.version, Some(lease.version().to_string()));
         assert_eq!(info.bytes, lease.weights().bytes());
         registry.residents().insert(lease.version());
@@ -2725,7 +2727,7 @@ mod tests {
         registry.residents().remove(&lease.version());
         assert_eq!(registry.info("a").unwrap().state, AdapterState::Host);
         let stats = registry.stats();
-        assert_eq!((stats.hits_total, stats.misses_total, stats.loads_total), (0, 1, 1));
+        assert_eq!((stats.hits_total, stats.misses_total, stats.loads_total), (1, 1, 1));
     }
 
     #[test]
