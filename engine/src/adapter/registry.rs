@@ -2199,7 +2199,8 @@ impl Shared {
             Err(error) => {
                 // Room that is in use comes back: the name has its new content now, and is read for the first request that finds room. What is pinned
                 // has to be there, and what pinned ones leave no room for would never come.
-                let comes_later = is_no_room(&error) && !is_pinned && self.fits_beside_pinned(&state, &weights);
+                let pinned = state.staying_by(|entry| entry.pinned);
+                let comes_later = is_no_room(&error) && !is_pinned && self.room_beside(&state, &pinned, 1, &weights).is_ok();
                 state.leaving.push(weights);
                 if !comes_later {
                     if let Some((name, old)) = &old {
@@ -2300,8 +2301,12 @@ impl Shared {
         if self.fits_as_it_is(state, names, state.missing_bytes(weights)) {
             return Ok(());
         }
+        self.room_beside(state, &state.staying(), names, weights)
+    }
+
+    /// Whether they could be if all left but these.
+    fn room_beside(&self, state: &State, staying: &Staying, names: usize, weights: &HostAdapter) -> Result<(), AdapterError> {
         let (limit, limit_bytes) = self.config.limits_of_host();
-        let staying = state.staying();
         if staying.names + names > limit {
             return Err(AdapterError::NothingToEvict {
                 loaded: state.loaded.len(),
@@ -2317,13 +2322,6 @@ impl Shared {
             });
         }
         Ok(())
-    }
-
-    /// Whether one more name with these weights could be on the host once nobody uses any but the pinned ones.
-    fn fits_beside_pinned(&self, state: &State, weights: &HostAdapter) -> bool {
-        let (limit, limit_bytes) = self.config.limits_of_host();
-        let pinned = state.staying_by(|entry| entry.pinned);
-        pinned.names < limit && pinned.bytes().saturating_add(weights.missing_bytes(|id| pinned.has(id))) <= limit_bytes
     }
 
     /// Evicts until `names` more names with these weights may be on the host, or nothing if that can't be.
@@ -2935,8 +2933,8 @@ mod tests {
         now
     }
 
-    #[test]
-    fn who_comes_later_waits_for_room_as_long_as_who_came_first() {
+    /// Two names, and room for one, which the first has.
+    fn one_place_in_use() -> (tempfile::TempDir, AdapterRegistry, AdapterLease) {
         let directory = folder(&["a", "b"]);
         let registry = registry(|config| {
             config.max_loaded_loras = Some(1);
@@ -2946,6 +2944,12 @@ mod tests {
             registry.register(request_in(&directory, name)).unwrap();
         }
         let held = acquire(&registry, "a").unwrap();
+        (directory, registry, held)
+    }
+
+    #[test]
+    fn who_comes_later_waits_for_room_as_long_as_who_came_first() {
+        let (_directory, registry, held) = one_place_in_use();
         let (mut first, mut second) = (registry.acquire("b"), registry.acquire("b"));
         poll_until_parked(&registry, &mut first, "b");
         assert!(is_pending(&mut second));
@@ -2960,15 +2964,7 @@ mod tests {
 
     #[test]
     fn a_pinned_adapter_waits_for_room_until_there_is_some() {
-        let directory = folder(&["a", "b"]);
-        let registry = registry(|config| {
-            config.max_loaded_loras = Some(1);
-            config.room_timeout = FOR_EVER;
-        });
-        for name in ["a", "b"] {
-            registry.register(request_in(&directory, name)).unwrap();
-        }
-        let held = acquire(&registry, "a").unwrap();
+        let (_directory, registry, held) = one_place_in_use();
         registry.pin("b", true).unwrap();
         while registry.stats().waiting_for_room == 0 {
             std::thread::yield_now();
@@ -3961,8 +3957,7 @@ mod tests {
         assert_eq!(registry.stats().loaded, 1);
         // Someone waits for it; the name is replaced meanwhile; the one who waited gets what the name has now.
         let mut waiting = registry.acquire("b");
-        let mut context = std::task::Context::from_waker(futures::task::noop_waker_ref());
-        assert!(waiting.as_mut().poll(&mut context).is_pending());
+        assert!(is_pending(&mut waiting));
         let replaced = block_on(registry.load(LoadRequest {
             replace: true,
             expected_version: Some(first.clone()),
@@ -3972,7 +3967,7 @@ mod tests {
         .unwrap();
         let second = replaced.version.expect("it was read, too");
         assert_ne!(first, second);
-        assert!(waiting.as_mut().poll(&mut context).is_pending(), "a is in use still");
+        assert!(is_pending(&mut waiting), "a is in use still");
         drop(lease);
         let lease = block_on(waiting).unwrap();
         assert_eq!(lease.weights().version.to_string(), second);
